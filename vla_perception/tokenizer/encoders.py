@@ -1,0 +1,58 @@
+"""One timm vision transformer → patch features on a grid.
+
+As prismatic-vlms does it: the output of the second-to-last block, without the final norm, prefix tokens
+(class token, registers) sliced off. The last block, final norm and pooling head do not matter for that and
+are not built.
+"""
+
+from __future__ import annotations
+
+import timm
+import torch
+from torch import nn
+
+from vla_perception.tokenizer.presets import EncoderConfig
+
+
+class PatchEncoder(nn.Module):
+    """Patch features of one encoder.
+
+    Attributes:
+        grid: (rows, columns) of the patches; pixels beyond the last whole patch are not seen.
+        channels: width of a feature.
+        layer: index of the block whose output is taken, counted from 0.
+        patch_size: side of a patch in pixels of the encoder's input.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        """Builds the module on the current default device; `torch.device("meta")` allocates nothing."""
+        super().__init__()
+        self.config = config
+        name = config.timm_id.split(".")[0]
+        try:
+            vit = timm.create_model(
+                name, pretrained=False, num_classes=0, img_size=config.image_size, **config.overrides
+            )
+        except RuntimeError as error:
+            raise ValueError(
+                f"timm {timm.__version__} does not know the encoder {config.timm_id!r} ({error}); "
+                "check the name in the checkpoint's config.json, or upgrade timm"
+            ) from error
+        if not isinstance(vit, timm.models.vision_transformer.VisionTransformer):
+            raise ValueError(f"{config.timm_id!r} is a {type(vit).__name__}; only plain vision transformers work here")
+        if len(vit.blocks) < 2:
+            raise ValueError(f"{config.timm_id!r} has {len(vit.blocks)} blocks; the second-to-last is needed")
+        self.layer = len(vit.blocks) - 2
+        vit.blocks = vit.blocks[:-1]
+        vit.norm = nn.Identity()
+        vit.fc_norm = nn.Identity()
+        vit.attn_pool = None
+        self.vit = vit
+        self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
+        self.channels: int = vit.embed_dim
+        self.patch_size: int = vit.patch_embed.patch_size[0]
+        self._prefix: int = vit.num_prefix_tokens
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[views, 3, side, side] → [views, rows * columns, channels]."""
+        return self.vit.forward_features(pixel_values)[:, self._prefix :]

@@ -1,0 +1,123 @@
+"""uint8 RGB pictures → each encoder's ``pixel_values``, bit-identical to what OpenVLA's processor computes.
+
+The reference is ``PrismaticImageProcessor`` of openvla: PIL resize with antialiasing, torchvision's centre
+crop, ``to_tensor``, ``normalize``. No other antialiased resize gives PIL's values, so PIL does it here; the
+normalisation of a uint8 has 256 results per channel, so it is a table, built with torch's own float32
+operations and therefore exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vla_perception.tokenizer.presets import EncoderConfig
+
+
+def check_image(image: np.ndarray) -> np.ndarray:
+    """`image` itself, if it is a uint8 [height, width, 3] array; ValueError with advice otherwise."""
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+        kind = getattr(image, "dtype", type(image).__name__)
+        raise ValueError(f"an image must be a uint8 NumPy array, got {kind}; scale to 0–255 and convert first")
+    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(f"an image must have the shape [height, width, 3] (RGB), got {list(image.shape)}")
+    return image
+
+
+def resized_size(height: int, width: int, config: EncoderConfig) -> tuple[int, int]:
+    """(height, width) that the picture (padded already, for ``letterbox``) is scaled to."""
+    side = config.image_size
+    if config.resize_strategy == "resize-naive":
+        return side, side
+    # torchvision: the short side becomes `side`, the long one is truncated.
+    long_side = int(side * max(height, width) / min(height, width))
+    return (long_side, side) if height >= width else (side, long_side)
+
+
+def crop_offset(length: int, side: int) -> int:
+    """First row or column of torchvision's centre crop (Python's round: half to even)."""
+    return int(round((length - side) / 2.0))
+
+
+def letterbox_padding(height: int, width: int) -> tuple[int, int]:
+    """Rows above and below, columns left and right, as OpenVLA's ``letterbox_pad_transform`` adds them."""
+    longest = max(height, width)
+    return int((longest - height) / 2), int((longest - width) / 2)
+
+
+def resize(image: np.ndarray, config: EncoderConfig) -> np.ndarray:
+    """uint8 [height, width, 3] → uint8 [image_size, image_size, 3] by the encoder's resize strategy."""
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    if config.resize_strategy == "letterbox":
+        top, left = letterbox_padding(picture.height, picture.width)
+        padded = Image.new("RGB", (picture.width + 2 * left, picture.height + 2 * top), config.fill)
+        padded.paste(picture, (left, top))
+        picture = padded
+    height, width = resized_size(picture.height, picture.width, config)
+    if (picture.height, picture.width) != (height, width):
+        picture = picture.resize((width, height), Image.Resampling(config.interpolation))
+    side = config.image_size
+    top, left = crop_offset(height, side), crop_offset(width, side)
+    return np.asarray(picture)[top : top + side, left : left + side]
+
+
+def normalisation_table(config: EncoderConfig) -> np.ndarray:
+    """float32 [3, 256]: the normalised value of every uint8 level in every channel."""
+    levels = torch.arange(256, dtype=torch.uint8).to(torch.float32).div(255).repeat(3, 1)
+    mean = torch.tensor(config.mean, dtype=torch.float32)[:, None]
+    std = torch.tensor(config.std, dtype=torch.float32)[:, None]
+    return levels.sub_(mean).div_(std).numpy()
+
+
+def source_to_grid(height: int, width: int, config: EncoderConfig, patch_size: int) -> tuple[float, ...]:
+    """Affine map from source pixels to the token grid, row-major 2 × 3.
+
+    (x, y) in pixels, pixel i covering [i, i + 1), goes to (column, row), token j covering [j, j + 1).
+    """
+    top, left = (0, 0)
+    if config.resize_strategy == "letterbox":
+        top, left = letterbox_padding(height, width)
+    padded_height, padded_width = height + 2 * top, width + 2 * left
+    new_height, new_width = resized_size(padded_height, padded_width, config)
+    scale_x, scale_y = new_width / padded_width, new_height / padded_height
+    crop_x, crop_y = crop_offset(new_width, config.image_size), crop_offset(new_height, config.image_size)
+    return (
+        scale_x / patch_size, 0.0, (left * scale_x - crop_x) / patch_size,
+        0.0, scale_y / patch_size, (top * scale_y - crop_y) / patch_size,
+    )  # fmt: skip
+
+
+class Preprocessor:
+    """Pictures → one float32 tensor per encoder.
+
+    Args:
+        encoders: in the order in which tensors are returned.
+    """
+
+    def __init__(self, encoders: Sequence[EncoderConfig]) -> None:
+        self._encoders = tuple(encoders)
+        self._tables = [normalisation_table(config) for config in encoders]
+
+    def __call__(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """uint8 [height, width, 3] pictures of any sizes → per encoder float32 [views, 3, side, side]."""
+        if isinstance(images, np.ndarray) and images.ndim == 3:
+            images = [images]
+        if len(images) == 0:
+            raise ValueError("no image given; pass at least one uint8 [height, width, 3] array")
+        for image in images:
+            check_image(image)
+        outputs = [
+            np.empty((len(images), 3, config.image_size, config.image_size), np.float32) for config in self._encoders
+        ]
+        for view, image in enumerate(images):
+            shared: dict[tuple, np.ndarray] = {}
+            for config, table, output in zip(self._encoders, self._tables, outputs):
+                if config.geometry not in shared:
+                    shared[config.geometry] = resize(image, config)
+                pixels = shared[config.geometry]
+                for channel in range(3):
+                    np.take(table[channel], pixels[:, :, channel], out=output[view, channel], mode="clip")
+        return [torch.from_numpy(output) for output in outputs]

@@ -1,0 +1,42 @@
+"""Patch features → the language model's width: prismatic-vlms' projectors.
+
+All layers have biases; the activation is exact (erf) GELU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class Projector(nn.Module):
+    """A chain of linear layers ``fc1``, ``fc2``, … with GELU between them.
+
+    Args:
+        kind: ``linear`` (d → h), ``gelu-mlp`` (d → h → h), ``fused-gelu-mlp`` (d → 4 d → h → h) or ``none``.
+        in_channels: d, the concatenated width of the encoders.
+        out_channels: h, the language model's width.
+    """
+
+    def __init__(self, kind: str, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        widths = {
+            "linear": (in_channels, out_channels),
+            "gelu-mlp": (in_channels, out_channels, out_channels),
+            "fused-gelu-mlp": (in_channels, 4 * in_channels, out_channels, out_channels),
+            "none": (in_channels,),
+        }[kind]
+        self.kind = kind
+        self.channels = widths[-1]
+        self._names = [f"fc{i}" for i in range(1, len(widths))]
+        for name, (source, target) in zip(self._names, zip(widths, widths[1:])):
+            setattr(self, name, nn.Linear(source, target))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[views, tokens, in_channels] → [views, tokens, out_channels]."""
+        for index, name in enumerate(self._names):
+            if index:
+                features = functional.gelu(features)
+            features = getattr(self, name)(features)
+        return features
