@@ -1,0 +1,347 @@
+"""Camera messages as RGB arrays: sensor_msgs Image and CompressedImage -> uint8 [height, width, 3].
+
+What the bytes mean is settled here (layout, padding, byte order); colour arithmetic is left to cv_bridge where a
+working one is installed and to OpenCV otherwise. 8-bit colour and mono need neither: they are views of the
+message's own memory. Any object with the message's fields will do, a generated ROS class is not needed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import zlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+
+class ImageDecodeError(ValueError):
+    """A camera message that cannot become an RGB picture. The text says why and what to change."""
+
+
+# Encodings of interleaved pixels: name -> (bytes per sample, samples per pixel). The generic OpenCV types come in
+# OpenCV's channel order, blue first, as everything in ROS that turns them into colour assumes.
+_RGB_ORDER = {"rgb8": 3, "rgba8": 4}
+_BGR_ORDER = {"bgr8": 3, "bgra8": 4, "8UC3": 3, "8UC4": 4}
+_MONO = ("mono8", "8UC1")
+_SIXTEEN_BIT = {"mono16": 1, "rgb16": 3, "bgr16": 3, "rgba16": 4, "bgra16": 4, "16UC3": 3, "16UC4": 4}
+_BAYER = tuple(f"bayer_{pattern}{bits}" for pattern in ("rggb", "bggr", "gbrg", "grbg") for bits in (8, 16))
+_YUV_422 = {"uyvy": "uyvy", "yuv422": "uyvy", "yuyv": "yuyv", "yuv422_yuy2": "yuyv"}
+_YUV_PLANAR = ("nv12", "nv21", "nv16", "nv24", "i420", "yuv420")
+
+ENCODINGS = (*_RGB_ORDER, *_BGR_ORDER, *_MONO, *_SIXTEEN_BIT, *_BAYER, *_YUV_422, *_YUV_PLANAR)
+"""Every `encoding` that image_to_rgb accepts."""
+
+_DEPTH_ADVICE = (
+    "is a depth or measurement image without a meaning in colour. Point the camera at its colour topic; "
+    "a grey picture belongs under the encoding mono8 or mono16"
+)
+
+
+def image_to_rgb(msg) -> np.ndarray:
+    """uint8 [height, width, 3] of a sensor_msgs/Image of any encoding in `ENCODINGS`.
+
+    The result may be a read-only view of `msg.data` with any strides (reversed for bgr8, 0 for mono8); copy it
+    before writing to it. `step` 0 means tightly packed. Alpha is dropped. 16-bit samples v become v / 257, rounded.
+    YUV is BT.601 with limited range, as V4L2 cameras deliver it and cv_bridge reads it.
+    Raises ImageDecodeError.
+    """
+    encoding, height, width = msg.encoding, int(msg.height), int(msg.width)
+    if encoding not in ENCODINGS:
+        raise ImageDecodeError(_refusal(encoding))
+    if height <= 0 or width <= 0:
+        raise ImageDecodeError(f"empty image: {width} x {height} pixels. Check the camera driver's settings")
+    data = _bytes(msg.data)
+    step = int(msg.step)
+
+    if encoding in _MONO:
+        pixels = _rows(data, height, width, step)
+        return np.broadcast_to(pixels[:, :, None], (height, width, 3))
+    if encoding in _RGB_ORDER:
+        return _pixels(data, height, width, step, np.uint8, _RGB_ORDER[encoding])[:, :, :3]
+    if encoding in _BGR_ORDER:
+        return _pixels(data, height, width, step, np.uint8, _BGR_ORDER[encoding])[:, :, 2::-1]
+    if encoding in _YUV_422:
+        _require_even(encoding, width=width)
+        pixels = _pixels(data, height, width, step, np.uint8, 2)
+        return _to_rgb(pixels, _YUV_422[encoding])
+    if encoding in _YUV_PLANAR:
+        return _yuv_planes_to_rgb(data, height, width, step, encoding)
+
+    wide = np.dtype(">u2" if msg.is_bigendian else "<u2")
+    sample = wide if encoding in _SIXTEEN_BIT or encoding.endswith("16") else np.dtype(np.uint8)
+    pixels = _pixels(data, height, width, step, sample, _SIXTEEN_BIT.get(encoding, 1))
+    pixels = np.ascontiguousarray(pixels, sample.newbyteorder("="))  # a copy only if padded or swapped
+    if encoding in _BAYER and min(height, width) < 4:
+        raise ImageDecodeError(f"a {encoding} image of {width} x {height} pixels is too small to interpolate colours")
+    return _to_rgb(pixels, {"16UC3": "bgr16", "16UC4": "bgra16"}.get(encoding, encoding))
+
+
+def compressed_to_rgb(msg) -> np.ndarray:
+    """uint8 [height, width, 3] of a sensor_msgs/CompressedImage that holds a JPEG or PNG stream.
+
+    The stream says itself what it is; `format` (for example "rgb8; jpeg compressed bgr8") only serves to recognise
+    what is not a picture. Grey becomes RGB, alpha is dropped, 16-bit samples v become v / 257, rounded. Truncated
+    and corrupt streams are refused, although OpenCV would fill the missing part with grey.
+    Raises ImageDecodeError.
+    """
+    kind = str(msg.format)
+    if "compressedDepth" in kind or kind.split(";")[0].strip() in ("16UC1", "32FC1"):
+        raise ImageDecodeError(f'a compressed image of format "{kind}" {_DEPTH_ADVICE}')
+    data = _bytes(msg.data)
+    if data.size == 0:
+        raise ImageDecodeError(f'empty compressed image (format "{kind}"). Check the camera driver')
+    stream = data.tobytes()
+    if stream.startswith(b"\xff\xd8"):
+        _check_jpeg(stream)
+    elif stream.startswith(b"\x89PNG\r\n\x1a\n"):
+        _check_png(stream)
+    else:
+        raise ImageDecodeError(
+            f'a compressed image of format "{kind}" holds neither JPEG nor PNG (it begins with '
+            f"{stream[:8].hex(' ')}). Set the publisher's image_transport to jpeg or png"
+        )
+    cv2 = _opencv()
+    try:
+        # UNCHANGED, as cv_bridge does: EXIF orientation is not applied, so pixels agree with camera_info, and
+        # 16-bit samples reach the same rounding as those of raw images.
+        picture = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:
+        raise ImageDecodeError(f"OpenCV cannot decode the compressed image: {error}") from error
+    if picture is None:
+        raise ImageDecodeError(f'the compressed image (format "{kind}", {data.size} bytes) is corrupt')
+    if picture.dtype == np.uint16:
+        picture = _narrow(picture)
+    if picture.dtype != np.uint8:
+        raise ImageDecodeError(f"compressed image of {picture.dtype} samples; expected 8 or 16 bits per channel")
+    if picture.ndim == 2:
+        return np.broadcast_to(picture[:, :, None], (*picture.shape, 3))
+    return picture[:, :, 2::-1]
+
+
+def _refusal(encoding: str) -> str:
+    if encoding == "":
+        return "the image's encoding is empty. Check the camera driver"
+    if encoding[:1].isdigit() or "depth" in encoding.lower():
+        return f"an image of encoding {encoding} {_DEPTH_ADVICE}"
+    return f'unknown image encoding "{encoding}". Known are: {", ".join(ENCODINGS)}'
+
+
+# Layout: from the message's bytes to arrays of samples.
+
+
+def _bytes(data) -> np.ndarray:
+    """uint8 [n], a view wherever `data` (array.array, bytes, memoryview, NumPy array, list) allows one."""
+    try:
+        if isinstance(data, (list, tuple)):
+            return np.asarray(data, np.uint8)
+        if isinstance(data, np.ndarray):
+            return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        return np.frombuffer(data, np.uint8) if len(data) else np.empty(0, np.uint8)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ImageDecodeError(f"image data is no sequence of bytes: {error}") from error
+
+
+def _rows(data: np.ndarray, height: int, width: int, step: int, offset: int = 0) -> np.ndarray:
+    """uint8 [height, width] view: `height` rows of `width` bytes (not pixels), `step` bytes apart, from `offset`."""
+    step = step or width
+    if step < width:
+        raise ImageDecodeError(
+            f"step is {step} bytes, but a row takes {width}: the camera driver fills `step`, `width` or `encoding` wrongly"
+        )
+    # The padding of the last row may be missing.
+    needed = offset + (height - 1) * step + width
+    if data.size < needed or step > data.size:
+        raise ImageDecodeError(
+            f"image data is truncated: {data.size} bytes, but {height} rows of step {step} take {needed}"
+        )
+    return np.ndarray((height, width), np.uint8, data, offset, (step, 1))
+
+
+def _pixels(data, height, width, step, sample, channels) -> np.ndarray:
+    """[height, width, channels] view (for one channel [height, width]) of interleaved samples of dtype `sample`."""
+    sample = np.dtype(sample)
+    rows = _rows(data, height, width * channels * sample.itemsize, step)
+    strides = (rows.strides[0], channels * sample.itemsize, sample.itemsize)
+    pixels = np.ndarray((height, width, channels), sample, data, 0, strides)
+    return pixels if channels > 1 else pixels[:, :, 0]
+
+
+def _require_even(encoding: str, **sizes: int):
+    for name, size in sizes.items():
+        if size % 2:
+            raise ImageDecodeError(f"an image of encoding {encoding} needs an even {name}, got {size}")
+
+
+def _yuv_planes_to_rgb(data, height, width, step, encoding) -> np.ndarray:
+    """A luma plane of rows `step` apart, then chroma in one interleaved plane (nv..) or in two (i420)."""
+    step = step or width
+    luma = _rows(data, height, width, step)
+    after = height * step
+    if encoding == "nv24":  # one U, V pair per pixel: rows twice as long
+        _rows(data, height, 2 * width, 2 * step, after)
+        chroma = np.ndarray((height, width, 2), np.uint8, data, after, (2 * step, 2, 1))
+        # OpenCV has no 4:4:4 conversion: as 4:2:2 with every pixel twice, the arithmetic is the same for all.
+        doubled = np.empty((height, width, 2, 2), np.uint8)
+        doubled[..., 0] = luma[:, :, None]
+        doubled[..., 1] = chroma
+        return _to_rgb(doubled.reshape(height, 2 * width, 2), "yuyv")[:, ::2]
+    _require_even(encoding, width=width)
+    if encoding == "nv16":  # one pair per two pixels of a row
+        chroma = _rows(data, height, width, step, after)
+        return _to_rgb(np.stack([luma, chroma], axis=2), "yuyv")
+    _require_even(encoding, height=height)
+    if encoding in ("nv12", "nv21"):
+        chroma = _rows(data, height // 2, width, step, after)
+        return _to_rgb(np.concatenate([luma, chroma]), encoding)
+    _require_even(encoding, step=step)
+    planes = [luma.reshape(-1)]
+    for plane in range(2):
+        offset = after + plane * (height // 2) * (step // 2)
+        planes.append(_rows(data, height // 2, width // 2, step // 2, offset).reshape(-1))
+    return _to_rgb(np.concatenate(planes).reshape(height * 3 // 2, width), "i420")
+
+
+# Colour: from samples to RGB, by cv_bridge or OpenCV.
+
+
+def _to_rgb(pixels: np.ndarray, encoding: str) -> np.ndarray:
+    convert = _cv_bridge() if encoding in CV_BRIDGE_ENCODINGS else None
+    return convert(pixels, encoding) if convert else opencv_to_rgb(pixels, encoding)
+
+
+def opencv_to_rgb(pixels: np.ndarray, encoding: str) -> np.ndarray:
+    """uint8 [height, width, 3] by OpenCV. `pixels`: samples in native byte order, for the planar encodings
+    (nv12, nv21, i420) as OpenCV wants them: uint8 [height * 3 / 2, width]."""
+    cv2 = _opencv()
+    # OpenCV names a Bayer pattern by the second row's second and third pixel, ROS by the first row's first two.
+    code = {
+        "mono16": cv2.COLOR_GRAY2RGB,
+        "bgr16": cv2.COLOR_BGR2RGB,
+        "rgba16": cv2.COLOR_RGBA2RGB,
+        "bgra16": cv2.COLOR_BGRA2RGB,
+        "bayer_rggb": cv2.COLOR_BayerBG2RGB,
+        "bayer_bggr": cv2.COLOR_BayerRG2RGB,
+        "bayer_gbrg": cv2.COLOR_BayerGR2RGB,
+        "bayer_grbg": cv2.COLOR_BayerGB2RGB,
+        "uyvy": cv2.COLOR_YUV2RGB_UYVY,
+        "yuyv": cv2.COLOR_YUV2RGB_YUY2,
+        "nv12": cv2.COLOR_YUV2RGB_NV12,
+        "nv21": cv2.COLOR_YUV2RGB_NV21,
+        "i420": cv2.COLOR_YUV2RGB_I420,
+        "yuv420": cv2.COLOR_YUV2RGB_I420,
+    }
+    name = encoding.removesuffix("16").removesuffix("8") if encoding.startswith("bayer") else encoding
+    try:
+        picture = pixels if name == "rgb16" else cv2.cvtColor(pixels, code[name])
+    except cv2.error as error:
+        raise ImageDecodeError(f"OpenCV cannot convert the {encoding} image: {error}") from error
+    return _narrow(picture) if picture.dtype == np.uint16 else picture
+
+
+def _narrow(picture: np.ndarray) -> np.ndarray:
+    """uint16 -> uint8, full range to full range: v / 257, rounded; never a tie, 257 is odd."""
+    return ((picture.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+CV_BRIDGE_ENCODINGS = {"mono16", "rgb16", "bgr16", "rgba16", "bgra16", "uyvy", "yuyv", *_BAYER}
+"""What cv_bridge converts as it should. It knows no planar YUV."""
+
+
+@cache
+def _cv_bridge() -> Callable[[np.ndarray, str], np.ndarray] | None:
+    """ROS 2's cv_bridge as a function of (pixels, encoding) -> RGB, or None where there is none that works.
+
+    Only its colour conversion is used: imgmsg_to_cv2 mishandles a `step` that is no whole number of pixels and, under
+    NumPy 2, big-endian data.
+    """
+    if not cv_bridge_is_loadable():
+        return None
+    try:
+        from cv_bridge.boost.cv_bridge_boost import cvtColor2
+
+        # cv_bridge of every distro knows 4:2:2 by its older names.
+        older_names = {"uyvy": "yuv422", "yuyv": "yuv422_yuy2"}
+
+        def convert(pixels: np.ndarray, encoding: str) -> np.ndarray:
+            try:
+                return cvtColor2(np.ascontiguousarray(pixels), older_names.get(encoding, encoding), "rgb8")
+            except RuntimeError as error:
+                raise ImageDecodeError(f"cv_bridge cannot convert the {encoding} image: {error}") from error
+
+        sample = np.array([[[0, 257, 65535]]], np.uint16)
+        return convert if np.array_equal(convert(sample, "bgr16"), [[[255, 1, 0]]]) else None
+    except Exception:  # noqa: BLE001 - whatever is wrong with it, OpenCV does the work
+        return None
+
+
+def cv_bridge_is_loadable() -> bool:
+    """Whether importing cv_bridge's compiled part is safe, found out without importing it.
+
+    One that was built for NumPy 1 crashes the process under NumPy 2, so its file is searched for the name of the
+    module that everything built for NumPy 2 imports. The `cv-bridge` of PyPI (ROS 1) has no compiled part.
+    """
+    if "cv_bridge.boost.cv_bridge_boost" in sys.modules:
+        return True
+    try:
+        package = importlib.util.find_spec("cv_bridge")
+    except (ImportError, ValueError):
+        return False
+    folders = list(package.submodule_search_locations or []) if package else []
+    libraries = [file for folder in folders for file in Path(folder).glob("boost/cv_bridge_boost*.so")]
+    if not libraries:
+        return False
+    if int(np.__version__.split(".")[0]) < 2:
+        return True
+    return all(b"numpy._core._multiarray_umath" in library.read_bytes() for library in libraries)
+
+
+def _opencv():
+    try:
+        import cv2
+    except ImportError as error:
+        raise ImportError(
+            "this image needs OpenCV: pip install opencv-python-headless, or apt install python3-opencv"
+        ) from error
+    return cv2
+
+
+# Streams: whether they are whole. OpenCV decodes what is there and fills up the rest without a word.
+
+
+def _check_jpeg(stream: bytes):
+    """Raises ImageDecodeError unless the stream has a scan and, after it, its end marker."""
+    position = 2
+    while position + 4 <= len(stream) and stream[position] == 0xFF:
+        marker = stream[position + 1]
+        if marker == 0xFF:  # fill byte
+            position += 1
+        elif marker == 0xDA:
+            # Searched from here on, because an EXIF thumbnail in the header has an end marker of its own.
+            if stream.rfind(b"\xff\xd9", position) < 0:
+                raise ImageDecodeError(f"JPEG image is truncated: {len(stream)} bytes, and no end marker")
+            return
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # markers without a length
+            position += 2
+        else:
+            position += 2 + int.from_bytes(stream[position + 2 : position + 4], "big")
+    raise ImageDecodeError(f"JPEG image is corrupt or truncated: no picture in its {len(stream)} bytes")
+
+
+def _check_png(stream: bytes):
+    """Raises ImageDecodeError unless every chunk up to the last (IEND) is there with the right checksum."""
+    position = 8
+    while position + 12 <= len(stream):
+        length = int.from_bytes(stream[position : position + 4], "big")
+        end = position + 12 + length
+        if end > len(stream):
+            break
+        checksum = zlib.crc32(stream[position + 4 : end - 4])
+        if checksum != int.from_bytes(stream[end - 4 : end], "big"):
+            raise ImageDecodeError(f"PNG image is corrupt: wrong checksum at byte {end - 4}")
+        if stream[position + 4 : position + 8] == b"IEND":
+            return
+        position = end
+    raise ImageDecodeError(f"PNG image is truncated: {len(stream)} bytes, and no end chunk")
