@@ -1,0 +1,128 @@
+"""How a node lives in a process of its own: starts with a sentence if it cannot, ends cleanly when told to.
+
+rclpy's own signal handling is left off. Its handlers race with the executor (a few SIGTERMs in a hundred end in a
+hang), so here the main thread does nothing but wait for the end, the executor runs in a thread beside it, and
+everything is torn down in one order on the main thread.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+
+import rclpy
+from rclpy.executors import ExternalShutdownException, MultiThreadedExecutor, ShutdownException, SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.signals import SignalHandlerOptions
+from rclpy.utilities import remove_ros_args
+
+Stop = Callable[[int], None]
+"""Ends the process with an exit code: `stop(0)`. From any thread, any number of times; the first one counts."""
+
+#: Seconds that callbacks which are still running get to finish before the process leaves without them.
+GRACE_SEC = 5.0
+
+
+def run_node(make_node: Callable[[Stop], Node], args: Sequence[str] | None = None, *, threads: int = 1) -> int:
+    """Runs one node until SIGINT, SIGTERM or its own `stop`, and gives the process's exit code.
+
+    To be called from the main thread, as the last thing before `sys.exit`: SIGINT and SIGTERM are ignored
+    afterwards, because under `ros2 launch` Ctrl-C reaches a node twice. Works alike on rclpy 7.1 (Jazzy) and 9.1.
+
+    Args:
+        make_node: gets `stop` and makes the node. If it raises, its message is printed as one sentence. A node with
+            a `close()` method has it called once, on the main thread, while the executor still runs: there it ends
+            its threads and makes callbacks that wait return.
+        args: like `sys.argv`, the program's name first; None for `sys.argv` itself.
+        threads: callbacks that may run at once (see callback groups); 1 runs them one after the other.
+
+    Returns:
+        0 after a signal, 1 if the node could not be made or a callback raised, 2 for unknown arguments, otherwise
+        what `stop` was given.
+    """
+    arguments = list(sys.argv if args is None else args)
+    program = os.path.basename(arguments[0]) if arguments else "node"
+    # A SimpleQueue may be filled from a signal handler; an Event may not (its lock is not reentrant).
+    codes: queue.SimpleQueue[int] = queue.SimpleQueue()
+    others = set(threading.enumerate())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda _number, _frame: codes.put(0))
+    try:
+        code = _run(make_node, arguments, program, codes, threads)
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if any(thread.is_alive() for thread in set(threading.enumerate()) - others):
+        # Work that cannot be interrupted (a model being read) holds a thread; Python would wait for it, or crash
+        # in it, on its ordinary way out.
+        os._exit(code)
+    return code
+
+
+def _run(make_node, arguments: list[str], program: str, codes: queue.SimpleQueue[int], threads: int) -> int:
+    try:
+        rclpy.init(args=arguments, signal_handler_options=SignalHandlerOptions.NO)
+    except Exception as error:
+        return _refuse(program, error)
+    try:
+        unknown = remove_ros_args(args=arguments)[1:]
+        if unknown:
+            print(
+                f"{program}: unknown arguments {' '.join(unknown)}: parameters are given as "
+                f"`--ros-args -p NAME:=VALUE` or `--ros-args --params-file FILE`",
+                file=sys.stderr,
+            )
+            return 2
+        try:
+            node = make_node(codes.put)
+        except Exception as error:
+            return _refuse(program, error)
+        return _spin(node, codes, threads)
+    finally:
+        rclpy.try_shutdown()
+
+
+def _spin(node: Node, codes: queue.SimpleQueue[int], threads: int) -> int:
+    executor = SingleThreadedExecutor() if threads == 1 else MultiThreadedExecutor(num_threads=threads)
+    executor.add_node(node)
+    stopping = threading.Event()
+
+    def spin() -> None:
+        try:
+            while not stopping.is_set():
+                executor.spin_once(timeout_sec=1.0)
+        except (ExternalShutdownException, ShutdownException):
+            codes.put(0)
+        except Exception:
+            traceback.print_exc()
+            codes.put(1)
+
+    spinner = threading.Thread(target=spin, name="executor", daemon=True)
+    spinner.start()
+    code = codes.get()
+    if hasattr(node, "close"):
+        try:
+            node.close()
+        except Exception:
+            traceback.print_exc()
+            code = code or 1
+    stopping.set()
+    executor.wake()
+    spinner.join(GRACE_SEC)
+    # Only when no callback runs any more may what callbacks use be destroyed.
+    if not spinner.is_alive() and executor.shutdown(timeout_sec=GRACE_SEC):
+        node.destroy_node()
+    return code
+
+
+def _refuse(program: str, error: Exception) -> int:
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"{program}: {text}", file=sys.stderr)
+    return 1
