@@ -1,0 +1,90 @@
+import sys
+import xml.etree.ElementTree as ElementTree
+from glob import glob
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+NAME = "vla_perception"
+manifest = ElementTree.parse(Path(__file__).parent / "package.xml").getroot()
+
+TOKENIZER = [
+    "torch>=2.4",
+    "torchvision>=0.19",
+    "timm>=1.0.11,<2",  # another major version may name or compute something differently
+    "pillow>=10",
+    "opencv-python-headless>=4.8,<5",  # 5 drops conversions that ROS encodings need
+]
+# Wheels of ROS 2 Kilted (rclpy 9.1): Python 3.10 to 3.12, x86-64 Linux. On a machine with a ROS 2 distribution leave
+# this extra out. requirements/jazzy.txt has Jazzy's.
+ROS = [
+    "ros-rclpy[fastrtps]>=9.1,<9.2",
+    "ros-builtin-interfaces",
+    "ros-diagnostic-msgs",
+    "ros-lifecycle-msgs",
+    "ros-rcl-interfaces",
+    "ros-rosgraph-msgs",
+    "ros-sensor-msgs",
+    "ros-std-msgs",
+    "ros-std-srvs",
+]
+BAGS = ["rosbags>=0.10.4"]
+SIM = ["mujoco>=3.2"]
+TEST = [
+    "pytest>=8,<10",
+    "scikit-image>=0.22",  # photographs
+    "pyyaml",
+    "catkin_pkg",  # colcon-ros needs it to read package.xml
+    "colcon-core",
+    "colcon-ros",
+    "setuptools>=68,<80",  # 80 dropped what colcon calls (`setup.py develop` and options of `install`)
+]
+DEV = ["ruff>=0.6", "matplotlib>=3.8"]
+
+data_files = [
+    ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
+    (f"share/{NAME}", ["package.xml"]),
+    (f"share/{NAME}/launch", sorted(glob("launch/*.launch.py"))),
+    (f"share/{NAME}/config", sorted(glob("config/*.*"))),
+]
+if not {"bdist_wheel", "dist_info", "editable_wheel", "egg_info", "sdist"} & set(sys.argv):
+    # colcon puts console scripts into lib/<package>, where `ros2 run` finds them and a shell does not. pip puts them
+    # on the PATH by itself.
+    data_files.append(("bin", ["scripts/vla-perception"]))
+
+setup(
+    name=NAME,
+    version=manifest.findtext("version"),
+    description=" ".join(manifest.findtext("description").split()),
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license=manifest.findtext("license"),
+    maintainer=manifest.findtext("maintainer"),
+    maintainer_email=manifest.find("maintainer").get("email"),
+    packages=find_packages(include=[NAME, f"{NAME}.*"]),
+    package_data={NAME: ["scenes/*.xml"]},
+    data_files=[(folder, files) for folder, files in data_files if files],
+    zip_safe=False,
+    python_requires=">=3.10",
+    # What reading tokens takes: a policy's environment gets no torch from here.
+    install_requires=["numpy>=1.26", "safetensors>=0.4", "ml_dtypes>=0.4"],
+    extras_require={
+        "tokenizer": TOKENIZER,
+        "ros": ROS,
+        "bags": BAGS,
+        "sim": SIM,
+        "test": TEST,
+        "dev": DEV,
+        "all": TOKENIZER + ROS + BAGS + SIM + TEST + DEV,
+    },
+    entry_points={
+        "console_scripts": [
+            f"vla-perception = {NAME}.cli:main",
+            f"visual_tokenizer = {NAME}.nodes.visual_tokenizer:main",
+            f"bag_player = {NAME}.nodes.bag_player:main",
+            f"opencv_camera = {NAME}.nodes.opencv_camera:main",
+            f"mujoco_camera = {NAME}.nodes.mujoco_camera:main",
+            f"token_viewer = {NAME}.nodes.token_viewer:main",
+        ]
+    },
+)
