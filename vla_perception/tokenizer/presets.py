@@ -102,6 +102,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.encoders:
             raise ValueError(f"model {self.name!r} has no encoder; give at least one")
+        if len({encoder.name for encoder in self.encoders}) != len(self.encoders):
+            raise ValueError(f"model {self.name!r}: encoder names must differ")
         if self.projector not in PROJECTORS:
             raise ValueError(
                 f"model {self.name!r}: unknown projector {self.projector!r}; choose one of {', '.join(PROJECTORS)}"

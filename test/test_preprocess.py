@@ -1,0 +1,106 @@
+"""Preprocessing equals PIL's and torchvision's, composed as OpenVLA's processor composes them."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transforms = pytest.importorskip("torchvision.transforms")
+pytest.importorskip("timm")
+from PIL import Image  # noqa: E402
+from torchvision.transforms import functional  # noqa: E402
+
+from vla_perception.tokenizer.preprocess import Preprocessor, source_to_grid  # noqa: E402
+from vla_perception.tokenizer.presets import (  # noqa: E402
+    HALF,
+    IMAGENET_MEAN,
+    IMAGENET_MEAN_BF16,
+    IMAGENET_STD,
+    IMAGENET_STD_BF16,
+    EncoderConfig,
+)
+
+SIZES = [(480, 640), (640, 480), (224, 224), (100, 37), (97, 223), (720, 1281), (225, 224), (31, 500), (1, 9)]
+STATISTICS = [(IMAGENET_MEAN_BF16, IMAGENET_STD_BF16), (IMAGENET_MEAN, IMAGENET_STD), (HALF, HALF)]
+
+
+def reference(image: np.ndarray, config: EncoderConfig) -> torch.Tensor:
+    """PrismaticImageProcessor of openvla in torchvision's own operations on a PIL picture."""
+    picture = Image.fromarray(image)
+    side = config.image_size
+    if config.resize_strategy == "letterbox":
+        width, height = picture.size
+        longest = max(width, height)
+        horizontal, vertical = int((longest - width) / 2), int((longest - height) / 2)
+        fill = tuple(int(value * 255) for value in config.mean)
+        picture = functional.pad(picture, [horizontal, vertical, horizontal, vertical], fill=fill)
+    target = [side, side] if config.resize_strategy == "resize-naive" else side
+    picture = functional.resize(picture, target, interpolation=functional.InterpolationMode.BICUBIC, antialias=True)
+    picture = functional.center_crop(picture, [side, side])
+    return functional.normalize(functional.to_tensor(picture), config.mean, config.std)
+
+
+@pytest.mark.parametrize("strategy", ["resize-naive", "resize-crop", "letterbox"])
+@pytest.mark.parametrize("side", [224, 384])
+def test_equals_pil_bit_for_bit(strategy, side):
+    generator = np.random.default_rng(side)
+    encoders = [
+        EncoderConfig(f"e{i}", "vit_tiny_patch16_224", side, mean, std, strategy)
+        for i, (mean, std) in enumerate(STATISTICS)
+    ]
+    preprocess = Preprocessor(encoders)
+    random_sizes = [tuple(generator.integers(20, 900, 2)) for _ in range(6)]
+    for height, width in SIZES + random_sizes:
+        if strategy == "resize-crop" and max(height, width) > 9 * min(height, width):
+            continue
+        image = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        for config, pixels in zip(encoders, preprocess([image])):
+            expected = reference(image, config)
+            assert torch.equal(pixels[0], expected), (height, width, config.name)
+
+
+def test_several_views_of_different_sizes_and_layouts():
+    generator = np.random.default_rng(1)
+    config = EncoderConfig("siglip", "vit_tiny_patch16_224", 224, HALF, HALF)
+    big = generator.integers(0, 256, (700, 900, 3), dtype=np.uint8)
+    images = [big[::2, ::3], big[:, :, ::-1], np.asfortranarray(big)]
+    (pixels,) = Preprocessor([config])(images)
+    assert pixels.shape == (3, 3, 224, 224)
+    for got, image in zip(pixels, images):
+        assert torch.equal(got, reference(np.ascontiguousarray(image), config))
+
+
+@pytest.mark.parametrize(
+    "image, words",
+    [
+        (np.zeros((4, 4, 3), np.float32), "uint8"),
+        (np.zeros((4, 4), np.uint8), "height, width, 3"),
+        (np.zeros((4, 4, 4), np.uint8), "height, width, 3"),
+        (np.zeros((0, 4, 3), np.uint8), "height, width, 3"),
+        ([[0]], "uint8 NumPy array"),
+    ],
+)
+def test_bad_pictures_are_refused_with_advice(image, words):
+    config = EncoderConfig("siglip", "vit_tiny_patch16_224", 224, HALF, HALF)
+    with pytest.raises(ValueError, match=words):
+        Preprocessor([config])([image])
+    with pytest.raises(ValueError, match="at least one"):
+        Preprocessor([config])([])
+
+
+@pytest.mark.parametrize("strategy", ["resize-naive", "resize-crop", "letterbox"])
+@pytest.mark.parametrize("height, width", [(480, 640), (640, 300), (224, 224)])
+def test_affine_map_finds_a_bright_spot(strategy, height, width):
+    """A white square in the source appears in the patch that the map names."""
+    config = EncoderConfig("siglip", "vit_tiny_patch16_224", 224, HALF, HALF, strategy)
+    y, x = height // 2 + 41, width // 2 - 57
+    image = np.zeros((height, width, 3), np.uint8)
+    image[y - 4 : y + 5, x - 4 : x + 5] = 255
+    (pixels,) = Preprocessor([config])([image])
+    if strategy == "letterbox":  # the padding is grey, which is brighter than black but darker than the spot
+        assert pixels.max() > 0
+    row, column = np.unravel_index(int(pixels[0].sum(0).argmax()), (224, 224))
+    a, b, c, d, e, f = source_to_grid(height, width, config, 16)
+    u, v = a * (x + 0.5) + b * (y + 0.5) + c, d * (x + 0.5) + e * (y + 0.5) + f
+    # The brightest pixel lies somewhere within the square: up to 5 source pixels, 3.5 pixels of the input, away.
+    assert abs(u - (column + 0.5) / 16) < 0.3
+    assert abs(v - (row + 0.5) / 16) < 0.3
