@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Makes the sample bag in `examples/sample_bag`: two virtual cameras over a table with real photographs.
 
     python examples/make_sample_bag.py [--out examples/sample_bag]
