@@ -8,28 +8,30 @@ from setuptools import find_packages, setup
 NAME = "vla_perception"
 manifest = ElementTree.parse(Path(__file__).parent / "package.xml").getroot()
 
+OPENCV = "opencv-python-headless>=4.8,<5"  # 5 drops conversions that ROS encodings need
 TOKENIZER = [
     "torch>=2.4",
     "torchvision>=0.19",
     "timm>=1.0.11,<2",  # another major version may name or compute something differently
     "pillow>=10",
-    "opencv-python-headless>=4.8,<5",  # 5 drops conversions that ROS encodings need
+    OPENCV,
 ]
 # Wheels of ROS 2 Kilted (rclpy 9.1): Python 3.10 to 3.12, x86-64 Linux. On a machine with a ROS 2 distribution leave
 # this extra out. requirements/jazzy.txt has Jazzy's.
 ROS = [
     "ros-rclpy[fastrtps]>=9.1,<9.2",
+    "ros-ament-index-python",
     "ros-builtin-interfaces",
-    "ros-diagnostic-msgs",
-    "ros-lifecycle-msgs",
-    "ros-rcl-interfaces",
-    "ros-rosgraph-msgs",
-    "ros-sensor-msgs",
-    "ros-std-msgs",
-    "ros-std-srvs",
+    "ros-diagnostic-msgs>=5.5,<5.6",  # the message packages' series must be the distribution's, like rclpy's
+    "ros-lifecycle-msgs>=2.3,<2.4",
+    "ros-rcl-interfaces>=2.3,<2.4",
+    "ros-rosgraph-msgs>=2.3,<2.4",
+    "ros-sensor-msgs>=5.5,<5.6",
+    "ros-std-msgs>=5.5,<5.6",
+    "ros-std-srvs>=5.5,<5.6",
 ]
 BAGS = ["rosbags>=0.10.4"]
-SIM = ["mujoco>=3.2"]
+SIM = ["mujoco>=3.2", OPENCV]
 TEST = [
     "pytest>=8,<10",
     "scikit-image>=0.22",  # photographs

@@ -1,0 +1,68 @@
+# `make demo` and `make test` on a machine without ROS: everything comes from PyPI, into this folder.
+
+# Any Python that ROS 2's wheels exist for; a path works too: `make PYTHON=/usr/bin/python3.10 test`.
+PYTHON ?= >=3.10,<3.13
+PYTEST_ARGS ?=
+
+UV := .bootstrap/bin/uv
+KILTED := .venv/.installed
+JAZZY := .venv-jazzy/.installed
+
+# A sourced ROS 2, or a Python of ROS 2's wheels that started this make, must not reach into the environments here.
+unexport LD_LIBRARY_PATH PYTHONPATH PYTHONHOME VIRTUAL_ENV _ROS_WHEELS_BOOTSTRAP_COMPLETE
+unexport AMENT_PREFIX_PATH COLCON_PREFIX_PATH CMAKE_PREFIX_PATH ROS_DISTRO RMW_IMPLEMENTATION
+
+# Packages with CUDA libraries are large; a slow line is no error.
+export UV_HTTP_TIMEOUT ?= 600
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-kilted test-jazzy lint environments clean
+
+help:
+	@echo "make demo    replay the sample bag through the node, print a table, write out/demo/"
+	@echo "make test    run the tests, and those that touch ROS again under Jazzy's rclpy"
+	@echo "make lint    ruff"
+	@echo "make clean   remove environments, build outputs and out/"
+
+demo: $(KILTED)
+	.venv/bin/python -m vla_perception.demo
+
+# Both runs happen even if the first one fails.
+test: $(KILTED) $(JAZZY)
+	@code=0; \
+	$(MAKE) --no-print-directory test-kilted || code=1; \
+	$(MAKE) --no-print-directory test-jazzy || code=1; \
+	exit $$code
+
+test-kilted: $(KILTED)
+	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+test-jazzy: $(JAZZY)
+	.venv-jazzy/bin/python -m pytest -m ros $(PYTEST_ARGS)
+
+lint: $(KILTED)
+	.venv/bin/ruff check .
+
+environments: $(KILTED) $(JAZZY)
+
+$(UV):
+	@python3 -m venv .bootstrap || { rm -rf .bootstrap; \
+	  echo "make: needs python3 with its venv module (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	.bootstrap/bin/python -m pip install --quiet --disable-pip-version-check uv
+
+# uv leaves pip's settings alone (an extra index or a folder of wheels there could mix torch builds), and shares
+# files between the two environments.
+$(KILTED): setup.py setup.cfg package.xml | $(UV)
+	@[ -x .venv/bin/python ] || $(UV) venv --quiet --python '$(PYTHON)' .venv
+	$(UV) pip install --python .venv/bin/python --editable '.[all]'
+	@touch $@
+
+$(JAZZY): setup.py setup.cfg package.xml requirements/jazzy.txt | $(UV)
+	@[ -x .venv-jazzy/bin/python ] || $(UV) venv --quiet --python '$(PYTHON)' .venv-jazzy
+	$(UV) pip install --python .venv-jazzy/bin/python --requirement requirements/jazzy.txt \
+	  --editable '.[tokenizer,bags,sim,test]'
+	@touch $@
+
+clean:
+	rm -rf .bootstrap .venv .venv-jazzy build install log out dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
