@@ -1,0 +1,122 @@
+"""sensor_msgs/CameraInfo from a calibration file, from a pinhole model, or for a camera nobody calibrated."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+from sensor_msgs.msg import CameraInfo
+
+# How many distortion coefficients a model takes, as image_geometry and OpenCV read them.
+DISTORTION_MODELS = {"plumb_bob": (4, 5), "rational_polynomial": (8, 12, 14), "equidistant": (4,), "fisheye": (4,)}
+
+
+class CalibrationError(ValueError):
+    """A calibration file that cannot be used. The text names the file and what is wrong in it."""
+
+
+def uncalibrated(width: int, height: int) -> CameraInfo:
+    """The message's own convention for "not calibrated": a size, and zeros for everything else."""
+    return CameraInfo(width=width, height=height)
+
+
+def pinhole(width: int, height: int, fx: float, fy: float, cx: float, cy: float) -> CameraInfo:
+    """An ideal camera without distortion. Focal lengths and centre in pixels; pixel centres are integers."""
+    return CameraInfo(
+        width=width,
+        height=height,
+        distortion_model="plumb_bob",
+        d=[0.0] * 5,
+        k=[fx, 0.0, cx, 0.0, fy, cy, 0.0, 0.0, 1.0],
+        r=[1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0],
+        p=[fx, 0.0, cx, 0.0, 0.0, fy, cy, 0.0, 0.0, 0.0, 1.0, 0.0],
+    )
+
+
+def read_calibration(location: str) -> CameraInfo:
+    """A CameraInfo of the YAML file that camera_calibration and camera_info_manager write.
+
+    `location`: a path, file://PATH, or package://PACKAGE/PATH (needs ament_index_python).
+    Raises CalibrationError if there is no such file or anything in it does not fit.
+    """
+    import yaml
+
+    path = _local_path(location)
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"cannot read the calibration file {path}: {error}") from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise CalibrationError(f"calibration file {path} is no YAML: {error}") from error
+    try:
+        return _from_yaml(content)
+    except ValueError as error:
+        raise CalibrationError(f"calibration file {path}: {error}") from error
+
+
+def _local_path(location: str) -> Path:
+    url = urlparse(location)
+    if url.scheme == "file":
+        return Path(unquote(url.path))
+    if url.scheme == "package":
+        from ament_index_python.packages import PackageNotFoundError, get_package_share_directory
+
+        try:
+            return Path(get_package_share_directory(url.netloc)) / unquote(url.path).lstrip("/")
+        except (PackageNotFoundError, ValueError) as error:
+            raise CalibrationError(f"{location}: there is no package {url.netloc!r}") from error
+    if "://" in location:
+        raise CalibrationError(f"{location}: only paths, file:// and package:// are understood")
+    return Path(location).expanduser()
+
+
+def _from_yaml(content) -> CameraInfo:
+    if not isinstance(content, dict):
+        raise ValueError("expected keys such as image_width and camera_matrix, as camera_calibration writes them")
+    width, height = (_size(content, name) for name in ("image_width", "image_height"))
+    model = content.get("distortion_model", "plumb_bob")  # files from before the key existed
+    if model not in DISTORTION_MODELS:
+        raise ValueError(f"unknown distortion_model {model!r}; known are {', '.join(DISTORTION_MODELS)}")
+    camera = _matrix(content, "camera_matrix", 3, 3)
+    if camera[0] <= 0 or camera[4] <= 0 or camera[6:] != [0, 0, 1]:
+        raise ValueError("camera_matrix is no intrinsic matrix: focal lengths above 0, last row 0 0 1")
+    distortion = _matrix(content, "distortion_coefficients", 1, None)
+    if len(distortion) not in DISTORTION_MODELS[model]:
+        counts = " or ".join(map(str, DISTORTION_MODELS[model]))
+        raise ValueError(f"{model} takes {counts} distortion_coefficients, the file has {len(distortion)}")
+    identity = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+    unrectified = [*camera[0:3], 0.0, *camera[3:6], 0.0, *camera[6:9], 0.0]
+    return CameraInfo(
+        width=width,
+        height=height,
+        distortion_model=model,
+        d=distortion,
+        k=camera,
+        r=_matrix(content, "rectification_matrix", 3, 3, identity),
+        p=_matrix(content, "projection_matrix", 3, 4, unrectified),
+    )
+
+
+def _size(content: dict, name: str) -> int:
+    value = content.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= 65536:
+        raise ValueError(f"{name} must be a number of pixels, got {value!r}")
+    return value
+
+
+def _matrix(content: dict, name: str, rows: int, columns: int | None, default: list | None = None) -> list[float]:
+    """Row-major values of {rows, cols, data}; any number of columns where `columns` is None."""
+    if name not in content and default is not None:
+        return default
+    matrix = content.get(name)
+    data = matrix.get("data") if isinstance(matrix, dict) else None
+    if not isinstance(data, list):
+        raise ValueError(f"{name} is missing or has no data")
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in data):
+        raise ValueError(f"{name} holds something other than finite numbers")
+    if columns is not None and len(data) != rows * columns:
+        raise ValueError(f"{name} must be {rows} x {columns}, got {len(data)} values")
+    return [float(value) for value in data]

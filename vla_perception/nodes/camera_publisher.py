@@ -1,0 +1,67 @@
+"""The topics of one camera: image_raw, image_raw/compressed and camera_info."""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+from builtin_interfaces.msg import Time
+from rclpy.duration import Duration
+from rclpy.node import Node
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+
+QUEUE_DEPTH = 5
+
+
+class CameraPublisher:
+    """Publishes pictures in the forms that somebody subscribes to, each with its camera_info.
+
+    The topics are `<prefix>image_raw`, relative to the node's namespace, and beside it `image_raw/compressed` and
+    `camera_info`. Remapping `<prefix>image_raw` moves all three.
+    """
+
+    def __init__(self, node: Node, frame_id: str, prefix: str = ""):
+        # Only the base name is remapped by ROS; the others follow it, as with image_transport.
+        self.topic = node.resolve_topic_name(prefix + "image_raw")
+        self.frame_id = frame_id
+        self._raw = node.create_publisher(Image, self.topic, QUEUE_DEPTH)
+        self._compressed = node.create_publisher(CompressedImage, self.topic + "/compressed", QUEUE_DEPTH)
+        self._info = node.create_publisher(CameraInfo, self.topic.rpartition("/")[0] + "/camera_info", QUEUE_DEPTH)
+
+    def wanted(self) -> bool:
+        """Whether anybody subscribes to the pictures or to camera_info."""
+        return any(p.get_subscription_count() for p in (self._raw, self._compressed, self._info))
+
+    def publish(self, pixels: np.ndarray, encoding: str, stamp: Time, info: CameraInfo, jpeg_quality: int):
+        """pixels: uint8 [height, width, 3] in the order that encoding, "rgb8" or "bgr8", says."""
+        info.header.stamp, info.header.frame_id = stamp, self.frame_id
+        if self._raw.get_subscription_count():
+            height, width = pixels.shape[:2]
+            image = Image(height=height, width=width, encoding=encoding, step=3 * width)
+            image.header = info.header
+            image.data = _octets(np.ascontiguousarray(pixels))
+            self._raw.publish(image)
+        if self._compressed.get_subscription_count():
+            compressed = CompressedImage(format=f"{encoding}; jpeg compressed bgr8")
+            compressed.header = info.header
+            compressed.data = _octets(_jpeg(pixels if encoding == "bgr8" else pixels[:, :, ::-1], jpeg_quality))
+            self._compressed.publish(compressed)
+        self._info.publish(info)
+
+    def flush(self, timeout_sec: float):
+        """Waits until reliable subscribers have everything, for a publisher that is about to end."""
+        for publisher in (self._raw, self._compressed, self._info):
+            publisher.wait_for_all_acked(Duration(seconds=timeout_sec))
+
+
+def _octets(data: np.ndarray) -> array:
+    # rclpy takes an array.array as it is, but checks anything else element by element.
+    octets = array("B")
+    octets.frombytes(memoryview(data).cast("B"))
+    return octets
+
+
+def _jpeg(bgr: np.ndarray, quality: int) -> np.ndarray:
+    import cv2
+
+    return cv2.imencode(".jpg", np.ascontiguousarray(bgr), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]

@@ -1,0 +1,163 @@
+"""Camera node on OpenCV: a V4L2 device, an RTSP or HTTP stream, or a video file as ROS images.
+
+Topics, relative to the node's namespace: image_raw, image_raw/compressed, camera_info. Started as
+`--ros-args -r __ns:=/front`, it is the camera `front` of the visual tokenizer.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+from rclpy.node import Node
+from rclpy.time import Time
+
+from vla_perception.messages.camera_info import read_calibration, uncalibrated
+from vla_perception.nodes.camera_publisher import CameraPublisher
+from vla_perception.nodes.parameters import declare
+from vla_perception.nodes.process import Stop, run_node
+from vla_perception.video import SourceError, VideoSource
+
+FIRST_RETRY_SEC = 0.5
+
+
+class OpencvCamera(Node):
+    """One thread captures, so that a driver's queue never fills up; another publishes the newest frame."""
+
+    def __init__(self, stop: Stop):
+        super().__init__("opencv_camera")
+        self._stop = stop
+        source = declare(
+            self,
+            "source",
+            "/dev/video0",
+            "Device (/dev/video0 or 0), stream (rtsp://.., http://..) or video file.",
+            any_type=True,
+        )
+        frame_id = declare(self, "frame_id", "camera", "frame_id of the pictures: the camera's optical frame.")
+        calibration = declare(
+            self, "camera_info_url", "", "Calibration YAML: a path, file:// or package://. Empty: uncalibrated."
+        )
+        width = declare(self, "width", 0, "Width to ask of a device, in pixels. 0: its own.", 0, 16384)
+        height = declare(self, "height", 0, "Height to ask of a device, in pixels. 0: its own.", 0, 16384)
+        rate_hz = declare(
+            self, "rate_hz", 0.0, "Frames per second to ask of a device, or to play a file at. 0: its own.", 0, 1000
+        )
+        pixel_format = declare(self, "pixel_format", "", "Four characters to ask of a device, such as MJPG or YUYV.")
+        loop = declare(self, "loop", True, "Start a video file again at its end; otherwise the node ends there.")
+        timeout = declare(self, "timeout_sec", 5.0, "After this long without a frame a stream is opened anew.", 0.1, 600)
+        self._longest_retry = declare(
+            self, "retry_max_sec", 10.0, "Longest pause between attempts to reopen a source that broke.", 0.5, 3600
+        )
+        declare(self, "jpeg_quality", 90, "Of image_raw/compressed. Can change at run time.", 1, 100, fixed=False)
+
+        self._calibration = read_calibration(calibration) if calibration else None
+        self._size_complained = False
+        self._source = VideoSource(
+            str(source),
+            width=width,
+            height=height,
+            rate_hz=rate_hz,
+            pixel_format=pixel_format,
+            loop=loop,
+            timeout_sec=timeout,
+        )
+        if self._source.kind != "stream":  # a network camera may come up after the robot, a device will not
+            self._source.open()
+        self._publisher = CameraPublisher(self, frame_id)
+        self.get_logger().info(f"publishing {self._source.source} on {self._publisher.topic}")
+
+        self._closing = threading.Event()
+        self._slot = threading.Condition()
+        self._newest = None  # (Frame, stamp in ns), until it is published
+        self._ended = False
+        self._threads = [
+            threading.Thread(target=target, name=target.__name__, daemon=True)
+            for target in (self._capture_frames, self._publish_frames)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self):
+        """Ends the threads. One inside OpenCV may take `timeout_sec` and is not waited for that long."""
+        self._closing.set()
+        with self._slot:
+            self._slot.notify_all()
+        for thread in self._threads:
+            thread.join(1.0)
+        if not self._threads[0].is_alive():
+            self._source.close()
+
+    def _capture_frames(self):
+        retry = FIRST_RETRY_SEC
+        broken = False
+        while not self._closing.is_set():
+            try:
+                if not self._source.is_open:
+                    self._source.open()
+                frame = self._source.read()
+            except SourceError as error:
+                self._source.close()
+                self.get_logger().error(f"{error}. Next attempt in {retry:g} s")
+                broken = True
+                self._closing.wait(retry)
+                retry = min(2 * retry, self._longest_retry)
+                continue
+            if broken:
+                self.get_logger().info(f"{self._source.source} delivers frames again")
+                retry, broken = FIRST_RETRY_SEC, False
+            with self._slot:
+                if self._source.kind == "file":  # waits for us, so no frame need be skipped
+                    self._slot.wait_for(lambda: self._newest is None or self._closing.is_set())
+                if frame is None:
+                    self._ended = True
+                else:
+                    # After a wait, which is short of a frame's duration, a file's frame is due now.
+                    stamp = self.get_clock().now().nanoseconds - int(frame.age_sec * 1e9)
+                    self._newest = frame, max(0, stamp)
+                self._slot.notify_all()
+            if frame is None:
+                return
+
+    def _publish_frames(self):
+        while True:
+            with self._slot:
+                self._slot.wait_for(lambda: self._newest or self._ended or self._closing.is_set())
+                if self._closing.is_set():
+                    return
+                newest, self._newest = self._newest, None
+                self._slot.notify_all()
+            if newest is None:
+                self.get_logger().info(f"{self._source.source} has ended")
+                self._publisher.flush(2.0)
+                self._stop(0)
+                return
+            if self._publisher.wanted():
+                frame, stamp = newest
+                height, width = frame.pixels.shape[:2]
+                quality = self.get_parameter("jpeg_quality").value
+                stamp = Time(nanoseconds=stamp).to_msg()
+                self._publisher.publish(frame.pixels, "bgr8", stamp, self._camera_info(width, height), quality)
+
+    def _camera_info(self, width: int, height: int):
+        """The calibration, unless it is for pictures of another size: wrong intrinsics are worse than none."""
+        calibration = self._calibration
+        if calibration is None:
+            return uncalibrated(width, height)
+        if (calibration.width, calibration.height) == (width, height):
+            return calibration
+        if not self._size_complained:
+            self._size_complained = True
+            self.get_logger().error(
+                f"the calibration is for {calibration.width} x {calibration.height} pixels, but the pictures have "
+                f"{width} x {height}: camera_info says uncalibrated. Calibrate at this size, or set width and height"
+            )
+        return uncalibrated(width, height)
+
+
+def main(args: list[str] | None = None) -> int:
+    return run_node(OpencvCamera, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

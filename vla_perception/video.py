@@ -1,0 +1,142 @@
+"""Frames from a camera device, a network stream or a video file through OpenCV. Knows nothing of ROS."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+
+class SourceError(RuntimeError):
+    """A source that cannot be opened or broke off. The text says what to do about it."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """pixels: uint8 [height, width, 3], BGR. age_sec: how long ago it was captured, as far as the driver says."""
+
+    pixels: np.ndarray
+    age_sec: float
+
+
+class VideoSource:
+    """One of: a V4L2 device ("/dev/video0" or "0"), a stream ("rtsp://..", "http://.."), a video file.
+
+    width, height, rate_hz, pixel_format (four characters, "MJPG"): asked of a device, which may choose otherwise;
+    rate_hz also sets the pace of a file. 0 and "" leave it to the source. loop: a file starts again at its end.
+    timeout_sec: when a silent stream counts as broken.
+    """
+
+    def __init__(self, source, *, width=0, height=0, rate_hz=0.0, pixel_format="", loop=True, timeout_sec=5.0):
+        if not source:
+            raise SourceError("no source given: a device (/dev/video0), a stream (rtsp://.., http://..) or a video file")
+        if pixel_format and len(pixel_format) != 4:
+            raise SourceError(f'pixel_format is four characters such as "MJPG" or "YUYV", got "{pixel_format}"')
+        self.source = f"/dev/video{source}" if re.fullmatch(r"\d+", source) else source
+        if "://" in self.source and not self.source.startswith("file://"):
+            self.kind = "stream"
+        else:
+            self.source = os.path.expanduser(self.source.removeprefix("file://"))
+            self.kind = "device" if os.path.realpath(self.source).startswith("/dev/") else "file"
+        self.width, self.height, self.rate_hz, self.pixel_format = width, height, rate_hz, pixel_format
+        self.loop, self.timeout_sec = loop, timeout_sec
+        self._capture = None
+        self._due = 0.0  # steady clock: when the next frame of a file is to be shown
+
+    @property
+    def is_open(self) -> bool:
+        return self._capture is not None
+
+    def open(self):
+        """Raises SourceError if that fails. May take up to `timeout_sec` for a stream."""
+        import cv2
+
+        self.close()
+        if self.kind == "device":
+            capture = self._open_device(cv2)
+        elif self.kind == "stream":
+            timeout_ms = int(self.timeout_sec * 1000)
+            capture = cv2.VideoCapture(
+                self.source,
+                cv2.CAP_FFMPEG,
+                [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, timeout_ms, cv2.CAP_PROP_READ_TIMEOUT_MSEC, timeout_ms],
+            )
+            if not capture.isOpened():
+                raise SourceError(f"cannot open the stream {self.source}: is the camera reachable and the URL right?")
+        else:
+            if not os.path.isfile(self.source):
+                raise SourceError(f"there is no video file {self.source}")
+            capture = cv2.VideoCapture(self.source)
+            if not capture.isOpened():
+                raise SourceError(f"OpenCV cannot read {self.source}: no video file, or a codec that it lacks")
+            self._due = time.monotonic()
+        self._capture = capture
+
+    def read(self) -> Frame | None:
+        """The next frame; waits for it. None at the end of a file that does not loop. Raises SourceError."""
+        import cv2
+
+        if self.kind == "file":
+            return self._read_file(cv2)
+        ok = self._capture.grab()
+        grabbed = time.monotonic()
+        # V4L2 stamps its buffers on the monotonic clock; streams report their position instead.
+        at = self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 if ok and self.kind == "device" else 0.0
+        ok, pixels = self._capture.retrieve() if ok else (False, None)
+        if not ok:
+            raise SourceError(f"{self.source} delivers no more frames")
+        age = time.monotonic() - grabbed
+        if 0 <= grabbed - at < 1:
+            age += grabbed - at
+        return Frame(pixels, age)
+
+    def close(self):
+        if self._capture is not None:
+            self._capture.release()
+            self._capture = None
+
+    def _open_device(self, cv2):
+        if not os.path.exists(self.source):
+            there = ", ".join(sorted(glob.glob("/dev/video*"))) or "none"
+            raise SourceError(f"there is no device {self.source} (video devices here: {there}). Is it plugged in?")
+        if not os.access(self.source, os.R_OK | os.W_OK):
+            raise SourceError(f"no permission to open {self.source}: add this user to the group video")
+        capture = cv2.VideoCapture(self.source, cv2.CAP_V4L2)
+        if capture.isOpened():
+            if self.pixel_format:
+                capture.set(cv2.CAP_PROP_FOURCC, cv2.VideoWriter.fourcc(*self.pixel_format))
+            wanted = {
+                cv2.CAP_PROP_FRAME_WIDTH: self.width,
+                cv2.CAP_PROP_FRAME_HEIGHT: self.height,
+                cv2.CAP_PROP_FPS: self.rate_hz,
+            }
+            for name, value in wanted.items():
+                if value:
+                    capture.set(name, value)
+            # A device that somebody else streams from can be opened; only the first frame tells.
+            if capture.grab():
+                return capture
+        capture.release()
+        raise SourceError(
+            f"{self.source} delivers no picture: it is busy (who has it: fuser -v {self.source}), or no camera "
+            "(v4l2-ctl --list-devices shows which are)"
+        )
+
+    def _read_file(self, cv2) -> Frame | None:
+        ok, pixels = self._capture.read()
+        if not ok and self.loop:
+            self._capture.set(cv2.CAP_PROP_POS_FRAMES, 0)
+            ok, pixels = self._capture.read()
+            if not ok:
+                raise SourceError(f"{self.source} holds no frame that OpenCV can decode")
+        if not ok:
+            return None
+        rate = self.rate_hz or self._capture.get(cv2.CAP_PROP_FPS) or 30.0
+        now = time.monotonic()
+        time.sleep(max(0.0, self._due - now))
+        self._due = max(self._due, now - 1.0) + 1 / rate  # a late frame is made up for, a long pause is not
+        return Frame(pixels, 0.0)
