@@ -206,9 +206,7 @@ def write_bag(out: Path, seed: int) -> None:
             pictures[camera] = bag.add_connection(
                 f"/{camera.name}/image_raw/compressed", CompressedImage.__msgtype__, typestore=types
             )
-            infos[camera] = bag.add_connection(
-                f"/{camera.name}/camera_info", CameraInfo.__msgtype__, typestore=types
-            )
+            infos[camera] = bag.add_connection(f"/{camera.name}/camera_info", CameraInfo.__msgtype__, typestore=types)
         for arrival, exposure, camera in schedule(seed):
             picture = render(scene, camera, (exposure - START_NS) / 1e9)
             ok, jpeg = cv2.imencode(

@@ -13,6 +13,7 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
 from vla_perception.bags import Bag, BagError, compressed_format, header_stamp_ns, with_header_stamp
+from vla_perception.messages.tokens import FORMAT
 
 SAMPLE = Path(__file__).parents[1] / "examples" / "sample_bag"
 TYPES = get_typestore(Stores.ROS2_JAZZY)
@@ -45,7 +46,7 @@ def small_bag(request, tmp_path) -> Path:
         ("/eye/image_raw/compressed", image, 1_000, compressed(900)),
         ("/chatter", String.__msgtype__, 3_000, text),
         ("/eye/image_raw/compressed", image, 4_000, compressed(3_900)),
-        ("/tokens", image, 2_000, compressed(900, format="safetensors; vla_tokens/1")),
+        ("/tokens", image, 2_000, compressed(900, format=FORMAT)),
     ]
     return write(tmp_path / "bag", messages, request.param)
 

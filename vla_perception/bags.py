@@ -21,9 +21,9 @@ IMAGE = "sensor_msgs/msg/Image"
 COMPRESSED_IMAGE = "sensor_msgs/msg/CompressedImage"
 CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
 
-# What the `format` of a token message of any schema version starts with (messages/tokens.py needs sensor_msgs to
-# be imported, this module must not).
+# What the `format` of a token message of any schema version starts with.
 TOKEN_FORMAT_PREFIX = "safetensors; vla_tokens/"
+
 
 class BagError(ValueError):
     """The path is no bag that can be read, or the bag lacks what was asked for; the text says what to do."""

@@ -1,0 +1,301 @@
+"""Node `bag_player`: replays a bag's messages, as the CDR bytes that were recorded, at the recorded spacing.
+
+Reads MCAP and SQLite bags with `rosbags`, so neither rosbag2 nor the message definitions are needed, only the
+Python packages of the message types that are played. When the bag is over and every reliable subscriber has
+acknowledged, the process ends with 0.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TextIO
+
+from rcl_interfaces.msg import ParameterDescriptor
+from rclpy.duration import Duration
+from rclpy.node import Node
+from rclpy.publisher import Publisher
+from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
+from rosgraph_msgs.msg import Clock
+
+from vla_perception.bags import Bag, BagMessage, header_stamp_ns, with_header_stamp
+from vla_perception.nodes.process import Stop, run_node
+
+CLOCK_HZ = 50.0
+
+# Seconds that subscribers get at the end to acknowledge what is still on its way.
+ACKNOWLEDGE_SEC = 10.0
+
+
+class BagPlayer(Node):
+    """Plays one bag; see docs/nodes_bags.md for parameters.
+
+    Raises BagError or ValueError (and the process ends with that sentence) if the bag cannot be read or a
+    parameter makes no sense.
+    """
+
+    def __init__(self, stop: Stop):
+        super().__init__("bag_player")
+        self._end_process = stop
+        bag = self._parameter("bag", "", "Folder with metadata.yaml, .mcap or .db3 file to play.")
+        topics = self._parameter(
+            "topics", [""], "Topics to play; empty: what cameras published (images and camera_info, no tokens)."
+        )
+        self._rate = self._number("rate", 1.0, "Speed: 2.0 plays twice as fast.", above=0.0)
+        self._loop = self._parameter("loop", False, "Start over at the end instead of ending.")
+        offset = self._number("start_offset_sec", 0.0, "Seconds of the bag to leave out at its beginning.", least=0.0)
+        clock = self._parameter("clock", False, "Publish the bag's time on /clock, for nodes with use_sim_time.")
+        self._wanted = self._parameter(
+            "wait_for_subscribers", 0, "Wait for this many subscriptions to every image topic before starting."
+        )
+        self._wait_sec = self._number(
+            "wait_timeout_sec", 30.0, "Give up waiting for subscribers after this time.", above=0.0
+        )
+        self._restamp = self._parameter("restamp", False, "Set header stamps to the time of publishing (wall clock).")
+        stamp_log = self._parameter("stamp_log", "", "File for a JSON line per message: topic, stamp, monotonic clock.")
+        depth = self._parameter("queue_depth", 100, "Messages per topic that are kept for subscribers that lag.")
+
+        if clock and self._restamp:
+            raise ValueError("clock and restamp exclude each other: the one is the bag's time, the other the wall's")
+        if depth < 1:
+            raise ValueError(f"queue_depth is {depth}, expected at least 1")
+        self._bag = Bag(bag)
+        self._topics = self._playable([f"/{t.lstrip('/')}" for t in topics if t] or self._bag.camera_topics())
+        self._start_ns = self._bag.start_ns + round(offset * 1e9)
+        if self._start_ns > self._bag.end_ns:
+            raise ValueError(f"start_offset_sec is {offset:g}, but {bag} is only {self._bag.seconds:.1f} s long")
+        self._stamp_log: TextIO | None = Path(stamp_log).expanduser().open("w") if stamp_log else None
+
+        qos = QoSProfile(
+            history=HistoryPolicy.KEEP_LAST,
+            depth=depth,
+            reliability=ReliabilityPolicy.RELIABLE,
+            durability=DurabilityPolicy.VOLATILE,
+        )
+        self._outlets = {topic: self._outlet(topic, qos) for topic in self._topics}
+        self._clock = self.create_publisher(Clock, "/clock", 10) if clock else None
+        self._clock_due = 0.0
+        self._ending = threading.Event()
+        self._player = threading.Thread(target=self._run, name="player", daemon=True)
+        self._player.start()
+
+    def close(self) -> None:
+        """Ends the replay, wherever it is."""
+        self._ending.set()
+        self._player.join()
+        self._bag.close()
+        if self._stamp_log is not None:
+            self._stamp_log.close()
+
+    # What is played
+
+    def _parameter(self, name: str, default: Any, text: str) -> Any:
+        return self.declare_parameter(name, default, ParameterDescriptor(description=text, read_only=True)).value
+
+    def _number(
+        self, name: str, default: float, text: str, *, above: float | None = None, least: float | None = None
+    ) -> float:
+        """A float that may be given as an integer too (`rate:=2`), which a parameter of type double refuses."""
+        descriptor = ParameterDescriptor(description=text, read_only=True, dynamic_typing=True)
+        value = self.declare_parameter(name, default, descriptor).value
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{name} is {value!r}, expected a number")
+        if (above is not None and not value > above) or (least is not None and not value >= least):
+            bound = f"above {above:g}" if above is not None else f"at least {least:g}"
+            raise ValueError(f"{name} is {value:g}, expected {bound}")
+        return float(value)
+
+    def _playable(self, topics: list[str]) -> list[str]:
+        """The topics whose message type has a Python package here; the others are named in one warning."""
+        if not topics:
+            raise ValueError(
+                f"{self._bag.path} has no camera topic to play; it has {', '.join(self._bag.topics) or 'no topics'}"
+                ": name some in `topics`"
+            )
+        self._bag.messages(topics)  # raises if one is absent
+        self._types = {topic: message_class(self._bag.topics[topic].type) for topic in topics}
+        unknown = {topic: self._bag.topics[topic].type for topic in topics if self._types[topic] is None}
+        playable = [topic for topic in topics if topic not in unknown]
+        listing = ", ".join(f"{topic} ({kind})" for topic, kind in unknown.items())
+        if not playable:
+            raise ValueError(f"nothing to play: no Python package for the message type of {listing}")
+        if unknown:
+            self.get_logger().warning(f"Left out, for want of their message type's Python package: {listing}")
+        return playable
+
+    def _outlet(self, topic: str, qos: QoSProfile) -> Outlet:
+        fields = list(self._types[topic].get_fields_and_field_types().items())
+        has_header = bool(fields) and fields[0] == ("header", "std_msgs/Header")
+        return Outlet(self.create_publisher(self._types[topic], topic, qos), has_header)
+
+    # The replay, in a thread of its own
+
+    def _run(self) -> None:
+        try:
+            code = self._play()
+        except Exception as error:
+            self.get_logger().error(f"Replay stopped: {error}")
+            code = 1
+        if not self._ending.is_set():
+            self._end_process(code)
+
+    def _play(self) -> int:
+        if not self._wait_for_subscribers():
+            return 1
+        self.get_logger().info(
+            f"Playing {self._bag.path} ({self._bag.seconds:.1f} s, rate {self._rate:g}): {', '.join(self._topics)}"
+        )
+        played, rounds, began = 0, 0, time.monotonic()
+        start = began
+        while not self._ending.is_set():
+            count, start = self._play_once(start)
+            played += count
+            rounds += 1
+            if count == 0 and not self._ending.is_set():
+                self.get_logger().error("Nothing to play: no message of these topics after start_offset_sec")
+                return 1
+            if not self._loop:
+                break
+            if not self._ending.is_set():
+                self.get_logger().info(f"Starting over: {rounds} time{'s' * (rounds > 1)} through so far")
+        if self._ending.is_set():
+            return 0
+        waiting = self._unacknowledged()
+        if waiting:
+            self.get_logger().warning(
+                f"Not everything was acknowledged within {ACKNOWLEDGE_SEC:g} s by the subscribers to "
+                + ", ".join(waiting)
+            )
+        self.get_logger().info(
+            f"Done: {played} messages on {len(self._topics)} topics in {time.monotonic() - began:.1f} s"
+        )
+        return 0
+
+    def _wait_for_subscribers(self) -> bool:
+        """False if they did not come in time (said in the log) or the process ends."""
+        # camera_info seldom has a subscriber of its own: what is waited for are those of the pictures.
+        images = set(self._bag.image_topics())
+        awaited = [topic for topic in self._topics if topic in images] or self._topics
+        deadline = time.monotonic() + self._wait_sec
+        said = False
+        while True:
+            counts = {topic: self._outlets[topic].publisher.get_subscription_count() for topic in awaited}
+            missing = [f"{topic} ({count})" for topic, count in counts.items() if count < self._wanted]
+            if not missing:
+                return True
+            if time.monotonic() > deadline:
+                self.get_logger().error(
+                    f"Waited {self._wait_sec:g} s for {self._wanted} subscription(s) on each topic, but there are "
+                    f"fewer on {', '.join(missing)}. Is the subscriber running, with the same ROS_DOMAIN_ID and "
+                    "the same topic names?"
+                )
+                return False
+            if not said:
+                self.get_logger().info(f"Waiting for {self._wanted} subscription(s) on {', '.join(missing)}")
+                said = True
+            if self._ending.wait(0.02):
+                return False
+
+    def _play_once(self, start: float) -> tuple[int, float]:
+        """Plays the bag once, its first message at `start` (monotonic seconds).
+
+        Returns the number of messages played, and when the next round is to start: after the last message by
+        the mean spacing of the busiest topic, so that no two frames fall together.
+        """
+        stamps: dict[bytes, int] = {}
+        counts: dict[str, int] = {}
+        first_ns = last_ns = None
+        for message in self._bag.messages(self._topics, start_ns=self._start_ns):
+            if first_ns is None:
+                first_ns = message.time_ns
+            last_ns = message.time_ns
+            due = start + (message.time_ns - first_ns) / 1e9 / self._rate
+            if not self._sleep_until(due, message.time_ns):
+                break
+            self._publish(message, stamps)
+            counts[message.topic] = counts.get(message.topic, 0) + 1
+        if first_ns is None or not counts:
+            return 0, start
+        length = (last_ns - first_ns) / 1e9 / self._rate
+        gap = length / max(1, max(counts.values()) - 1) or 1.0 / self._rate
+        return sum(counts.values()), start + length + gap
+
+    def _sleep_until(self, due: float, time_ns: int) -> bool:
+        """Waits until `due` (monotonic seconds), when the bag's time is `time_ns`. False if the process ends."""
+        while not self._ending.is_set():
+            now = time.monotonic()
+            if self._clock is not None and (now >= self._clock_due or now >= due):
+                bag_ns = time_ns - round(max(0.0, due - now) * self._rate * 1e9)
+                message = Clock()
+                message.clock.sec, message.clock.nanosec = divmod(bag_ns, 1_000_000_000)
+                self._clock.publish(message)
+                self._clock_due = now + 1 / CLOCK_HZ
+            if now >= due:
+                return True
+            self._ending.wait(due - now if self._clock is None else min(due, self._clock_due) - now)
+        return False
+
+    def _publish(self, message: BagMessage, stamps: dict[bytes, int]) -> None:
+        outlet, cdr, stamp_ns = self._outlets[message.topic], message.cdr, None
+        if outlet.has_header:
+            if self._restamp:
+                # A picture and its camera_info have the same header (stamp and frame), and keep one stamp between
+                # them: whoever joins the two does so by equal stamps.
+                header = cdr[4 : 16 + int.from_bytes(cdr[12:16], "little" if cdr[1] & 1 else "big")]
+                stamp_ns = stamps.get(header)
+                if stamp_ns is None or outlet.last_stamp_ns >= stamp_ns:
+                    # Never the same stamp twice on a topic, even if the wall clock is set back.
+                    stamp_ns = stamps[header] = max(time.time_ns(), outlet.last_stamp_ns + 1)
+                outlet.last_stamp_ns = stamp_ns
+                cdr = with_header_stamp(cdr, stamp_ns)
+            elif self._stamp_log is not None:
+                stamp_ns = header_stamp_ns(cdr)
+        monotonic_ns = time.monotonic_ns()
+        outlet.publisher.publish(cdr)
+        if self._stamp_log is not None:
+            line = {"topic": outlet.publisher.topic_name, "stamp_ns": stamp_ns, "monotonic_ns": monotonic_ns}
+            self._stamp_log.write(json.dumps(line) + "\n")
+
+    def _unacknowledged(self) -> Iterable[str]:
+        """Waits until every reliable subscriber has everything; the topics where one has not in the end."""
+        deadline = time.monotonic() + ACKNOWLEDGE_SEC
+        waiting = list(self._topics)
+        while waiting and time.monotonic() < deadline and not self._ending.is_set():
+            waiting = [
+                topic
+                for topic in waiting
+                if not self._outlets[topic].publisher.wait_for_all_acked(Duration(seconds=0.1))
+            ]
+        return waiting
+
+
+class Outlet:
+    """A topic's publisher, whether its messages begin with a std_msgs/Header, and the newest stamp given to one."""
+
+    def __init__(self, publisher: Publisher, has_header: bool):
+        self.publisher = publisher
+        self.has_header = has_header
+        self.last_stamp_ns = 0
+
+
+def message_class(name: str) -> type | None:
+    """The Python class of a message type ("sensor_msgs/msg/Image"), None if its package is not installed."""
+    package, _, rest = name.partition("/")
+    try:
+        return getattr(importlib.import_module(f"{package}.msg"), rest.rpartition("/")[2])
+    except (ImportError, AttributeError):
+        return None
+
+
+def main(args: list[str] | None = None) -> int:
+    """Entry point of the executable `bag_player`."""
+    return run_node(BagPlayer, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
