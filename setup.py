@@ -6,7 +6,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 NAME = "vla_perception"
-manifest = ElementTree.parse(Path(__file__).parent / "package.xml").getroot()
+ROOT = Path(__file__).resolve().parent  # `colcon build --symlink-install` runs a link to this file
+manifest = ElementTree.parse(ROOT / "package.xml").getroot()
 
 OPENCV = "opencv-python-headless>=4.8,<5"  # 5 drops conversions that ROS encodings need
 TOKENIZER = [
@@ -38,6 +39,8 @@ TEST = [
     "pyyaml",
     "catkin_pkg",  # colcon-ros needs it to read package.xml
     "colcon-core",
+    "colcon-bash",
+    "colcon-package-information",  # `colcon list`
     "colcon-ros",
     "setuptools>=68,<80",  # 80 dropped what colcon calls (`setup.py develop` and options of `install`)
 ]
@@ -49,7 +52,7 @@ data_files = [
     (f"share/{NAME}/launch", sorted(glob("launch/*.launch.py"))),
     (f"share/{NAME}/config", sorted(glob("config/*.*"))),
 ]
-if not {"bdist_wheel", "dist_info", "editable_wheel", "egg_info", "sdist"} & set(sys.argv):
+if not {"bdist_wheel", "dist_info", "editable_wheel", "sdist"} & set(sys.argv):
     # colcon puts console scripts into lib/<package>, where `ros2 run` finds them and a shell does not. pip puts them
     # on the PATH by itself.
     data_files.append(("bin", ["scripts/vla-perception"]))
@@ -58,7 +61,7 @@ setup(
     name=NAME,
     version=manifest.findtext("version"),
     description=" ".join(manifest.findtext("description").split()),
-    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license=manifest.findtext("license"),
     maintainer=manifest.findtext("maintainer"),
