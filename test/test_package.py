@@ -1,0 +1,314 @@
+"""The package as a package: what it declares, what it installs, and which way its imports point."""
+
+import ast
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import xml.etree.ElementTree as ElementTree
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from ros_domain import free_domain, in_domain, ros_environment, wait_until
+
+import vla_perception
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "vla_perception"
+MANIFEST = ElementTree.parse(ROOT / "package.xml").getroot()
+VERSION = MANIFEST.findtext("version")
+#: Python modules of ROS packages, which are called as the packages are.
+ROS_MODULES = re.compile(r"rclpy|rcl_interfaces|builtin_interfaces|cv_bridge|ament_index_python|launch\w*|\w+_(msgs|srvs)")
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Full names of what a file imports anywhere in it, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute here"
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def sources(*parts: str) -> list[Path]:
+    """The Python files of a folder, or the file itself."""
+    path = PACKAGE.joinpath(*parts)
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path]
+
+
+def entry_points() -> dict[str, str]:
+    """Name → `module:function` of each console script, as setup.py says them."""
+    return dict(re.findall(r'f"([\w-]+) = \{NAME\}\.([\w.]+:\w+)"', (ROOT / "setup.py").read_text(encoding="utf-8")))
+
+
+# --- what it declares
+
+
+def test_the_version_has_one_source():
+    try:
+        installed = metadata.version("vla_perception")
+    except metadata.PackageNotFoundError:
+        pytest.skip("the package is not installed in this environment")
+    assert vla_perception.__version__ == installed == VERSION
+    assert VERSION not in (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert f"## {VERSION}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_extras():
+    """Each extra's requirements are met where everything is installed; the base stays light."""
+    try:
+        declared = [Requirement(text) for text in metadata.requires("vla_perception")]
+    except metadata.PackageNotFoundError:
+        pytest.skip("the package is not installed in this environment")
+    base = {requirement.name for requirement in declared if requirement.marker is None}
+    assert base == {"numpy", "safetensors", "ml_dtypes"}
+    extras = set(metadata.metadata("vla_perception").get_all("Provides-Extra"))
+    assert extras == {"tokenizer", "ros", "bags", "sim", "test", "dev", "all"}
+    for requirement in declared:
+        if requirement.marker is not None and requirement.marker.evaluate({"extra": "all"}):
+            assert requirement.specifier.contains(metadata.version(requirement.name)), requirement
+
+
+def test_every_console_script_exists():
+    assert {"visual_tokenizer", "bag_player", "vla-perception"} <= set(entry_points())
+    for name, target in entry_points().items():
+        module, function = target.split(":")
+        path = PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
+        assert path.is_file(), f"{name}: {path} does not exist"
+        functions = [node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if hasattr(node, "name")]
+        assert function in functions, f"{name}: {path} has no {function}()"
+
+
+def test_every_ros_package_in_use_is_declared():
+    """In package.xml for rosdep; and, unless it is not on PyPI, in the extra `ros` and for Jazzy."""
+    used = set()
+    for path in [*sources(), *(ROOT / "launch").glob("*.py")]:
+        used |= {name.split(".")[0] for name in imported_modules(path)}
+    used = {name for name in used if ROS_MODULES.fullmatch(name)}
+    assert {"rclpy", "sensor_msgs"} <= used
+    assert used <= {element.text for element in MANIFEST.findall("exec_depend")}
+    not_on_pypi = {name for name in used if name.startswith("launch")} | {"cv_bridge"}
+    for file in ("setup.py", "requirements/jazzy.txt"):
+        text = (ROOT / file).read_text(encoding="utf-8")
+        missing = {name for name in used - not_on_pypi if f"ros-{name.replace('_', '-')}" not in text}
+        assert not missing, f"{file} lacks {missing}"
+
+
+# --- which way imports point
+
+
+@pytest.mark.parametrize(
+    "part, forbidden",
+    [
+        ("tokenizer", r"vla_perception\.(?!tokenizer\b).*"),
+        ("messages", r"vla_perception\.(?!messages\b).*|rclpy|torchvision|timm"),
+        ("principal_components.py", r"vla_perception\..*"),
+        ("bags.py", r"vla_perception\.(nodes|tokenizer)|rclpy"),
+        ("cli.py", r"rclpy"),
+    ],
+)
+def test_imports_point_one_way(part, forbidden):
+    for path in sources(part):
+        names = imported_modules(path)
+        if part in ("tokenizer", "principal_components.py"):
+            assert not [name for name in names if ROS_MODULES.fullmatch(name.split(".")[0])], path
+        wrong = sorted(name for name in names if re.match(rf"(?:{forbidden})(?:\.|$)", name))
+        assert not wrong, f"{path} imports {wrong}"
+
+
+def run_without(blocked: str, code: str) -> None:
+    """Runs code in a Python where the modules that `blocked` (a regular expression) matches cannot be imported."""
+    blocker = f"""
+        import re, sys
+
+        class Blocker:
+            def find_spec(self, name, path=None, target=None):
+                if re.fullmatch({blocked!r}, name.split(".")[0]):
+                    raise ModuleNotFoundError(f"No module named {{name!r}} (hidden by this test)", name=name)
+
+        sys.meta_path.insert(0, Blocker())
+    """
+    program = textwrap.dedent(blocker) + textwrap.dedent(code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_tokenizer_works_without_ros():
+    pytest.importorskip("timm")
+    run_without(
+        r"rclpy|rcl_interfaces|builtin_interfaces|rosidl\w*|\w+_msgs|std_srvs",
+        """
+        import numpy as np
+        from vla_perception.tokenizer import VisualTokenizer
+
+        tokenizer = VisualTokenizer.from_preset("small")
+        tokens = tokenizer([np.zeros((48, 64, 3), np.uint8)]).tokens
+        assert tokens.shape == (1, tokenizer.tokens_per_view, tokenizer.channels)
+        """,
+    )
+
+
+#: What a policy's environment need not have.
+HEAVY = r"torch|torchvision|timm|cv2|PIL|rosbags|mujoco"
+
+
+def test_tokens_are_read_with_numpy_alone():
+    run_without(
+        rf"{HEAVY}|rclpy|\w+_msgs",
+        """
+        import vla_perception.messages.images
+        import vla_perception.messages.tokens
+        import vla_perception.principal_components
+        """,
+    )
+
+
+@pytest.mark.ros
+def test_a_policy_needs_rclpy_and_numpy_only():
+    run_without(HEAVY, "import vla_perception.demo_policy")
+
+
+# --- what it installs
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Path:
+    """A copy of what belongs to the package, where builds may write."""
+    folder = tmp_path_factory.mktemp("workspace") / "src" / "vla_perception"
+    folder.mkdir(parents=True)
+    for name in ("package.xml", "setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("vla_perception", "resource", "scripts", "launch", "config"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def fresh_shell() -> dict[str, str]:
+    """The environment of a terminal in which this Python's environment is active, and nothing else."""
+    names = ("PYTHONPATH", "AMENT_PREFIX_PATH", "LD_LIBRARY_PATH", "_ROS_WHEELS_BOOTSTRAP_COMPLETE")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    return environment | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def colcon(workspace: Path, *arguments: str) -> str:
+    executable = shutil.which("colcon", path=fresh_shell()["PATH"])
+    if executable is None:
+        pytest.skip("needs colcon: pip install '.[test]'")
+    result = subprocess.run([executable, *arguments], cwd=workspace, env=fresh_shell(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="session")
+def install_space(source) -> Path:
+    """A workspace's `install` folder, made by `colcon build`."""
+    workspace = source.parent.parent
+    colcon(workspace, "build")
+    return workspace / "install"
+
+
+def test_colcon_knows_the_package(source):
+    # A package.xml with a mistake in it turns the package into a plain Python one, and colcon sets no ROS paths.
+    assert "(ros.ament_python)" in colcon(source.parent.parent, "list")
+
+
+@pytest.mark.ros
+def test_colcon_installs_everything(install_space):
+    prefix = install_space / "vla_perception"
+    assert (prefix / "share/ament_index/resource_index/packages/vla_perception").is_file()
+    share = prefix / "share/vla_perception"
+    assert (share / "package.xml").is_file()
+    for folder in ("launch", "config"):
+        expected = {path.name for path in (ROOT / folder).glob("*.*")}
+        assert {path.name for path in (share / folder).glob("*")} == expected
+    assert {path.name for path in (prefix / "lib/vla_perception").iterdir()} == set(entry_points())
+    for path in PACKAGE.rglob("*"):
+        if path.suffix in (".py", ".xml"):
+            pattern = f"lib/python3*/site-packages/{path.relative_to(ROOT)}"
+            assert list(prefix.glob(pattern)), f"{path.relative_to(ROOT)} is not installed"
+
+
+def in_install_space(install_space: Path, command: str) -> list[str]:
+    return ["bash", "-c", f". {install_space}/setup.sh && exec {command}"]
+
+
+@pytest.mark.ros
+def test_the_command_is_on_the_path_of_a_sourced_workspace(install_space):
+    where = subprocess.run(
+        in_install_space(install_space, "which vla-perception"), env=fresh_shell(), capture_output=True, text=True
+    )
+    assert where.stdout.strip() == str(install_space / "vla_perception/bin/vla-perception")
+    version = subprocess.run(
+        in_install_space(install_space, "vla-perception --version"), env=fresh_shell(), capture_output=True, text=True
+    )
+    assert version.stdout.strip() == f"vla-perception {VERSION}", version.stderr
+
+
+@pytest.mark.ros
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_the_node_starts_from_a_colcon_install(install_space, number, tmp_path):
+    """From the installed files, not from this checkout; seen in the ROS graph; ends cleanly."""
+    import rclpy
+    from rclpy.context import Context
+
+    domain = free_domain()
+    environment = ros_environment(domain)
+    environment = fresh_shell() | {name: environment[name] for name in environment if name.startswith("ROS_")}
+    where = subprocess.run(
+        in_install_space(install_space, "python3 -c 'import vla_perception; print(vla_perception.__file__)'"),
+        env=environment, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert where.stdout.startswith(str(install_space)), where.stdout + where.stderr
+
+    executable = install_space / "vla_perception/lib/vla_perception/visual_tokenizer"
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            in_install_space(install_space, str(executable)),
+            env=environment, cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    context = Context()
+    try:
+        with in_domain(domain):
+            rclpy.init(context=context)
+            node = rclpy.create_node("observer", context=context)
+        wait_until(
+            lambda: "visual_tokenizer" in node.get_node_names() or process.poll() is not None,
+            60, "visual_tokenizer in the graph",
+        )  # fmt: skip
+        assert process.poll() is None, log.read_text()
+        process.send_signal(number)
+        assert process.wait(30) == 0, log.read_text()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        if context.ok():
+            context.shutdown()
+
+
+def test_a_wheel_has_what_pip_needs(source, tmp_path):
+    copy = shutil.copytree(source, tmp_path / "source", ignore=shutil.ignore_patterns("*.egg-info"))
+    result = subprocess.run(
+        [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(tmp_path)],
+        cwd=copy, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == f"vla_perception-{VERSION}-py3-none-any.whl"
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "vla_perception/tokenizer/tokenizer.py" in names
+    assert not [name for name in names if re.search(r"\.data/(data/bin|scripts)/", name)], "pip makes the scripts"
+    assert any(name.endswith("share/vla_perception/package.xml") for name in names)
