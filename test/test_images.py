@@ -5,12 +5,13 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 
-import cv2
 import numpy as np
 import pytest
 
 from vla_perception.messages import images
 from vla_perception.messages.images import ENCODINGS, ImageDecodeError, compressed_to_rgb, image_to_rgb
+
+cv2 = pytest.importorskip("cv2")
 
 HEIGHT, WIDTH = 24, 32
 
@@ -288,7 +289,9 @@ def test_empty_sizes_are_refused(height, width):
         image_to_rgb(RawImage(height, width, "rgb8", bytes(48), 12))
 
 
-@pytest.mark.parametrize("step, why", [(95, "step is 95"), (1, "step is 1"), (97, "truncated"), (2**32 - 1, "truncated")])
+@pytest.mark.parametrize(
+    "step, why", [(95, "step is 95"), (1, "step is 1"), (97, "truncated"), (2**32 - 1, "truncated")]
+)
 def test_step_that_does_not_fit_is_refused(step, why):
     with pytest.raises(ImageDecodeError, match=why):
         image_to_rgb(RawImage(HEIGHT, WIDTH, "rgb8", bytes(HEIGHT * WIDTH * 3), step))

@@ -5,11 +5,12 @@ import signal
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import cv2
 import numpy as np
 import pytest
 
 from vla_perception.video import SourceError, VideoSource
+
+cv2 = pytest.importorskip("cv2")
 
 HEIGHT, WIDTH, FRAMES = 48, 64, 8
 

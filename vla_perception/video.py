@@ -33,7 +33,9 @@ class VideoSource:
 
     def __init__(self, source, *, width=0, height=0, rate_hz=0.0, pixel_format="", loop=True, timeout_sec=5.0):
         if not source:
-            raise SourceError("no source given: a device (/dev/video0), a stream (rtsp://.., http://..) or a video file")
+            raise SourceError(
+                "no source given: a device (/dev/video0), a stream (rtsp://.., http://..) or a video file"
+            )
         if pixel_format and len(pixel_format) != 4:
             raise SourceError(f'pixel_format is four characters such as "MJPG" or "YUYV", got "{pixel_format}"')
         self.source = f"/dev/video{source}" if re.fullmatch(r"\d+", source) else source

@@ -45,7 +45,9 @@ class OpencvCamera(Node):
         )
         pixel_format = declare(self, "pixel_format", "", "Four characters to ask of a device, such as MJPG or YUYV.")
         loop = declare(self, "loop", True, "Start a video file again at its end; otherwise the node ends there.")
-        timeout = declare(self, "timeout_sec", 5.0, "After this long without a frame a stream is opened anew.", 0.1, 600)
+        timeout = declare(
+            self, "timeout_sec", 5.0, "After this long without a frame a stream is opened anew.", 0.1, 600
+        )
         self._longest_retry = declare(
             self, "retry_max_sec", 10.0, "Longest pause between attempts to reopen a source that broke.", 0.5, 3600
         )
