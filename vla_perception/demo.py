@@ -221,7 +221,7 @@ def _shared_file(name: str) -> Path | None:
         from ament_index_python.packages import get_package_share_directory
 
         path = Path(get_package_share_directory("vla_perception")) / name
-    except (ImportError, LookupError):
+    except (ImportError, LookupError, OSError):  # OSError: no AMENT_PREFIX_PATH
         return None
     return path if path.exists() else None
 

@@ -1,0 +1,199 @@
+"""`make demo`, run whole: its report accounts for every frame, its picture is what it says, it ends cleanly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rosbags")
+pytest.importorskip("rclpy")
+pytest.importorskip("torch")
+pytest.importorskip("timm")
+pytest.importorskip("PIL")
+pytest.importorskip("cv2")
+
+from PIL import Image
+from ros_domain import ROOT
+from rosbags.typesys import Stores, get_typestore
+
+from vla_perception import demo, demo_picture
+from vla_perception.bags import Bag
+from vla_perception.messages.images import compressed_to_rgb
+
+pytestmark = pytest.mark.ros
+
+CAMERAS = ("front", "wrist")
+COUNTERS = ("published", "received", "encoded", "replaced", "unmatched", "undecodable", "pending")
+TYPES = get_typestore(Stores.ROS2_JAZZY)
+
+
+def start_demo(*arguments: str) -> subprocess.Popen:
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return subprocess.Popen(
+        [sys.executable, "-m", "vla_perception.demo", *arguments],
+        env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a group of its own, for a Ctrl-C that reaches all of it
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, str]:
+    """Where a demo wrote to, and what it printed."""
+    out = tmp_path_factory.mktemp("demo")
+    process = start_demo("--out", str(out), "--rate", "2")
+    printed, complaints = process.communicate(timeout=120)
+    assert process.returncode == 0, printed + complaints
+    assert complaints == ""
+    return out, printed
+
+
+def test_every_frame_is_accounted_for(whole):
+    report = json.loads((whole[0] / "report.json").read_text())
+    assert set(report) == {
+        "rmw", "model", "weights", "fingerprint", "frames_in", "token_messages", "views", "tokens_per_view",
+        "channels", "dtype", "dropped", "accounting", "latency_ms",
+    }  # fmt: skip
+    with Bag(ROOT / "examples" / "sample_bag") as bag:
+        recorded = {camera: bag.topics[f"/{camera}/image_raw/compressed"].messages for camera in CAMERAS}
+    assert set(report["accounting"]) == set(report["frames_in"]) == set(report["dropped"]) == set(CAMERAS)
+    for camera, count in report["accounting"].items():
+        assert set(count) == set(COUNTERS)
+        assert count["published"] == count["received"] == recorded[camera] == report["frames_in"][camera]
+        assert count["received"] == sum(count[name] for name in COUNTERS[2:])
+        assert count["encoded"] == report["token_messages"] > 0
+        assert count["replaced"] + count["unmatched"] + count["undecodable"] == report["dropped"][camera]
+    assert report["rmw"].startswith("rmw_")
+    assert (report["model"], report["weights"]) == ("small", "random")
+    assert len(report["fingerprint"]) == 64 and int(report["fingerprint"], 16)
+    assert (report["views"], report["tokens_per_view"], report["channels"]) == (2, 196, 256)
+    assert report["dtype"] in ("bfloat16", "float16", "float32")
+
+
+def test_latencies(whole):
+    latency = json.loads((whole[0] / "report.json").read_text())["latency_ms"]
+    assert set(latency) == {"image_to_policy", "decode", "preprocess", "encode", "publish"}
+    for values in latency.values():
+        assert 0 < values["p50"] <= values["p95"] <= values["p99"]
+    assert latency["image_to_policy"]["p50"] > latency["encode"]["p50"]
+
+
+def test_the_table(whole):
+    printed = whole[1]
+    for text in ("small, random weights", "image to policy", "p99", "undecodable", "report.json", "tokens.png"):
+        assert text in printed
+
+
+def test_the_picture(whole):
+    """The camera pictures are those that the tokens came from; the other cells are 14 × 14 patches of one colour."""
+    sheet = np.asarray(Image.open(whole[0] / "tokens.png").convert("RGB")).astype(int)
+    cell, gap = demo_picture.CELL_WIDTH, demo_picture.GAP
+    height = cell * 480 // 640
+    assert sheet.shape[1] == gap + 4 * (cell + gap)
+    # Rows of cells: where the second column holds no background.
+    filled = (sheet[:, gap + cell + gap : gap + 2 * cell + gap] != 255).any(axis=2).all(axis=1)
+    tops = np.flatnonzero(np.diff(filled.astype(int), prepend=0) == 1)
+    assert len(tops) == demo.MOMENTS * len(CAMERAS)
+
+    pictures = {}
+    with Bag(ROOT / "examples" / "sample_bag") as bag:
+        for camera in CAMERAS:
+            messages = bag.messages([f"/{camera}/image_raw/compressed"])
+            decoded = [compressed_to_rgb(TYPES.deserialize_cdr(m.cdr, m.type)) for m in messages]
+            pictures[camera] = [Image.fromarray(picture).resize((cell, height), 3) for picture in decoded]
+    places = []
+    for row, top in enumerate(tops):
+        shown = sheet[top : top + height, gap : gap + cell]
+        differences = [np.abs(np.asarray(p).astype(int) - shown).mean() for p in pictures[CAMERAS[row % 2]]]
+        assert min(differences) < 4  # the moment is one of this camera's pictures
+        places.append(int(np.argmin(differences)))
+    assert places[0] < places[2] < places[4] and all(abs(a - b) <= 1 for a, b in zip(places[::2], places[1::2]))
+
+    for column in (1, 2, 3):
+        colours = set()
+        for top in tops:
+            left = gap + column * (cell + gap)
+            block = sheet[top : top + height, left : left + cell]
+            for r in range(14):
+                for c in range(14):
+                    patch = block[int(r * height / 14) + 2 : int((r + 1) * height / 14) - 1]
+                    patch = patch[:, int(c * cell / 14) + 2 : int((c + 1) * cell / 14) - 1]
+                    assert (patch == patch[0, 0]).all()
+                    colours.add(tuple(patch[0, 0]))
+        assert len(colours) > 100
+
+
+def test_ctrl_c_leaves_nobody_behind(tmp_path):
+    process = start_demo("--out", str(tmp_path), "--rate", "0.2")
+    try:
+        for line in process.stdout:
+            if "Replaying" in line:
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        _, complaints = process.communicate(timeout=40)
+        assert process.returncode == 130 and "Interrupted" in complaints and "Traceback" not in complaints
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            try:
+                os.killpg(process.pid, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.05)
+        raise AssertionError("a process of the demo is still running")
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def test_a_process_that_dies_is_quoted(tmp_path):
+    process = start_demo("--out", str(tmp_path), "--model", "no-such-model")
+    _, complaints = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "tokenizer ended with exit code" in complaints and "no-such-model" in complaints
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_bags_that_do_not_fit(tmp_path, capsys):
+    assert demo.main(["--bag", str(tmp_path / "nowhere"), "--out", str(tmp_path)]) == 1
+    assert "no bag at" in capsys.readouterr().err
+
+
+def unbalanced(**changes: int) -> list[str]:
+    """The problems of a report over one camera with 10 frames, all encoded except for the changes."""
+    counters = dict(received=10, encoded=10, replaced=0, unmatched=0, undecodable=0, pending=0) | changes
+    events = demo.Events(policy=None, rmw="rmw_none")
+    events.status = {
+        "visual_tokenizer: camera eye": {key: str(value) for key, value in counters.items()},
+        "visual_tokenizer: model": {"token_messages": "10"},
+    }
+    messages = [
+        {
+            "sequence": i, "stamp_ns": i, "arrival_ns": 5_000_000 + i, "views": [{"camera": "eye", "stamp_ns": i}],
+            "shape": [1, 4, 8], "dtype": "float32", "model": "m", "weights": "random", "fingerprint": "f",
+        }
+        for i in range(10)
+    ]  # fmt: skip
+    published = {"/eye/image_raw": {i: i for i in range(10)}}
+    cameras = demo.Cameras(("eye",), "raw", {"eye": "/eye/image_raw"})
+    report, problems = demo.make_report(events, messages, published, cameras)
+    assert report["latency_ms"]["image_to_policy"] == {"p50": 5.0, "p95": 5.0, "p99": 5.0}
+    return problems
+
+
+def test_frames_that_are_not_accounted_for_are_a_problem():
+    assert unbalanced() == []
+    assert "10 frames published, but 9 received" in unbalanced(received=9, encoded=9)[0]
+    assert "10 frames received, but 11 accounted for" in unbalanced(pending=1)[0]
+    assert "8 frames encoded, 10 at the policy" in unbalanced(encoded=8, replaced=2)[0]
