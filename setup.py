@@ -32,11 +32,14 @@ ROS = [
     "ros-std-srvs>=5.5,<5.6",
 ]
 BAGS = ["rosbags>=0.10.4"]
+OPENVLA = ["torch>=2.4", "transformers>=4.46"]  # a policy that runs OpenVLA's language model on the tokens
 SIM = ["mujoco>=3.2", OPENCV]
 TEST = [
     "pytest>=8,<10",
     "scikit-image>=0.22",  # photographs
     "pyyaml",
+    "packaging",
+    "transformers>=4.46",  # a miniature OpenVLA, split between node and policy
     "catkin_pkg",  # colcon-ros needs it to read package.xml
     "colcon-core",
     "colcon-bash",
@@ -78,9 +81,10 @@ setup(
         "ros": ROS,
         "bags": BAGS,
         "sim": SIM,
+        "openvla": OPENVLA,
         "test": TEST,
         "dev": DEV,
-        "all": TOKENIZER + ROS + BAGS + SIM + TEST + DEV,
+        "all": TOKENIZER + ROS + BAGS + SIM + OPENVLA + TEST + DEV,
     },
     entry_points={
         "console_scripts": [

@@ -73,7 +73,7 @@ def test_extras():
     base = {requirement.name for requirement in declared if requirement.marker is None}
     assert base == {"numpy", "safetensors", "ml_dtypes"}
     extras = set(metadata.metadata("vla_perception").get_all("Provides-Extra"))
-    assert extras == {"tokenizer", "ros", "bags", "sim", "test", "dev", "all"}
+    assert extras == {"tokenizer", "ros", "bags", "sim", "openvla", "test", "dev", "all"}
     for requirement in declared:
         if requirement.marker is not None and requirement.marker.evaluate({"extra": "all"}):
             assert requirement.specifier.contains(metadata.version(requirement.name)), requirement
@@ -114,6 +114,7 @@ def test_every_ros_package_in_use_is_declared():
         ("messages", r"vla_perception\.(?!messages\b).*|rclpy|torchvision|timm"),
         ("principal_components.py", r"vla_perception\..*"),
         ("bags.py", r"vla_perception\.(nodes|tokenizer)|rclpy"),
+        ("policy.py", r"vla_perception\.nodes|torchvision|timm"),
         ("cli.py", r"rclpy"),
     ],
 )

@@ -1,0 +1,62 @@
+"""README.md's lines do what it says: the policy node is run, and receives tokens."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ros_domain import RosProcess, free_domain, in_domain, wait_until
+
+from vla_perception.messages.tokens import View, VisualTokens, to_message
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def tokens(sequence: int) -> VisualTokens:
+    """A message as the node sends it, [2, 4, 8] in float32."""
+    return VisualTokens(
+        data=np.arange(64, dtype="<f4").reshape(2, 4, 8),
+        dtype="float32",
+        views=tuple(View(name, name, 1, 480, 640, (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)) for name in ("front", "wrist")),
+        sequence=sequence,
+        model="small",
+        weights="random",
+        fingerprint="0" * 64,
+        compute_dtype="float32",
+        grid=(2, 2),
+        token_strategy="patch",
+        pool=1,
+        encoders=(),
+        projector="linear",
+    )
+
+
+@pytest.mark.ros
+def test_the_policy_node_receives_tokens(tmp_path):
+    pytest.importorskip("torch")
+    import rclpy
+    from rclpy.context import Context
+    from sensor_msgs.msg import CompressedImage
+
+    (program,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "import rclpy" in block)
+    (tmp_path / "policy.py").write_text(program, encoding="utf-8")
+    domain, context = free_domain(), Context()
+    with in_domain(domain):
+        rclpy.init(context=context)
+        node = rclpy.create_node("tokenizer", context=context)
+    publisher = node.create_publisher(CompressedImage, "tokens", 10)
+    try:
+        with RosProcess([str(tmp_path / "policy.py")], domain) as policy:
+            wait_until(lambda: publisher.get_subscription_count() or policy.process.poll() is not None, 60, "a policy")
+            for sequence in range(3):
+                publisher.publish(to_message(tokens(sequence)))
+            policy.wait_for("('front', 'wrist') (2, 4, 8) float32 from small")
+    finally:
+        node.destroy_node()
+        context.shutdown()
+
+
+def test_files_that_it_names_exist():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), f"README.md links to {target}"
