@@ -134,6 +134,13 @@ def test_damaged_directories_are_named(parts, tmp_path, spoil, words):
         VisualTokenizer.from_checkpoint(folder)
 
 
+def test_a_language_model_without_a_width_is_llama_2_7b(parts, tmp_path):
+    """As in the published config.json of openvla-7b."""
+    folder = checkpoints.write(tmp_path / "model", parts[2], config={"text_config": {"model_type": "llama"}})
+    with pytest.raises(CheckpointError, match=r"projector.fc3.bias \[48\] where \[4096\]"):
+        VisualTokenizer.from_checkpoint(folder)
+
+
 def test_no_directory_and_no_safetensors(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint directory"):
         VisualTokenizer.from_checkpoint(tmp_path / "absent")

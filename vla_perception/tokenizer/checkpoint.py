@@ -190,7 +190,9 @@ def read_config(directory: Path) -> ModelConfig:
         projector = "fused-gelu-mlp" if count == 2 else "gelu-mlp"
         if str(config.get("arch_specifier", "")).endswith("linear"):
             projector = "linear"
-        return ModelConfig(directory.resolve().name, encoders, projector, int(config["text_config"]["hidden_size"]))
+        # openvla-7b's own file leaves the width out: it is what transformers' LlamaConfig has by default.
+        width = int(config.get("text_config", {}).get("hidden_size", 4096))
+        return ModelConfig(directory.resolve().name, encoders, projector, width)
     except CheckpointError:
         raise
     except KeyError as error:
