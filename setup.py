@@ -14,7 +14,7 @@ TOKENIZER = [
     "torch>=2.4",
     "torchvision>=0.19",
     "timm>=1.0.11,<2",  # another major version may name or compute something differently
-    "pillow>=10",
+    "pillow>=10.1",
     OPENCV,
 ]
 # Wheels of ROS 2 Kilted (rclpy 9.1): Python 3.10 to 3.12, x86-64 Linux. On a machine with a ROS 2 distribution leave
@@ -47,7 +47,7 @@ TEST = [
     "colcon-ros",
     "setuptools>=68,<80",  # 80 dropped what colcon calls (`setup.py develop` and options of `install`)
 ]
-DEV = ["ruff>=0.6", "matplotlib>=3.8"]
+DEV = ["ruff>=0.6"]
 
 data_files = [
     ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
