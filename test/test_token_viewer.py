@@ -1,0 +1,245 @@
+"""token_viewer: where colours are painted, that they stay; then the node over DDS."""
+
+import signal
+
+import numpy as np
+import pytest
+
+from vla_perception.messages.tokens import View, VisualTokens
+from vla_perception.token_picture import overlay, side_by_side
+
+ROWS, COLUMNS, CHANNELS = 3, 4, 16
+HEIGHT, WIDTH = 30, 48
+# Pixels to the grid: everything is seen, and a patch is 12 x 10 pixels.
+WHOLE = (COLUMNS / WIDTH, 0, 0, 0, ROWS / HEIGHT, 0)
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
+
+
+def test_patches_are_painted_where_they_lie():
+    colours = noise(ROWS, COLUMNS, 3)
+    expected = colours.repeat(10, axis=0).repeat(12, axis=1)
+    assert np.array_equal(overlay(colours, WHOLE, HEIGHT, WIDTH), expected)
+    picture = noise(HEIGHT, WIDTH, 3, seed=1)
+    blended = overlay(colours, WHOLE, HEIGHT, WIDTH, picture, 0.25)
+    assert np.abs(blended - (0.75 * picture + 0.25 * expected)).max() <= 1
+    assert np.array_equal(overlay(colours, WHOLE, HEIGHT, WIDTH, picture, 0.0), picture)
+    assert np.array_equal(overlay(colours, WHOLE, HEIGHT, WIDTH, picture, 1.0), expected)
+
+
+def test_pixels_that_no_token_sees_keep_the_picture():
+    colours = np.full((ROWS, COLUMNS, 3), 255, np.uint8)
+    crop = (COLUMNS / 24, 0, -12 * COLUMNS / 24, 0, ROWS / HEIGHT, 0)  # the middle 24 columns
+    picture = noise(HEIGHT, WIDTH, 3)
+    shown = overlay(colours, crop, HEIGHT, WIDTH, picture, 1.0)
+    assert (shown[:, 12:36] == 255).all()
+    assert np.array_equal(shown[:, :12], picture[:, :12]) and np.array_equal(shown[:, 36:], picture[:, 36:])
+    assert (overlay(colours, crop, HEIGHT, WIDTH)[:, :12] == 0).all()
+
+
+def test_a_turned_grid_is_painted_turned():
+    colours = noise(ROWS, COLUMNS, 3)
+    turned = (-COLUMNS / WIDTH, 0, COLUMNS, 0, -ROWS / HEIGHT, ROWS)
+    assert np.array_equal(overlay(colours, turned, HEIGHT, WIDTH), overlay(colours, WHOLE, HEIGHT, WIDTH)[::-1, ::-1])
+
+
+def test_pictures_side_by_side_have_one_height():
+    first, second = noise(30, 48, 3), noise(60, 80, 3)
+    both = side_by_side([first, second])
+    assert both.shape == (30, 48 + 40, 3)
+    assert np.array_equal(both[:, :48], first)
+    assert {tuple(p) for p in both[:, 48:].reshape(-1, 3)} <= {tuple(p) for p in second.reshape(-1, 3)}
+
+
+# The node.
+
+try:
+    from ros_domain import RosProcess, free_domain, wait_until
+    from ros_listener import Listener, wait_for_messages
+    from sensor_msgs.msg import CompressedImage, Image
+    from std_srvs.srv import Trigger
+
+    from vla_perception.messages.images import image_to_rgb
+    from vla_perception.messages.tokens import to_message
+    from vla_perception.nodes.token_viewer import ColourBasis
+    from vla_perception.principal_components import PrincipalComponents
+except ImportError:  # no ROS here: the tests below are not selected
+    pass
+
+
+def token_values(seed, views=1):
+    """float32 [views, tokens, channels] in which a few directions stand out."""
+    rng = np.random.default_rng(seed)
+    spread = np.linspace(4, 0.2, CHANNELS)
+    return (rng.normal(size=(views, ROWS * COLUMNS, CHANNELS)) * spread).astype(np.float32)
+
+
+def tokens(values, sequence, *, stamp_ns=None, cameras=("front",), fingerprint="a" * 64):
+    stamp_ns = 10**9 * (100 + sequence) if stamp_ns is None else stamp_ns
+    return VisualTokens(
+        data=values,
+        dtype="float32",
+        views=tuple(View(camera, f"{camera}_optical", stamp_ns, HEIGHT, WIDTH, WHOLE) for camera in cameras),
+        sequence=sequence,
+        model="test",
+        weights="random",
+        fingerprint=fingerprint,
+        compute_dtype="float32",
+        grid=(ROWS, COLUMNS),
+        token_strategy="patch",
+        pool=1,
+        encoders=({"name": "dinov2", "layer": 0, "channels": (0, CHANNELS)},),
+        projector="none",
+    )
+
+
+def camera_image(picture, stamp_ns):
+    image = Image(height=HEIGHT, width=WIDTH, encoding="rgb8", step=3 * WIDTH)
+    image.header.stamp.sec, image.header.stamp.nanosec = divmod(stamp_ns, 10**9)
+    image.data.frombytes(picture.tobytes())
+    return image
+
+
+def viewer(domain, **parameters):
+    command = ["-m", "vla_perception.nodes.token_viewer", "--ros-args"]
+    for name, value in parameters.items():
+        command += ["-p", f"{name}:={value}"]
+    return RosProcess(command, domain)
+
+
+class Robot:
+    """Publishes tokens to the viewer and gives what it shows for them."""
+
+    def __init__(self, listener):
+        self.listener = listener
+        self.tokens = listener.publisher(CompressedImage, "tokens")
+        self.shown = listener.collect(Image, "token_image")
+
+    def connect(self):
+        wait_until(self.tokens.get_subscription_count, 30, "the viewer subscribes")
+        # Its publisher has found us too once a first picture arrives.
+        for _ in range(200):
+            self.tokens.publish(to_message(tokens(token_values(999), 0, fingerprint="warm-up")))
+            try:
+                wait_for_messages(self.shown, 1, 0.1)
+            except AssertionError:
+                continue
+            break
+        self.drain()
+
+    def drain(self):
+        """Waits until warm-up pictures have passed: their answers come in order, the last is known by its stamp."""
+        self.show(tokens(token_values(998), 1, stamp_ns=77 * 10**9, fingerprint="warm-up"))
+
+    def show(self, message):
+        stamp = message.stamp_ns
+        start = len(self.shown)
+        self.tokens.publish(to_message(message))
+
+        def answer():
+            of_stamp = [m for m in self.shown[start:] if m.header.stamp.sec * 10**9 + m.header.stamp.nanosec == stamp]
+            return of_stamp[-1:]
+
+        return wait_until(answer, 20, "the viewer's picture")[0]
+
+
+@pytest.mark.ros
+def test_node_shows_components_that_settle_and_then_stay():
+    domain = free_domain()
+    with Listener(domain) as listener, viewer(domain, fit_messages=3) as process:
+        robot = Robot(listener)
+        robot.connect()
+        # 1 to 3 are fitted to; afterwards the same tokens give the same colours, whatever came between.
+        shown = [image_to_rgb(robot.show(tokens(token_values(k), 10 + k))) for k in range(3)]
+        again = image_to_rgb(robot.show(tokens(token_values(2), 20)))
+        other = image_to_rgb(robot.show(tokens(-10 * token_values(5), 21)))
+        assert np.array_equal(again, shown[2])
+        assert np.array_equal(image_to_rgb(robot.show(tokens(token_values(2), 22))), shown[2])
+        assert not np.array_equal(other, again)
+        # And they are the principal components of what was fitted to.
+        basis = ColourBasis(3)
+        expected = [basis.colours(token_values(k)[0]) for k in range(3)][2].reshape(ROWS, COLUMNS, 3)
+        assert np.array_equal(again, overlay(expected, WHOLE, HEIGHT, WIDTH))
+
+        refit = listener.node.create_client(Trigger, "/token_viewer/refit")
+        assert refit.wait_for_service(20)
+        answer = refit.call_async(Trigger.Request())
+        wait_until(answer.done, 20, "refit")
+        fresh = image_to_rgb(robot.show(tokens(token_values(7), 23)))
+        colours = PrincipalComponents.fit(token_values(7)[0]).rgb(token_values(7)[0]).reshape(ROWS, COLUMNS, 3)
+        assert np.array_equal(fresh, overlay(colours, WHOLE, HEIGHT, WIDTH))
+        assert process.stop(signal.SIGINT) == 0, process.output
+
+
+@pytest.mark.ros
+@pytest.mark.parametrize("reliable", [True, False])
+def test_node_lays_colours_over_the_picture_with_the_same_stamp(reliable):
+    from rclpy.qos import QoSProfile, ReliabilityPolicy
+
+    reliability = ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT
+    domain = free_domain()
+    with Listener(domain) as listener, viewer(domain, fit_messages=1, opacity=0.5) as process:
+        robot = Robot(listener)
+        robot.connect()
+        camera = listener.publisher(Image, "front/image_raw", QoSProfile(depth=10, reliability=reliability))
+        wait_until(camera.get_subscription_count, 20, "the viewer subscribes to the camera")
+        pictures = [noise(HEIGHT, WIDTH, 3, seed=k) for k in range(3)]
+        for k, picture in enumerate(pictures):
+            camera.publish(camera_image(picture, 10**9 * (200 + k)))
+        colours = PrincipalComponents.fit(token_values(1)[0]).rgb(token_values(1)[0]).reshape(ROWS, COLUMNS, 3)
+        expected = overlay(colours, WHOLE, HEIGHT, WIDTH, pictures[1], 0.5)
+
+        def shows_the_picture():  # pictures and tokens travel apart
+            shown = robot.show(tokens(token_values(1), 1, stamp_ns=201 * 10**9))
+            assert shown.header.frame_id == "front_optical"
+            return np.array_equal(image_to_rgb(shown), expected)
+
+        wait_until(shows_the_picture, 20, "the colours over the picture of that stamp")
+        assert process.stop(signal.SIGTERM) == 0, process.output
+
+
+@pytest.mark.ros
+def test_node_shows_all_views_or_one():
+    domain = free_domain()
+    with Listener(domain) as listener, viewer(domain) as process:
+        robot = Robot(listener)
+        robot.connect()
+        message = tokens(token_values(1, views=2), 1, cameras=("front", "wrist"))
+        assert robot.show(message).width == 2 * WIDTH
+        assert process.stop() == 0, process.output
+    with Listener(domain) as listener, viewer(domain, camera="wrist") as process:
+        robot = Robot(listener)
+        wait_until(robot.tokens.get_subscription_count, 30, "the viewer subscribes")
+        wait_until(lambda: listener.node.count_publishers("token_image"), 30, "the viewer's publisher")
+
+        def shown():
+            robot.tokens.publish(to_message(message))
+            return robot.shown
+
+        wait_until(shown, 20, "a picture")
+        assert robot.shown[0].width == WIDTH
+        robot.tokens.publish(to_message(tokens(token_values(1), 2)))
+        process.wait_for("no camera 'wrist' among front")
+        assert process.stop() == 0, process.output
+
+
+@pytest.mark.ros
+def test_node_says_once_what_it_cannot_read():
+    domain = free_domain()
+    with Listener(domain) as listener, viewer(domain) as process:
+        publisher = listener.publisher(CompressedImage, "tokens")
+        wait_until(publisher.get_subscription_count, 30, "the viewer subscribes")
+        for _ in range(3):
+            publisher.publish(CompressedImage(format="jpeg"))
+        process.wait_for("no token message")
+        assert process.stop() == 0
+        assert process.output.count("no token message") == 1
+
+
+@pytest.mark.ros
+def test_node_refuses_bad_parameters_in_one_sentence():
+    with viewer(free_domain(), show="pixels") as process:
+        assert process.wait(30) == 1
+    assert 'show is tokens or features, not "pixels"' in process.output
