@@ -130,8 +130,23 @@ class VisualTokens:
         return self.views[0].stamp_ns
 
     @property
+    def stamps_ns(self) -> tuple[int, ...]:
+        """Every view's stamp, nanoseconds since the epoch of its clock."""
+        return tuple(view.stamp_ns for view in self.views)
+
+    @property
     def cameras(self) -> tuple[str, ...]:
         return tuple(view.camera for view in self.views)
+
+    @property
+    def valid(self) -> tuple[bool, ...]:
+        """For every view whether there was an image; the tokens of a view without one are to be ignored."""
+        return tuple(view.valid for view in self.views)
+
+    def age(self, now_ns: int) -> float:
+        """Seconds from the oldest valid view's stamp to `now_ns`; infinite if no view is valid."""
+        stamps = [view.stamp_ns for view in self.views if view.valid]
+        return (now_ns - min(stamps)) / 1e9 if stamps else math.inf
 
     @classmethod
     def from_torch(
@@ -203,6 +218,23 @@ class VisualTokens:
                 start, stop = encoder["channels"]  # type: ignore[misc]
                 return slice(start, stop)
         raise KeyError(f"no encoder {name!r} among {', '.join(str(e['name']) for e in self.encoders)}")
+
+    def encoder(self, name: str) -> np.ndarray:
+        """What one encoder saw, [views, tokens, its channels], like `numpy`: a slice of the features.
+
+        Raises:
+            KeyError: there is no such encoder.
+            ValueError: behind a projector the encoders are mixed, and the message carries no features.
+        """
+        channels = self.encoder_channels(name)
+        if self.features is not None:
+            return replace(self, data=self.features, features=None).numpy()[..., channels]
+        if self.projector == "none":
+            return self.numpy()[..., channels]
+        raise ValueError(
+            "the projector has mixed the encoders' channels and this message carries no features; set the "
+            "tokenizer's publish_features parameter"
+        )
 
     def on_grid(self, values: np.ndarray | None = None) -> np.ndarray:
         """Patch tokens (or `values`, [views, tokens, …]) as [views, rows, columns, …]: a view, not a copy."""

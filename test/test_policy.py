@@ -1,0 +1,491 @@
+"""Tokens as a policy reads them: from the topic over DDS, and computed in its own process."""
+
+import math
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from fake_tokenizer import MODEL, make_tokens
+from ros_domain import ROOT, RosProcess, free_domain, ros_environment, wait_until
+
+from vla_perception.messages.tokens import FORMAT, TokenFormatError, VisualTokens, to_message
+from vla_perception.policy import FingerprintMismatch, LocalTokens, TokenSubscriber, tokenize
+
+OTHER = "cd" * 32
+
+
+class Source(LocalTokens):
+    """Sets handed over by the test, without a tokenizer."""
+
+    def __init__(self, **options):
+        super().__init__(None, **options)
+        self.told = []
+
+    def _log(self, text, error):
+        self.told.append(text)
+
+    def put(self, *sequences, **changes):
+        for sequence in sequences:
+            self._accept(make_tokens(sequence, **changes))
+
+
+# What holds for every source
+
+
+def test_newest_and_history_in_order():
+    tokens = Source(history=3)
+    assert tokens.newest is None and tokens.history == () and tokens.age() == math.inf
+    tokens.put(0)
+    assert [t.sequence for t in tokens.history] == [0]
+    tokens.put(1, 2, 3)
+    assert tokens.newest.sequence == 3
+    assert [t.sequence for t in tokens.history] == [1, 2, 3]
+    assert tokens.received == 4
+    with pytest.raises(ValueError, match="at least 1"):
+        Source(history=0)
+
+
+def test_gaps_are_counted_and_told():
+    tokens = Source()
+    tokens.put(5, 6, 9, 10, 15)
+    assert (tokens.lost, tokens.gaps, tokens.restarts) == (6, 2, 0)
+    assert "2 sets of visual tokens were lost before sequence 9" in tokens.told[0]
+
+
+def test_a_restart_is_no_gap_and_history_begins_anew():
+    tokens = Source(history=4)
+    tokens.put(5, 6, 0, 1)
+    assert (tokens.lost, tokens.restarts) == (0, 1)
+    assert [t.sequence for t in tokens.history] == [0, 1]
+    assert "started anew" in tokens.told[0]
+    # Other weights are a restart even if the numbers happen to go on.
+    tokens.put(9, fingerprint=OTHER)
+    assert (tokens.lost, tokens.restarts) == (0, 2)
+    assert [t.sequence for t in tokens.history] == [9]
+
+
+def test_history_never_stacks_what_does_not_belong_together():
+    tokens = Source(history=4)
+    tokens.put(0, stamp_ns=10)
+    tokens.put(1, stamp_ns=20)
+    tokens.put(2, stamp_ns=5)  # a bag that loops
+    assert [t.sequence for t in tokens.history] == [2]
+    tokens.put(3, cameras=("front", "wrist"))
+    assert [t.sequence for t in tokens.history] == [3]
+
+
+def test_wait_returns_each_set_once_and_times_out():
+    tokens = Source()
+    tokens.put(0, 1)
+    assert tokens.wait(0.0).sequence == 1
+    begin = time.monotonic()
+    with pytest.raises(TimeoutError, match="no new visual tokens within 0.2 s"):
+        tokens.wait(0.2)
+    assert 0.19 < time.monotonic() - begin < 1.0
+    threading.Timer(0.1, tokens.put, (2,)).start()
+    assert tokens.wait(5.0).sequence == 2
+
+
+def test_all_threads_that_wait_get_the_set():
+    tokens = Source()
+    got = []
+    threads = [threading.Thread(target=lambda: got.append(tokens.wait(10.0).sequence)) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.05)
+    tokens.put(7)
+    for thread in threads:
+        thread.join(10.0)
+    assert got == [7] * 5
+
+
+def test_closing_frees_who_waits():
+    tokens = Source()
+    threading.Timer(0.1, tokens.close).start()
+    with pytest.raises(RuntimeError, match="closed"):
+        tokens.wait(10.0)
+
+
+def test_other_weights_are_refused_and_nothing_old_is_given_instead():
+    tokens = Source(expect_fingerprint=MODEL["fingerprint"])
+    tokens.put(0)
+    tokens.put(1, fingerprint=OTHER)
+    for read in (lambda: tokens.newest, lambda: tokens.history, lambda: tokens.wait(0.1), lambda: tokens.fresh(9.0)):
+        with pytest.raises(FingerprintMismatch, match="expected was abababab"):
+            read()
+    assert (tokens.received, tokens.refused) == (1, 1)
+    assert "cdcdcdcd" in tokens.told[-1]
+    tokens.put(2)
+    assert tokens.newest.sequence == 2
+    with pytest.raises(ValueError, match="at least 8"):
+        Source(expect_fingerprint="ab")
+    assert Source(expect_fingerprint="ABABABAB")._accept(make_tokens(0))
+
+
+def test_age_and_freshness():
+    tokens = Source()
+    now = time.time_ns()
+    tokens.put(0, stamp_ns=now - 2_000_000_000)
+    assert 2.0 <= tokens.age() < 4.0
+    assert tokens.fresh(5.0).sequence == 0 and tokens.fresh(1.0) is None
+    # The oldest valid picture counts; a view without a picture has no age.
+    views = make_tokens(1, cameras=("front", "wrist"), stamp_ns=now).views
+    old = VisualTokens(**{**make_tokens(1, cameras=("front", "wrist")).__dict__, "views": (
+        views[0], type(views[1])("wrist", "", now - 10**10, 480, 640, views[1].affine, False),
+    )})  # fmt: skip
+    assert old.valid == (True, False) and old.stamps_ns == (now, now - 10**10)
+    assert old.age(now) == 0.0 and old.view("wrist").age(now) == math.inf
+    # Stamps from the future say that clocks differ, which makes every age meaningless.
+    tokens.put(2, stamp_ns=time.time_ns() + 60 * 10**9)
+    assert tokens.fresh(1.0) is None and "synchronise the clocks" in tokens.told[-1]
+
+
+def test_encoder_slices():
+    features = np.arange(12 * 9, dtype=np.float32).reshape(1, 12, 9)
+    tokens = make_tokens(0, features=features)
+    np.testing.assert_array_equal(tokens.encoder("siglip"), features[..., 5:])
+    assert np.shares_memory(tokens.encoder("dinov2"), features)
+    with pytest.raises(KeyError, match="dinov2, siglip"):
+        tokens.encoder("clip")
+    with pytest.raises(ValueError, match="publish_features"):
+        make_tokens(0).encoder("siglip")
+    bare = make_tokens(0, channels=9, projector="none")
+    assert bare.encoder("dinov2").shape == (1, 12, 5) and np.shares_memory(bare.encoder("dinov2"), bare.data)
+
+
+# In-process
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    pytest.importorskip("timm")
+    from vla_perception.tokenizer import VisualTokenizer
+
+    return VisualTokenizer.from_preset("small")
+
+
+def test_in_process_tokens_are_what_the_node_would_publish(tokenizer):
+    import torch
+
+    random = np.random.default_rng(0)
+    front, wrist = (random.integers(0, 256, (60, 80, 3), dtype=np.uint8) for _ in range(2))
+    tokens = tokenize(tokenizer, {"front": front, "wrist": wrist}, stamp_ns=5, token_dtype="bfloat16", features=True)
+    assert tokens.cameras == ("front", "wrist") and tokens.dtype == "bfloat16" and tokens.stamp_ns == 5
+    expected = tokenizer([front, wrist], features=True)
+    assert torch.equal(tokens.torch(), expected.tokens.to(torch.bfloat16))
+    assert tokens.encoder("siglip").shape == (2, 196, 384)
+    read = VisualTokens.from_bytes(tokens.to_bytes())
+    assert read.views == tokens.views and read.fingerprint == tokenizer.fingerprint
+
+
+def test_a_policy_loop_runs_on_local_tokens(tokenizer):
+    pictures = iter(np.random.default_rng(0).integers(0, 256, (9, 48, 64, 3), dtype=np.uint8))
+    calls = []
+    source = LocalTokens(tokenizer, lambda: {"front": next(pictures)}, history=2, callback=calls.append)
+    first, second, third = source.wait(1.0), source.wait(1.0), source.request()
+    assert [t.sequence for t in (first, second, third)] == [0, 1, 2] == [t.sequence for t in calls]
+    assert source.newest is third and source.history == (second, third)
+    assert not np.array_equal(first.data, second.data)
+    assert source.fresh(60.0) is third
+    with pytest.raises(FingerprintMismatch):
+        LocalTokens(tokenizer, expect_fingerprint=OTHER).encode({"front": next(pictures)})
+
+
+@pytest.mark.parametrize("strategy", ["resize-naive", "resize-crop", "letterbox"])
+@pytest.mark.parametrize("pool", [1, 3])
+def test_places_through_resize_pooling_and_uncovered_pixels(strategy, pool):
+    """A pixel and its token against the preprocessing itself: a bright dot is followed to its 14-pixel patch."""
+    pytest.importorskip("timm")
+    from vla_perception.tokenizer.preprocess import resize, source_to_grid
+    from vla_perception.tokenizer.presets import EncoderConfig
+
+    # 384 / 14: 27 patches, 6 pixels at the right and the bottom that no token sees.
+    config = EncoderConfig("siglip", "x", 384, (0.5,) * 3, (0.5,) * 3, strategy, letterbox_fill=(0, 0, 0))
+    height, width = 480, 640
+    affine = tuple(value / pool for value in source_to_grid(height, width, config, 14))
+    side = 27 // pool
+    tokens = make_tokens(0, grid=(side, side), pool=pool)
+    view = type(tokens.views[0])("front", "", 0, height, width, affine)
+    tokens = VisualTokens(**{**tokens.__dict__, "views": (view,)})
+    seen = set()
+    random = np.random.default_rng(0)
+    for x, y in [(639, 240), (320, 479), (2, 2), *random.integers(0, (width, height), (40, 2))]:
+        image = np.zeros((height, width, 3), np.uint8)
+        image[max(y - 3, 0) : y + 4, max(x - 3, 0) : x + 4] = 255
+        small = resize(image, config)[..., 0].astype(float)
+        token = tokens.token_at(x + 0.5, y + 0.5)
+        if small.max() < 100:  # cropped away
+            assert token is None or strategy != "resize-naive"
+            continue
+        row, column = (int(np.average(range(384), weights=small.sum(axis))) for axis in (1, 0))
+        near_edge = any(min(value % (14 * pool), -value % (14 * pool)) < 3 for value in (row, column))
+        if max(row, column) >= side * 14 * pool + 3:
+            assert token is None
+            seen.add("uncovered")
+        elif not near_edge and token is not None:
+            assert divmod(token, side) == (row // (14 * pool), column // (14 * pool))
+            corners = np.array(tokens.region(token))
+            assert (corners.min(0) <= (x + 0.5, y + 0.5)).all() and ((x + 0.5, y + 0.5) <= corners.max(0)).all()
+            seen.add("covered")
+    assert "covered" in seen
+    if strategy == "resize-naive" and pool == 1:
+        assert "uncovered" in seen
+
+
+def test_reading_needs_neither_torch_nor_ros():
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['rclpy'] = None\n"
+        "import vla_perception.policy as policy, vla_perception\n"
+        "assert not {'timm', 'torchvision', 'cv2', 'PIL'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=ros_environment(0), timeout=60)
+
+
+# Over DDS
+
+
+@pytest.fixture
+def ros():
+    """A context on a domain of its own: `node()` makes nodes, `spin(node)` spins one in a thread."""
+    rclpy = pytest.importorskip("rclpy")
+    from rclpy.executors import SingleThreadedExecutor
+    from rclpy.signals import SignalHandlerOptions
+    from ros_domain import in_domain
+
+    class Ros:
+        domain = free_domain()
+        context = rclpy.Context()
+
+        def __init__(self):
+            self.nodes, self.spinning = [], []
+
+        def node(self, name="policy", **options):
+            self.nodes.append(rclpy.create_node(name, context=self.context, **options))
+            return self.nodes[-1]
+
+        def spin(self, node):
+            executor, stop = SingleThreadedExecutor(context=self.context), threading.Event()
+            executor.add_node(node)
+            thread = threading.Thread(target=lambda: [executor.spin_once(0.05) for _ in iter(stop.is_set, True)])
+            thread.start()
+            self.spinning.append((executor, stop, thread))
+
+        def publisher(self, topic="tokens"):
+            from sensor_msgs.msg import CompressedImage
+
+            return self.node("publisher").create_publisher(CompressedImage, topic, 20)
+
+        def fake(self, *arguments):
+            return RosProcess([str(ROOT / "test" / "fake_tokenizer.py"), *map(str, arguments)], self.domain)
+
+    ros = Ros()
+    with in_domain(ros.domain):
+        rclpy.init(context=ros.context, signal_handler_options=SignalHandlerOptions.NO)
+    yield ros
+    for executor, stop, thread in ros.spinning:
+        stop.set()
+        thread.join()
+        executor.shutdown()
+    for node in ros.nodes:
+        node.destroy_node()
+    rclpy.try_shutdown(context=ros.context)
+
+
+def matched(publisher, count=1):
+    wait_until(lambda: publisher.get_subscription_count() >= count, 20.0, "a match of publisher and subscriber")
+
+
+@pytest.mark.ros
+def test_plain_loop_another_process_and_its_restart(ros):
+    with TokenSubscriber(ros.node(), history=3) as tokens:
+        with ros.fake("--rate", 50, "--count", 20, "--skip", 5, 6, "--cameras", "front", "wrist") as fake:
+            sequences = []
+            while not sequences or sequences[-1] < 21:
+                visual = tokens.wait(20.0)
+                assert visual.cameras == ("front", "wrist") and visual.valid == (True, True)
+                assert (visual.numpy() == visual.sequence).all()
+                assert 0.0 <= tokens.age(visual) < 5.0
+                sequences.append(visual.sequence)
+            assert sequences == sorted(set(sequences))
+            assert (tokens.received, tokens.lost, tokens.gaps, tokens.restarts) == (20, 2, 1, 0)
+            assert [t.sequence for t in tokens.history] == [19, 20, 21]
+            assert not visual.data.flags.writeable
+            assert fake.stop() == 0
+        with pytest.raises(TimeoutError, match="nobody publishes /tokens"):
+            wait_until(lambda: not tokens.publishers(), 20.0, "the publisher gone")
+            tokens.wait(0.1)
+        # Numbers go on as if 28 had been lost, but they are another process's.
+        with ros.fake("--rate", 50, "--count", 2, "--first", 50):
+            assert tokens.wait(20.0).sequence >= 50
+            wait_until(lambda: tokens.received == 22, 20.0, "two sets of the second process")
+            assert (tokens.lost, tokens.restarts) == (2, 1)
+        with ros.fake("--rate", 50, "--count", 3):
+            wait_until(lambda: tokens.received == 25, 20.0, "three sets of the third process")
+            assert (tokens.lost, tokens.restarts) == (2, 2)
+
+
+@pytest.mark.ros
+def test_bfloat16_arrives_exactly(ros):
+    with TokenSubscriber(ros.node()) as tokens, ros.fake("--rate", 50, "--first", 3, "--dtype", "bfloat16"):
+        visual = tokens.wait(20.0)
+        assert visual.dtype == "bfloat16" and visual.numpy().dtype.name == "bfloat16"
+        assert (visual.float32() == visual.sequence).all()
+
+
+@pytest.mark.ros
+def test_request_waits_for_a_set_of_its_own(ros):
+    with TokenSubscriber(ros.node()) as tokens:
+        with pytest.raises(TimeoutError, match="no service /encode"):
+            tokens.request(0.3)
+        with ros.fake("--first", 4):
+            assert tokens.request(20.0).sequence == 4
+            assert tokens.request(20.0).sequence == 5
+            with pytest.raises(TimeoutError):
+                tokens.wait(0.1)  # nothing comes unasked
+
+
+@pytest.mark.ros
+def test_request_and_wait_inside_a_callback_do_not_block_reception(ros):
+    node = ros.node()
+    tokens = TokenSubscriber(node)
+    got = []
+    with ros.fake():
+        timer = node.create_timer(0.05, lambda: got.append(tokens.request(20.0).sequence))
+        ros.spin(node)
+        wait_until(lambda: len(got) >= 2, 20.0, "two requests from a timer of a single-threaded executor")
+        timer.cancel()
+    assert got[:2] == [0, 1]
+
+
+@pytest.mark.ros
+def test_request_tells_the_reason_of_a_refusal(ros):
+    from std_srvs.srv import Trigger
+
+    def refuse(_request, response):
+        response.success, response.message = False, "no picture from front yet"
+        return response
+
+    server = ros.node("server")
+    server.create_service(Trigger, "encode", refuse)
+    ros.spin(server)
+    with TokenSubscriber(ros.node()) as tokens:
+        with pytest.raises(RuntimeError, match="no picture from front yet"):
+            tokens.request(20.0)
+
+
+@pytest.mark.ros
+def test_callback_runs_in_the_policys_executor_and_sees_the_newest(ros):
+    node, publisher = ros.node(), ros.publisher()
+    seen, threads, go = [], set(), threading.Event()
+
+    def act(visual):
+        seen.append(visual.sequence)
+        threads.add(threading.current_thread())
+        go.wait(20.0)
+
+    tokens = TokenSubscriber(node, callback=act)
+    ros.spin(node)
+    matched(publisher)
+    publisher.publish(to_message(make_tokens(0)))
+    wait_until(lambda: seen == [0], 20.0, "the first callback")
+    for sequence in range(1, 6):
+        publisher.publish(to_message(make_tokens(sequence)))
+    wait_until(lambda: tokens.received == 6, 20.0, "six sets")
+    go.set()
+    wait_until(lambda: seen == [0, 5], 20.0, "the newest set, and only that")
+    assert tokens.passed_over == 4 and tokens.lost == 0
+    assert threads == {ros.spinning[0][2]}
+
+
+@pytest.mark.ros
+def test_other_schemas_pictures_and_damage_are_refused(ros):
+    from sensor_msgs.msg import CompressedImage
+
+    node, publisher = ros.node(), ros.publisher()
+    calls = []
+    tokens = TokenSubscriber(node, callback=calls.append, expect_fingerprint=MODEL["fingerprint"][:16])
+    ros.spin(node)
+    matched(publisher)
+    good = to_message(make_tokens(0))
+    bad = [
+        (CompressedImage(format="jpeg", data=good.data), TokenFormatError, "no token message"),
+        (CompressedImage(format="safetensors; vla_tokens/2", data=good.data), TokenFormatError, "another version"),
+        (CompressedImage(format=FORMAT, data=good.data[:-1]), TokenFormatError, "truncated"),
+        (to_message(make_tokens(0, fingerprint=OTHER)), FingerprintMismatch, "other weights"),
+    ]
+    for count, (message, error, words) in enumerate(bad, start=1):
+        publisher.publish(message)
+        wait_until(lambda count=count: tokens.refused == count, 20.0, f"{count} refusals")
+        with pytest.raises(error, match=words):
+            tokens.newest  # noqa: B018
+        with pytest.raises(error, match=words):
+            tokens.wait(5.0)
+    assert calls == []
+    publisher.publish(good)
+    assert tokens.wait(20.0).sequence == 0
+    wait_until(lambda: len(calls) == 1, 20.0, "the callback")
+
+
+@pytest.mark.ros
+def test_names_follow_namespace_and_remapping(ros):
+    node = ros.node("policy", namespace="/robot", cli_args=["--ros-args", "-r", "tokens:=eyes/tokens"])
+    with TokenSubscriber(node) as tokens:
+        assert tokens.topic == "/robot/eyes/tokens"
+        publisher = ros.publisher("/robot/eyes/tokens")
+        matched(publisher)
+        publisher.publish(to_message(make_tokens(3)))
+        assert tokens.wait(20.0).sequence == 3
+        with pytest.raises(TimeoutError, match="/robot/eyes/encode"):
+            tokens.request(0.1)
+
+
+@pytest.mark.ros
+def test_two_publishers_are_told(ros, monkeypatch):
+    told = []
+    monkeypatch.setattr(TokenSubscriber, "_log", lambda _self, text, _error: told.append(text))
+    first, second = ros.publisher(), ros.publisher()
+    with TokenSubscriber(ros.node()) as tokens:
+        for publisher in (first, second):
+            matched(publisher)
+        for sequence in range(3):
+            first.publish(to_message(make_tokens(sequence)))
+            second.publish(to_message(make_tokens(sequence)))
+        wait_until(lambda: tokens.received == 6, 20.0, "all sets")
+        assert any("2 publishers on /tokens" in text for text in told)
+
+
+@pytest.mark.ros
+def test_shutdown_ends_a_wait(ros):
+    import rclpy
+    from rclpy.executors import ExternalShutdownException
+
+    tokens = TokenSubscriber(ros.node())
+    threading.Timer(0.2, lambda: rclpy.shutdown(context=ros.context)).start()
+    with pytest.raises(ExternalShutdownException):
+        tokens.wait(20.0)
+    tokens.close()
+
+
+@pytest.mark.ros
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_policy_process_ends_when_told_to(number):
+    code = (
+        "import rclpy\n"
+        "from rclpy.executors import ExternalShutdownException\n"
+        "from vla_perception.policy import TokenSubscriber\n"
+        "rclpy.init()\n"
+        "tokens = TokenSubscriber(rclpy.create_node('policy'))\n"
+        "print('ready', flush=True)\n"
+        "try:\n"
+        "    tokens.wait()\n"
+        "except (KeyboardInterrupt, ExternalShutdownException):\n"
+        "    print('ended', flush=True)\n"
+    )
+    with RosProcess(["-c", code], free_domain()) as process:
+        process.wait_for("ready")
+        assert process.stop(number) == 0, process.output
+        assert "ended" in process.output

@@ -1,0 +1,579 @@
+"""What a policy node imports: visual tokens as they arrive, checked, newest first.
+
+`TokenSubscriber` reads them from the tokenizer's topic, `LocalTokens` computes them in the policy's own process;
+both are read in the same way, and both give `VisualTokens`. Needs NumPy (and rclpy for `TokenSubscriber`); torch
+only where tokens are asked for as torch tensors.
+
+    tokens = TokenSubscriber(node)
+    while rclpy.ok():
+        visual = tokens.wait(timeout_sec=1.0)
+        act(visual.torch("cuda"))
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import itertools
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from vla_perception.messages.tokens import TokenFormatError, View, VisualTokens, from_message
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rclpy.node import Node
+    from rclpy.qos import QoSProfile
+
+    from vla_perception.tokenizer import VisualTokenizer
+
+__all__ = ["FingerprintMismatch", "LocalTokens", "TokenFormatError", "TokenSubscriber", "VisualTokens", "tokenize"]
+
+#: Seconds between two log lines of the same kind: what happens at every message is told, not shouted.
+_LOG_PERIOD = 5.0
+_POLL = 0.05
+_numbers = itertools.count(1)
+
+
+class FingerprintMismatch(ValueError):
+    """Tokens of other weights or another preprocessing than the policy was made for."""
+
+
+class _Tokens:
+    """The newest sets of tokens, for any number of threads. No ROS in here.
+
+    Attributes:
+        received: sets that were accepted.
+        lost: sets that were published and never arrived here, told by gaps in the sequence numbers.
+        gaps: how often some were lost.
+        restarts: how often the sequence began anew: the tokenizer was configured again. Not a loss.
+        refused: messages that were not accepted: another schema, damaged, or of other weights.
+    """
+
+    def __init__(self, history: int, expect_fingerprint: str | None) -> None:
+        if history < 1:
+            raise ValueError(f"history must be at least 1, got {history}")
+        if expect_fingerprint is not None and len(expect_fingerprint) < 8:
+            raise ValueError("expect_fingerprint must have at least 8 of the 64 hexadecimal digits")
+        self._expected = None if expect_fingerprint is None else expect_fingerprint.lower()
+        self._changed = threading.Condition()
+        self._history: deque[VisualTokens] = deque(maxlen=history)
+        self._last: VisualTokens | None = None
+        self._refusal: ValueError | None = None
+        self._waited = (0, 0)  # received and refused, when a wait returned last
+        self._closed = False
+        self._told: dict[str, float] = {}
+        self.received = self.lost = self.gaps = self.restarts = self.refused = 0
+
+    # Reading
+
+    @property
+    def newest(self) -> VisualTokens | None:
+        """The newest set, or None before the first one.
+
+        It stays the newest however old it gets: see `fresh` and `age`.
+
+        Raises:
+            TokenFormatError, FingerprintMismatch: the last message was refused, so what came before it may be of
+                another tokenizer than the one that runs now.
+        """
+        with self._changed:
+            self._raise_refusal()
+            return self._history[-1] if self._history else None
+
+    @property
+    def history(self) -> tuple[VisualTokens, ...]:
+        """The last `history` sets, oldest first; fewer until as many have come. Raises like `newest`.
+
+        It begins anew when the tokenizer restarts or stamps jump back (a bag that loops), so that frames that are
+        stacked belong together. Lost sets leave holes: compare `sequence` where that matters.
+        """
+        with self._changed:
+            self._raise_refusal()
+            return tuple(self._history)
+
+    def wait(self, timeout_sec: float | None = None) -> VisualTokens:
+        """The newest set that no `wait` has returned before; waits for one if need be.
+
+        Args:
+            timeout_sec: how long to wait at most; None: for ever.
+
+        Raises:
+            TimeoutError: none came; the text says what is known of the reason.
+            TokenFormatError, FingerprintMismatch: a message was refused, and nothing better has come since.
+        """
+        with self._changed:
+            received, refused = self._waited
+            try:
+                self._wait_for(
+                    lambda: self.received > received or self.refused > refused, timeout_sec, "no new visual tokens"
+                )
+            except TimeoutError:
+                self._raise_refusal()
+                raise
+            return self._taken()
+
+    def fresh(self, max_age_sec: float) -> VisualTokens | None:
+        """The newest set if its oldest valid picture is at most `max_age_sec` old, else None. Raises like `newest`.
+
+        None as well if its stamps lie more than `max_age_sec` in the future: then the camera's clock and this one
+        differ, and no age can be told.
+        """
+        newest = self.newest
+        if newest is None:
+            return None
+        age = self.age(newest)
+        if age < -max_age_sec:
+            self._tell("clock", f"visual tokens are stamped {-age:.3f} s in the future: synchronise the clocks")
+        return newest if abs(age) <= max_age_sec else None
+
+    def age(self, tokens: VisualTokens | None = None) -> float:
+        """Seconds since the oldest valid picture behind `tokens` (the newest ones) was taken, by its stamp.
+
+        Infinite where there are no tokens, or no valid view.
+        """
+        tokens = self.newest if tokens is None else tokens
+        return float("inf") if tokens is None else tokens.age(self._now_ns())
+
+    def close(self) -> None:
+        """Ends reception; whoever waits gets a RuntimeError."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    # Filling
+
+    def _accept(self, tokens: VisualTokens) -> bool:
+        """Takes one set in; False if it was refused."""
+        if self._expected is not None and not tokens.fingerprint.startswith(self._expected):
+            self._refuse(
+                FingerprintMismatch(
+                    f"the tokens of model {tokens.model!r} have the fingerprint {tokens.fingerprint[:16]}…, expected "
+                    f"was {self._expected[:16]}…: they come from other weights or another preprocessing than this "
+                    "policy is for; start the tokenizer with the policy's checkpoint"
+                )
+            )
+            return False
+        restarted = missing = 0
+        with self._changed:
+            last = self._last
+            if last is not None:
+                restarted = tokens.sequence <= last.sequence or tokens.fingerprint != last.fingerprint
+                missing = 0 if restarted else tokens.sequence - last.sequence - 1
+        if missing and self._another_publisher():
+            restarted, missing = True, 0
+        with self._changed:
+            if restarted:
+                self.restarts += 1
+            elif missing:
+                self.gaps += 1
+                self.lost += missing
+            same = last is not None and (tokens.cameras, tokens.shape) == (last.cameras, last.shape)
+            if restarted or not same or tokens.stamp_ns < last.stamp_ns:
+                self._history.clear()
+            self._last = tokens
+            self._refusal = None
+            self._history.append(tokens)
+            self.received += 1
+            self._changed.notify_all()
+        if restarted:
+            self._tell("restart", f"the tokenizer started anew (sequence {last.sequence} → {tokens.sequence})")
+            if tokens.fingerprint != last.fingerprint:
+                self._tell("weights", f"the tokens' fingerprint changed to {tokens.fingerprint[:16]}…")
+        elif missing:
+            self._tell(
+                "lost",
+                f"{missing} sets of visual tokens were lost before sequence {tokens.sequence} ({self.lost} in all)",
+            )
+        return True
+
+    def _refuse(self, error: ValueError) -> None:
+        with self._changed:
+            self.refused += 1
+            self._refusal = error
+            self._changed.notify_all()
+        self._tell(f"refused, {type(error).__name__}", f"visual tokens refused: {error}", error=True)
+
+    # What the kinds of source differ in
+
+    def _now_ns(self) -> int:
+        return time.time_ns()
+
+    def _another_publisher(self) -> bool:
+        """Whether the last set came from a publisher that is gone."""
+        return False
+
+    def _why_nothing(self) -> str:
+        return ""
+
+    def _alive(self) -> None:
+        """Raises if nothing can come any more."""
+        if self._closed:
+            raise RuntimeError("these tokens are closed")
+
+    def _log(self, text: str, error: bool) -> None:
+        import logging
+
+        logging.getLogger(__name__).log(logging.ERROR if error else logging.WARNING, text)
+
+    # Helpers
+
+    def _tell(self, kind: str, text: str, error: bool = False) -> None:
+        now = time.monotonic()
+        if now - self._told.get(kind, -_LOG_PERIOD) >= _LOG_PERIOD:
+            self._told[kind] = now
+            self._log(text, error)
+
+    def _taken(self) -> VisualTokens:
+        """The newest set, for a wait that ends; with `_changed` held."""
+        self._waited = (self.received, self.refused)
+        self._raise_refusal()
+        return self._history[-1]
+
+    def _raise_refusal(self) -> None:
+        if self._refusal is not None:
+            # A new one each time: threads must not share a traceback.
+            raise type(self._refusal)(*self._refusal.args)
+
+    def _wait_for(self, condition: Callable[[], object], timeout_sec: float | None, what: str) -> None:
+        """Waits with `_changed` held. In slices, because a shutdown of ROS wakes nobody."""
+        end = None if timeout_sec is None else time.monotonic() + timeout_sec
+        while not condition():
+            self._alive()
+            left = _POLL if end is None else end - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"{what} within {timeout_sec:g} s{self._why_nothing()}")
+            self._changed.wait(min(left, _POLL))
+
+
+class TokenSubscriber(_Tokens):
+    """Visual tokens from the tokenizer's topic.
+
+    Messages are taken in by a thread of its own, so `newest`, `wait` and `request` work in a plain loop without any
+    executor, and inside a callback of any executor, and a policy that computes for long loses nothing but what is
+    too old to matter. `callback` is called by the executor that spins `node`, like a subscription's.
+
+    Args:
+        node: whose context, namespace, remappings, clock and logger are used.
+        topic: relative to the node's namespace, as for a subscription, and remapped like one.
+        callback: called with the newest set, by the executor that spins `node`. Sets that come while it runs are
+            passed over but for the newest, and counted in `passed_over`; refused messages are logged and not given.
+        callback_group: of `callback`; the node's default one where not given.
+        history: how many sets `history` keeps.
+        expect_fingerprint: refuse tokens of another tokenizer. The 64 digits, or their first ones (8 at least).
+        service: of `request`; ``encode`` beside the topic where not given.
+        qos: QoS profile, or a depth for reliable reception of the last so many.
+
+    Attributes:
+        topic: the resolved name.
+        received, lost, gaps, restarts, refused: counters.
+        passed_over: sets for which `callback` was not called because a newer one was there.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        topic: str = "tokens",
+        *,
+        callback: Callable[[VisualTokens], None] | None = None,
+        callback_group=None,
+        history: int = 1,
+        expect_fingerprint: str | None = None,
+        service: str | None = None,
+        qos: QoSProfile | int = 10,
+    ) -> None:
+        import rclpy
+        from rclpy.executors import SingleThreadedExecutor
+        from sensor_msgs.msg import CompressedImage
+
+        super().__init__(history, expect_fingerprint)
+        self._node = node
+        self._context = node.context
+        self._callback = callback
+        self._waiting: VisualTokens | None = None
+        self.passed_over = 0
+        self.topic = node.resolve_topic_name(topic)
+        beside = self.topic.rpartition("/")[0] + "/encode"
+        self._service = node.resolve_service_name(beside if service is None else service)
+        self._client = None
+        self._publishers: frozenset[bytes] = frozenset()
+        self._guard = None
+        if callback is not None:
+            self._guard = node.create_guard_condition(self._call_back, callback_group)
+
+        # A node of its own (hidden by its underscore) in an executor of its own: reception depends neither on
+        # whether the policy spins nor on how long its callbacks take. Names are resolved already.
+        self._private = rclpy.create_node(
+            f"_{node.get_name()}_tokens_{next(_numbers)}",
+            context=self._context,
+            namespace=node.get_namespace(),
+            use_global_arguments=False,
+            enable_rosout=False,
+            start_parameter_services=False,
+        )
+        self._private.create_subscription(CompressedImage, self.topic, self._take, qos)
+        self._executor = SingleThreadedExecutor(context=self._context)
+        self._executor.add_node(self._private)
+        self._thread = threading.Thread(target=self._receive, name=f"tokens of {self.topic}", daemon=True)
+        self._thread.start()
+        # A daemon thread inside DDS while Python takes itself apart may crash: end it before.
+        closing = weakref.WeakMethod(self.close)
+        self._at_exit = lambda: closing() and closing()()
+        atexit.register(self._at_exit)
+
+    def publishers(self) -> int:
+        """How many publishers of the topic are known. More than one is a mistake: their tokens would mix."""
+        return self._private.count_publishers(self.topic)
+
+    def request(self, timeout_sec: float = 5.0) -> VisualTokens:
+        """Asks the tokenizer to encode its newest pictures, and waits for that set.
+
+        For a tokenizer with ``trigger: on_request``; one that runs continuously answers too.
+
+        Raises:
+            TimeoutError: no service, no answer or no tokens in time.
+            RuntimeError: the tokenizer could not; the text is its reason.
+            TokenFormatError, FingerprintMismatch: the tokens that came were refused.
+        """
+        from std_srvs.srv import Trigger
+
+        end = time.monotonic() + timeout_sec
+        with self._changed:
+            if self._client is None:
+                self._client = self._private.create_client(Trigger, self._service)
+            client = self._client
+            self._wait_for(
+                client.service_is_ready, timeout_sec, f"no service {self._service} (is the tokenizer active?)"
+            )
+            before, refused = self.received, self.refused
+        future = client.call_async(Trigger.Request())
+        future.add_done_callback(lambda _future: self._notify())
+        with self._changed:
+            try:
+                self._wait_for(future.done, end - time.monotonic(), f"no answer from {self._service}")
+            except BaseException:
+                client.remove_pending_request(future)
+                raise
+            answer = future.result()
+            if not answer.success:
+                raise RuntimeError(f"{self._service}: {answer.message}")
+            wanted = _sequence_in(answer.message)
+
+            def arrived() -> bool:
+                if self.refused > refused:
+                    return True
+                return self.received > before and (wanted is None or self._last.sequence >= wanted)
+
+            self._wait_for(arrived, end - time.monotonic(), f"{self._service} has answered, but no tokens came")
+            return self._taken()
+
+    def close(self) -> None:
+        """Ends reception. Called at Python's exit where it was not before."""
+        super().close()
+        atexit.unregister(self._at_exit)
+        if threading.current_thread() is not self._thread:
+            with contextlib.suppress(Exception):  # the thread may be done with it just now
+                self._executor.wake()
+            self._thread.join(5.0)
+        if self._guard is not None and self._context.ok():
+            self._node.destroy_guard_condition(self._guard)
+            self._guard = None
+
+    # In the thread of its own
+
+    def _receive(self) -> None:
+        from rclpy.executors import ExternalShutdownException, ShutdownException
+
+        try:
+            while not self._closed and self._context.ok():
+                self._executor.spin_once(timeout_sec=1.0)
+        except (ExternalShutdownException, ShutdownException):
+            pass
+        except Exception:
+            if self._context.ok():  # otherwise ROS was shut down under it
+                raise
+        finally:
+            self._closed = True
+            self._notify()
+            self._executor.shutdown(timeout_sec=1.0)
+            self._private.destroy_node()
+
+    def _take(self, message) -> None:
+        try:
+            tokens = from_message(message)
+        except TokenFormatError as error:
+            self._refuse(error)
+            return
+        if self._accept(tokens):
+            if self._callback is not None:
+                with self._changed:
+                    self.passed_over += self._waiting is not None
+                    self._waiting = tokens
+                self._guard.trigger()
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    # In the executor of the policy's node
+
+    def _call_back(self) -> None:
+        with self._changed:
+            tokens, self._waiting = self._waiting, None
+        if tokens is not None:
+            self._callback(tokens)
+
+    def _accept(self, tokens: VisualTokens) -> bool:
+        restarts = self.restarts
+        accepted = super()._accept(tokens)
+        if accepted and (not self._publishers or self.restarts != restarts):
+            self._another_publisher()
+        return accepted
+
+    def _another_publisher(self) -> bool:
+        known = self._publishers
+        infos = self._private.get_publishers_info_by_topic(self.topic)
+        self._publishers = frozenset(bytes(info.endpoint_gid) for info in infos)
+        if len(infos) > 1:
+            self._tell("publishers", f"{len(infos)} publishers on {self.topic}: their tokens mix; name topics apart")
+        return bool(known) and not known & self._publishers
+
+    def _now_ns(self) -> int:
+        return self._node.get_clock().now().nanoseconds
+
+    def _why_nothing(self) -> str:
+        if self.refused and not self.received:
+            return f": {self.refused} messages were refused"
+        count = self.publishers()
+        if not count:
+            return (
+                f": nobody publishes {self.topic}; is the tokenizer active, and are namespace and ROS_DOMAIN_ID the "
+                "same?"
+            )
+        if self._client is None and self._private.get_publishers_info_by_topic(self.topic):
+            return (
+                f": {self.topic} has {count} publisher(s) that sent nothing; do its cameras run? With trigger "
+                "on_request it sends only when asked: request()"
+            )
+        return f": {self.topic} has {count} publisher(s) that sent nothing"
+
+    def _alive(self) -> None:
+        if not self._context.ok():
+            from rclpy.executors import ExternalShutdownException
+
+            raise ExternalShutdownException
+        super()._alive()
+
+    def _log(self, text: str, error: bool) -> None:
+        if self._context.ok():
+            logger = self._node.get_logger()
+            logger.error(text) if error else logger.warning(text)
+
+
+class LocalTokens(_Tokens):
+    """Visual tokens computed in this process, read like those of a `TokenSubscriber`.
+
+    A policy can so begin with the tokenizer inside, and move it to a node by changing the one line that makes its
+    source of tokens.
+
+    Args:
+        tokenizer: a `VisualTokenizer`.
+        grab: gives the newest picture of every camera, ``{"front": uint8 [height, width, 3] RGB, …}``, in the order
+            in which tokens are wanted. `wait` and `request` call it and encode what it gives.
+        token_dtype: of the tokens; the tokenizer's compute dtype where not given.
+        features: keep what went into the projector, too.
+        callback: called with every set, by the thread that encodes it.
+        history, expect_fingerprint: as for `TokenSubscriber`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: VisualTokenizer,
+        grab: Callable[[], Mapping[str, np.ndarray]] | None = None,
+        *,
+        token_dtype: str | None = None,
+        features: bool = False,
+        callback: Callable[[VisualTokens], None] | None = None,
+        history: int = 1,
+        expect_fingerprint: str | None = None,
+    ) -> None:
+        super().__init__(history, expect_fingerprint)
+        self._tokenizer = tokenizer
+        self._grab = grab
+        self._dtype = token_dtype
+        self._features = features
+        self._callback = callback
+        self._encoding = threading.Lock()
+        self._sequence = 0
+
+    def encode(self, images: Mapping[str, np.ndarray], stamp_ns: int | None = None) -> VisualTokens:
+        """Encodes one picture per camera and makes the result the newest set. Raises like `newest`."""
+        with self._encoding:
+            self._alive()
+            tokens = tokenize(
+                self._tokenizer, images, stamp_ns=stamp_ns, sequence=self._sequence, token_dtype=self._dtype,
+                features=self._features,
+            )  # fmt: skip
+            self._sequence += 1
+            if not self._accept(tokens):
+                self._raise_refusal()
+        if self._callback is not None:
+            self._callback(tokens)
+        return tokens
+
+    def wait(self, timeout_sec: float | None = None) -> VisualTokens:
+        """Grabs and encodes; without `grab`, waits for another thread's `encode`."""
+        return super().wait(timeout_sec) if self._grab is None else self.encode(self._grab())
+
+    def request(self, timeout_sec: float = 5.0) -> VisualTokens:
+        """Grabs and encodes."""
+        return self.wait(timeout_sec)
+
+
+def tokenize(
+    tokenizer: VisualTokenizer,
+    images: Mapping[str, np.ndarray],
+    *,
+    stamp_ns: int | None = None,
+    sequence: int = 0,
+    token_dtype: str | None = None,
+    features: bool = False,
+) -> VisualTokens:
+    """The same `VisualTokens` that the node would publish for these pictures.
+
+    Args:
+        images: camera → uint8 [height, width, 3] RGB, in the order in which views are wanted.
+        stamp_ns: when they were taken, nanoseconds since the epoch; now, where not given.
+        token_dtype: of the tokens; the tokenizer's compute dtype where not given.
+    """
+    import torch
+
+    stamp_ns = time.time_ns() if stamp_ns is None else stamp_ns
+    views = [
+        View(camera, camera, stamp_ns, *image.shape[:2], tokenizer.affine(*image.shape[:2]))
+        for camera, image in images.items()
+    ]
+    output = tokenizer(list(images.values()), features=features)
+    dtype = getattr(torch, token_dtype) if token_dtype else output.tokens.dtype
+    return VisualTokens.from_torch(
+        output.tokens.to(dtype), sequence=sequence, views=views, features=output.features, **tokenizer.metadata()
+    )
+
+
+def _sequence_in(text: str) -> int | None:
+    """The number in an answer like ``sequence 12``, by which the node names the message that it published."""
+    words = text.replace(",", " ").replace(":", " ").split()
+    for word, following in zip(words, words[1:]):
+        if word == "sequence" and following.isdigit():
+            return int(following)
+    return None
