@@ -1,0 +1,838 @@
+"""Node `visual_tokenizer`: camera topics in, one topic of visual tokens out. A lifecycle node (docs/nodes.md).
+
+A frame's way: subscription (executor) → set of frames (synchronizer.py) → decode, preprocess, encode (worker thread)
+→ message (publisher thread). Between two steps there is one place, and what is newer takes it; nothing queues up.
+torch is imported when the node is configured, so that the node is up at once and tells what it is doing.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from rcl_interfaces.msg import ParameterDescriptor, SetParametersResult
+from rclpy.callback_groups import MutuallyExclusiveCallbackGroup, ReentrantCallbackGroup
+from rclpy.clock import Clock, ClockType
+from rclpy.event_handler import SubscriptionEventCallbacks
+from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
+from rclpy.lifecycle.node import LifecycleNodeMixin
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+from rclpy.qos import HistoryPolicy, QoSPolicyKind, QoSProfile, ReliabilityPolicy
+from rclpy.qos_overriding_options import QoSOverridingOptions
+from rclpy.subscription import Subscription
+from sensor_msgs.msg import CompressedImage, Image
+from std_srvs.srv import Trigger
+
+from vla_perception.messages.images import ImageDecodeError, compressed_to_rgb, image_to_rgb
+from vla_perception.messages.tokens import View, VisualTokens, to_message
+from vla_perception.nodes.parameters import declare
+from vla_perception.nodes.process import Stop, run_node
+from vla_perception.nodes.synchronizer import HISTORY, POLICIES, Frame, FrameSet, SetSynchronizer
+
+if TYPE_CHECKING:
+    from vla_perception.tokenizer import VisualTokenizer
+
+TRANSPORTS = ("raw", "compressed")
+TRIGGERS = ("continuous", "on_request")
+DTYPES = ("float32", "bfloat16", "float16")
+STAGES = ("decode", "preprocess", "encode", "publish")
+
+#: Seconds without a frame, or without a set, after which something is wrong.
+QUIET_SEC = 5.0
+#: Seconds between two log lines about the same trouble.
+REPEAT_SEC = 30.0
+#: Seconds that the `encode` service waits for an encoding at most.
+REQUEST_SEC = 60.0
+#: Token messages kept for a reliable subscriber that is behind: 2 MiB each for openvla-7b.
+TOKENS_DEPTH = 10
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """One parameter: its default, its description, its range or choices, and when it may change."""
+
+    default: object
+    text: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    live: bool = False
+
+
+SETTINGS: dict[str, _Setting] = {
+    "model": _Setting(
+        "small", "A checkpoint directory as OpenVLA publishes it, or a preset's name for random weights."
+    ),
+    "device": _Setting("cpu", "Where encoders and projector run: cpu, cuda or cuda:N."),
+    "compute_dtype": _Setting("float32", "Precision of encoders and projector.", choices=DTYPES),
+    "cameras": _Setting(
+        ["front"], "Names of the cameras, in the order of the views; each is subscribed to as <name>/image_raw."
+    ),
+    "image_transport": _Setting(
+        "raw", "raw: <camera>/image_raw; compressed: <camera>/image_raw/compressed.", choices=TRANSPORTS
+    ),
+    "token_dtype": _Setting("bfloat16", "Type of the tokens in the message.", choices=DTYPES, live=True),
+    "publish_features": _Setting(
+        False, "Whether the message also carries the features before the projector.", live=True
+    ),
+    "sync_policy": _Setting(
+        "approximate",
+        "approximate: frames whose stamps lie within sync_slop_sec; latest: each frame of the first camera with the "
+        "others' last ones.",
+        choices=POLICIES,
+        live=True,
+    ),
+    "sync_slop_sec": _Setting(
+        0.05, "approximate: largest difference between the stamps of one set, in seconds.", 0.0, 10.0, live=True
+    ),
+    "max_age_sec": _Setting(
+        0.5, "latest: largest distance of a frame's stamp from the first camera's, in seconds.", 0.0, 60.0, live=True
+    ),
+    "max_rate_hz": _Setting(
+        0.0, "continuous: at most this many token messages per second; 0 for no limit.", 0.0, 1000.0, live=True
+    ),
+    "trigger": _Setting(
+        "continuous",
+        "continuous: every newest set; on_request: the newest set when the service encode is called.",
+        choices=TRIGGERS,
+        live=True,
+    ),
+}
+
+
+@dataclass
+class _Camera:
+    """One camera's subscription and what is known about it. Times are seconds on the monotonic clock."""
+
+    name: str
+    topic: str
+    message_type: type
+    decode: Callable[[object], np.ndarray]
+    since: float
+    qos_is_given: bool = False
+    reliability: ReliabilityPolicy = ReliabilityPolicy.RELIABLE
+    subscription: Subscription | None = None
+    arrivals: deque[float] = field(default_factory=lambda: deque(maxlen=256))
+    complaint: str = ""
+
+    def rate_hz(self, now: float) -> float:
+        """Frames per second over the last `QUIET_SEC`."""
+        recent = [arrival for arrival in tuple(self.arrivals) if now - arrival <= QUIET_SEC]
+        return (len(recent) - 1) / (recent[-1] - recent[0]) if len(recent) > 1 and recent[-1] > recent[0] else 0.0
+
+    def age_sec(self, now: float) -> float:
+        """Seconds since the last frame came, infinite before the first."""
+        return now - self.arrivals[-1] if self.arrivals else float("inf")
+
+
+@dataclass(eq=False)
+class _Request:
+    """A call of the service `encode` that waits for its answer."""
+
+    done: threading.Event = field(default_factory=threading.Event)
+    success: bool = False
+    text: str = ""
+
+    def answer(self, success: bool, text: str) -> None:
+        if not self.done.is_set():
+            self.success, self.text = success, text
+            self.done.set()
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """Encoded tokens on their way to the publisher."""
+
+    frames: FrameSet
+    tokens: VisualTokens
+    request: _Request | None
+    run: int
+
+
+def _guarded(transition: Callable[..., TransitionCallbackReturn]):
+    """Logs what goes wrong in a transition: rclpy would swallow it."""
+
+    @functools.wraps(transition)
+    def guarded(self: VisualTokenizerNode, state: LifecycleState) -> TransitionCallbackReturn:
+        name = transition.__name__.removeprefix("on_")
+        try:
+            return transition(self, state)
+        except ValueError as error:
+            self.get_logger().error(f"{name} failed: {error}")
+        except Exception as error:
+            self.get_logger().error(f"{name} failed: {type(error).__name__}: {error}\n{traceback.format_exc()}")
+        self._stop_streaming()
+        self._unload()
+        return TransitionCallbackReturn.FAILURE if name == "configure" else TransitionCallbackReturn.ERROR
+
+    return guarded
+
+
+class VisualTokenizerNode(LifecycleNodeMixin, Node):
+    """The node. `stop` ends the process; it is called if autostart fails."""
+
+    def __init__(self, stop: Stop, **node_options: object) -> None:
+        Node.__init__(self, "visual_tokenizer", **node_options)
+        # A group of its own: the states are told while a model is loading.
+        LifecycleNodeMixin.__init__(self, callback_group=ReentrantCallbackGroup())
+        self._end_process = stop
+        self._closing = threading.Event()
+
+        self._changed = threading.Condition()  # guards everything below it, down to the timings
+        self._active = False
+        self._run = 0  # counts activations: work that was begun in an earlier one is not published
+        self._ended = False  # the worker and the publisher are to end
+        self._fresh = False  # a set has come that was not looked at yet
+        self._sync: SetSynchronizer | None = None
+        self._slot: _Job | None = None
+        self._request: _Request | None = None
+        self._sequence = 0
+        self._encode_errors = 0
+        self._non_finite = 0
+        self._timings: dict[str, deque[float]] = {stage: deque(maxlen=500) for stage in STAGES}
+
+        self._tokenizer: VisualTokenizer | None = None
+        self._configured = False
+        self._cameras: dict[str, _Camera] = {}
+        self._threads: list[threading.Thread] = []
+        self._last_set = 0.0
+        self._sets_seen = 0
+        self._no_sets_told = False
+        self._told: dict[str, float] = {}
+
+        self._settings: dict[str, object] = {}
+        for name, setting in SETTINGS.items():
+            self._settings[name] = _checked(name, self._declare(name, setting))
+        autostart = declare(
+            self, "autostart", False, "Whether the node configures and activates itself, or ends if it cannot."
+        )
+        self.add_on_set_parameters_callback(self._may_set)
+        self.add_post_set_parameters_callback(self._have_set)
+
+        self._tokens = self.create_publisher(
+            CompressedImage,
+            "tokens",
+            QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=TOKENS_DEPTH, reliability=ReliabilityPolicy.RELIABLE),
+            qos_overriding_options=QoSOverridingOptions.with_default_policies(),
+        )
+        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self.create_service(Trigger, "encode", self._on_encode, callback_group=MutuallyExclusiveCallbackGroup())
+        # Not the node's clock: with use_sim_time that one stops whenever the simulation or the bag does.
+        steady = Clock(clock_type=ClockType.STEADY_TIME)
+        self.create_timer(1.0, self._watch, clock=steady)
+        self._qos_mismatch = self.create_guard_condition(self._follow_publishers)
+        if autostart:
+            threading.Thread(target=self._autostart, name="autostart", daemon=True).start()
+        else:
+            self.get_logger().info(f"waits to be configured: `ros2 lifecycle set {self.get_fully_qualified_name()} configure`")
+
+    # Lifecycle
+
+    @_guarded
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self._configured = True  # from here on, what shapes the model and the topics is settled
+        settings = self._settings
+        self._encode_errors = self._non_finite = 0
+        self._ended = False
+        tokenizer = self._load()
+        if tokenizer is None:
+            return TransitionCallbackReturn.FAILURE
+        with self._changed:
+            self._tokenizer = tokenizer
+            self._sync = SetSynchronizer(
+                settings["cameras"], settings["sync_policy"], settings["sync_slop_sec"], settings["max_age_sec"]
+            )
+        self._threads = [
+            threading.Thread(target=loop, name=name, daemon=True)
+            for name, loop in (("worker", self._work), ("publisher", self._publish_loop))
+        ]
+        for thread in self._threads:
+            thread.start()
+        return TransitionCallbackReturn.SUCCESS
+
+    @_guarded
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        now = time.monotonic()
+        compressed = self._settings["image_transport"] == "compressed"
+        with self._changed:
+            self._active = True
+            self._run += 1
+            self._fresh = False
+        self._last_set = now
+        self._no_sets_told = False
+        for name in self._sync.cameras:
+            topic = f"{name}/image_raw"
+            if compressed:
+                # Resolved before the suffix is appended: remapping the base name moves both.
+                topic = f"{self.resolve_topic_name(topic)}/compressed"
+            camera = _Camera(
+                name=name,
+                topic=topic,
+                message_type=CompressedImage if compressed else Image,
+                decode=compressed_to_rgb if compressed else image_to_rgb,
+                since=now,
+            )
+            self._subscribe(camera, ReliabilityPolicy.RELIABLE)
+            self._cameras[name] = camera
+        return TransitionCallbackReturn.SUCCESS
+
+    @_guarded
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self._stop_streaming()
+        return TransitionCallbackReturn.SUCCESS
+
+    @_guarded
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self._unload()
+        return TransitionCallbackReturn.SUCCESS
+
+    @_guarded
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self._stop_streaming()
+        self._unload()
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Everything was undone where the error was caught: back to unconfigured."""
+        return TransitionCallbackReturn.SUCCESS
+
+    def close(self) -> None:
+        """The process ends: gives up what waits, and stops the threads as far as they can be."""
+        self._closing.set()
+        with self._changed:
+            self._active = False
+            self._ended = True
+            if self._request is not None:
+                self._request.answer(False, "the node is ending")
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(2.0)
+
+    def _autostart(self) -> None:
+        if self._closing.is_set() or self._state_machine.current_state[1] != "unconfigured":
+            return  # somebody else was faster
+        steps = (("configured", self.trigger_configure), ("activated", self.trigger_activate))
+        for name, trigger in steps:
+            if trigger() != TransitionCallbackReturn.SUCCESS:
+                if not self._closing.is_set():
+                    self.get_logger().fatal(f"autostart: the node could not be {name}, so it ends")
+                    self._end_process(1)
+                return
+
+    def _load(self) -> VisualTokenizer | None:
+        """The model, loaded and warmed up; None if the process is to end meanwhile."""
+        settings = dict(self._settings)
+        views = len(settings["cameras"])
+        self.get_logger().info(
+            f"loading {settings['model']} on {settings['device']} in {settings['compute_dtype']}, {views} camera(s)"
+        )
+        begun = time.monotonic()
+        result: list[VisualTokenizer | BaseException] = []
+        finished = threading.Event()
+
+        def load() -> None:
+            try:
+                from vla_perception.tokenizer import VisualTokenizer
+
+                tokenizer = VisualTokenizer.load(
+                    settings["model"], device=settings["device"], compute_dtype=settings["compute_dtype"]
+                )
+                tokenizer.warm_up(views)
+                result.append(tokenizer)
+            except ImportError as error:
+                result.append(ValueError(f"{error}; the tokenizer needs `pip install 'vla_perception[tokenizer]'`"))
+            except BaseException as error:
+                result.append(error)
+            finished.set()
+
+        # Reading 15 GB cannot be interrupted, but it can be left behind.
+        threading.Thread(target=load, name="load", daemon=True).start()
+        while not finished.wait(0.05):
+            if self._closing.is_set():
+                return None
+        if isinstance(result[0], BaseException):
+            raise result[0]
+        tokenizer = result[0]
+        if tokenizer.weights == "random":
+            self.get_logger().warning(
+                f"{tokenizer.model} has random weights: the tokens mean nothing to a policy. Set `model` to the "
+                "directory of a checkpoint for real ones"
+            )
+        self.get_logger().info(
+            f"ready after {time.monotonic() - begun:.1f} s: {tokenizer.model} ({tokenizer.weights} weights), "
+            f"{tokenizer.tokens_per_view} tokens × {tokenizer.channels} channels per view, "
+            f"fingerprint {tokenizer.fingerprint[:12]}"
+        )
+        return tokenizer
+
+    def _stop_streaming(self) -> None:
+        for camera in self._cameras.values():
+            if camera.subscription is not None:
+                self.destroy_subscription(camera.subscription)
+        self._cameras = {}
+        with self._changed:
+            self._active = False
+            if self._sync is not None:
+                self._sync.clear()
+            if self._request is not None:
+                self._request.answer(False, "the node has been deactivated")
+            self._changed.notify_all()
+
+    def _unload(self) -> None:
+        """Ends the threads and gives the device's memory back."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()  # an encoding that runs uses the memory that is to be given back
+        self._threads = []
+        with self._changed:
+            self._tokenizer = self._sync = self._slot = None
+        gc.collect()
+        if "torch" in sys.modules and (torch := sys.modules["torch"]).cuda.is_initialized():
+            torch.cuda.empty_cache()
+        self._configured = False
+
+    # Parameters
+
+    def _declare(self, name: str, setting: _Setting) -> object:
+        text = setting.text + (f" One of: {', '.join(setting.choices)}." if setting.choices else "")
+        # A number may be given without a decimal point, which a parameter of type double would refuse.
+        number = isinstance(setting.default, float)
+        return declare(
+            self, name, setting.default, text, setting.low, setting.high, fixed=False, any_type=number
+        )
+
+    def _may_set(self, parameters: list[Parameter]) -> SetParametersResult:
+        for parameter in parameters:
+            setting = SETTINGS.get(parameter.name)
+            if setting is None:
+                continue
+            if self._configured and not setting.live:
+                return SetParametersResult(
+                    successful=False,
+                    reason=f"{parameter.name} is settled when the node is configured: deactivate and clean it up first",
+                )
+            try:
+                _checked(parameter.name, parameter.value)
+            except ValueError as error:
+                return SetParametersResult(successful=False, reason=str(error))
+        return SetParametersResult(successful=True)
+
+    def _have_set(self, parameters: list[Parameter]) -> None:
+        with self._changed:
+            for parameter in parameters:
+                if parameter.name in SETTINGS:
+                    self._settings[parameter.name] = _checked(parameter.name, parameter.value)
+            if self._sync is not None:
+                self._sync.slop_sec = self._settings["sync_slop_sec"]
+                self._sync.max_age_sec = self._settings["max_age_sec"]
+                self._sync.policy = self._settings["sync_policy"]
+            self._changed.notify_all()
+
+    # Cameras
+
+    def _subscribe(self, camera: _Camera, reliability: ReliabilityPolicy) -> None:
+        """(Re)creates the camera's subscription; `qos_overrides` parameters come first."""
+        prefix = f"qos_overrides.{self.resolve_topic_name(camera.topic)}.subscription"
+        camera.qos_is_given = self._is_given(f"{prefix}.reliability")
+        policies = [QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH]
+        if camera.qos_is_given:
+            policies.append(QoSPolicyKind.RELIABILITY)
+        if camera.subscription is not None:
+            self.destroy_subscription(camera.subscription)
+        camera.reliability = reliability
+        camera.subscription = self.create_subscription(
+            camera.message_type,
+            camera.topic,
+            functools.partial(self._on_image, camera),
+            QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=HISTORY, reliability=reliability),
+            event_callbacks=SubscriptionEventCallbacks(incompatible_qos=lambda _event: self._qos_mismatch.trigger()),
+            qos_overriding_options=QoSOverridingOptions(policies),
+        )
+
+    def _is_given(self, name: str) -> bool:
+        """Whether the user gave a value for a parameter that is not declared (rclpy has no other way to ask)."""
+        if self.has_parameter(name):
+            return True
+        self.declare_parameter(name, None, ParameterDescriptor(dynamic_typing=True))
+        given = self.get_parameter(name).type_ != Parameter.Type.NOT_SET
+        self.undeclare_parameter(name)
+        return given
+
+    def _follow_publishers(self) -> None:
+        """Takes the reliability that each camera's publishers offer: best effort if any offers no more."""
+        for camera in tuple(self._cameras.values()):
+            if camera.qos_is_given:
+                continue
+            offers = {
+                info.qos_profile.reliability for info in self.get_publishers_info_by_topic(camera.topic)
+            }
+            best_effort = ReliabilityPolicy.BEST_EFFORT in offers
+            wanted = ReliabilityPolicy.BEST_EFFORT if best_effort else ReliabilityPolicy.RELIABLE
+            if offers and wanted != camera.reliability:
+                self.get_logger().info(f"camera {camera.name}: publishers offer {wanted.short_key}, so it is taken")
+                self._subscribe(camera, wanted)
+
+    def _on_image(self, camera: _Camera, message: Image | CompressedImage) -> None:
+        stamp = message.header.stamp
+        with self._changed:
+            if not self._active or self._sync is None:
+                return
+            camera.arrivals.append(time.monotonic())
+            if self._sync.add(camera.name, stamp.sec * 10**9 + stamp.nanosec, message):
+                self._fresh = True
+                self._changed.notify_all()
+
+    # Encoding
+
+    def _on_encode(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        job = _Request()
+        with self._changed:
+            if not self._active:
+                job.answer(False, "the node is not active")
+            elif self._settings["trigger"] != "on_request":
+                job.answer(False, "the parameter trigger is continuous: every newest set is encoded anyway")
+            elif not self._tokens.get_subscription_count():
+                job.answer(False, "nobody subscribes to the tokens")
+            elif not self._sync.waiting:
+                job.answer(False, f"no new set of frames since the last request ({self._last_frames()})")
+            else:
+                self._request = job
+                self._changed.notify_all()
+        if not job.done.wait(REQUEST_SEC):
+            job.answer(False, f"not encoded within {REQUEST_SEC:g} s")
+        response.success, response.message = job.success, job.text
+        with self._changed:
+            if self._request is job:
+                self._request = None
+        return response
+
+    def _last_frames(self) -> str:
+        now = time.monotonic()
+        return ", ".join(
+            f"{camera.name}: {f'{camera.age_sec(now):.2f} s ago' if camera.arrivals else 'no frame yet'}"
+            for camera in self._cameras.values()
+        )
+
+    def _work(self) -> None:
+        not_before = 0.0
+        while True:
+            with self._changed:
+                frames, request = None, None
+                while frames is None:
+                    if self._ended:
+                        return
+                    frames, request, wait = self._next_set(not_before)
+                    if frames is None:
+                        self._changed.wait(wait)
+                rate, run = self._settings["max_rate_hz"], self._run
+            not_before = time.monotonic() + (1 / rate if rate > 0 else 0.0)
+            try:
+                self._encode(frames, request, run)
+            except Exception as error:
+                # Out of memory, a device that went away: the next frame may do better, and says so if not.
+                with self._changed:
+                    self._encode_errors += 1
+                    self._sync.encoded(frames)
+                self._complain("encode", f"a set could not be encoded: {type(error).__name__}: {error}")
+                if request is not None:
+                    request.answer(False, f"{type(error).__name__}: {error}")
+
+    def _next_set(self, not_before: float) -> tuple[FrameSet | None, _Request | None, float | None]:
+        """The set to encode now, if there is one, and the request for it; otherwise how long to wait at most."""
+        if not self._active:
+            return None, None, None
+        if self._settings["trigger"] == "on_request":
+            request, self._request = self._request, None
+            return (self._sync.take() if request is not None else None), request, None
+        if not self._fresh:
+            return None, None, None
+        if not self._tokens.get_subscription_count():
+            self._fresh = False  # what waits is left to wait: by the time somebody subscribes it is old
+            return None, None, None
+        if (wait := not_before - time.monotonic()) > 0 and self._settings["max_rate_hz"] > 0:
+            return None, None, wait
+        self._fresh = False
+        return self._sync.take(), None, None
+
+    def _encode(self, frames: FrameSet, request: _Request | None, run: int) -> None:
+        clock = time.perf_counter
+        begun = clock()
+        images, bad = [], []
+        for frame in frames:
+            try:
+                images.append(self._decode(frame))
+            except Exception as error:
+                bad.append(frame)
+                reason = str(error) if isinstance(error, ImageDecodeError) else f"{type(error).__name__}: {error}"
+                self._complain(f"decode {frame.camera}", f"camera {frame.camera}: a frame is skipped: {reason}")
+        if bad:
+            with self._changed:
+                self._sync.undecodable(frames, bad)
+            if request is not None:
+                request.answer(False, f"no readable picture from {', '.join(frame.camera for frame in bad)}")
+            return
+        decoded = clock()
+        tokenizer = self._tokenizer
+        pixel_values = tokenizer.preprocess(images)
+        preprocessed = clock()
+        import torch
+
+        features = bool(self._settings["publish_features"])
+        output = tokenizer.encode(pixel_values, features=features)
+        dtype = getattr(torch, self._settings["token_dtype"])
+        tokens = output.tokens.to(dtype)
+        parts = [tokens] if output.features is None else [tokens, output.features.to(dtype)]
+        if not all(bool(torch.isfinite(part).all()) for part in parts):
+            with self._changed:
+                self._non_finite += 1
+                self._sync.encoded(frames)
+            text = (
+                f"tokens that are not finite were not published; compute_dtype {tokenizer.compute_dtype} or token_dtype "
+                f"{self._settings['token_dtype']} may be too narrow for this model: try bfloat16 or float32"
+            )
+            self._complain("non-finite", text)
+            if request is not None:
+                request.answer(False, text)
+            return
+        views = [
+            View(
+                camera=frame.camera,
+                frame_id=frame.image.header.frame_id,
+                stamp_ns=frame.stamp_ns,
+                height=image.shape[0],
+                width=image.shape[1],
+                affine=tokenizer.affine(image.shape[0], image.shape[1]),
+            )
+            for frame, image in zip(frames, images, strict=True)
+        ]
+        result = VisualTokens.from_torch(
+            tokens,
+            sequence=0,  # given when it is published: a gap in the numbers is then a lost message
+            views=views,
+            features=parts[1] if features else None,
+            **tokenizer.metadata(),
+        )
+        encoded = clock()
+        with self._changed:
+            self._timings["decode"].append(decoded - begun)
+            self._timings["preprocess"].append(preprocessed - decoded)
+            self._timings["encode"].append(encoded - preprocessed)
+            if self._slot is not None:
+                self._give_up(self._slot)
+            self._slot = _Job(frames, result, request, run)
+            self._changed.notify_all()
+
+    def _decode(self, frame: Frame) -> np.ndarray:
+        compressed = isinstance(frame.image, CompressedImage)
+        return compressed_to_rgb(frame.image) if compressed else image_to_rgb(frame.image)
+
+    def _give_up(self, job: _Job) -> None:
+        self._sync.replaced(job.frames)
+        if job.request is not None:
+            job.request.answer(False, "a newer set was there first")
+
+    def _publish_loop(self) -> None:
+        while True:
+            with self._changed:
+                while self._slot is None and not self._ended:
+                    self._changed.wait()
+                if self._slot is None or self._ended:
+                    if self._slot is not None:
+                        self._give_up(self._slot)
+                        self._slot = None
+                    return
+                job, self._slot = self._slot, None
+                if not self._active or job.run != self._run:
+                    self._give_up(job)
+                    continue
+            begun = time.perf_counter()
+            try:
+                self._tokens.publish(to_message(replace(job.tokens, sequence=self._sequence)))
+            except Exception as error:
+                text = f"tokens could not be published: {type(error).__name__}: {error}"
+                if not self._closing.is_set():
+                    self._complain("publish", text)
+                success = False
+            else:
+                text = f"published as sequence {self._sequence}, stamp {job.tokens.stamp_ns} ns"
+                success = True
+            with self._changed:
+                self._sequence += success
+                self._timings["publish"].append(time.perf_counter() - begun)
+                self._sync.encoded(job.frames)
+            if job.request is not None:
+                job.request.answer(success, text)
+
+    # Telling
+
+    def _complain(self, subject: str, text: str) -> None:
+        """Logs trouble that may come with every frame, once per subject in `REPEAT_SEC`."""
+        now = time.monotonic()
+        if now - self._told.get(subject, -REPEAT_SEC) >= REPEAT_SEC:
+            self._told[subject] = now
+            self.get_logger().error(text)
+
+    def _watch(self) -> None:
+        """Once a second: follows the publishers, notices what is missing, publishes diagnostics."""
+        self._follow_publishers()
+        now = time.monotonic()
+        for camera in tuple(self._cameras.values()):
+            complaint = self._complaint(camera, now)
+            if complaint and not camera.complaint:
+                self.get_logger().warning(f"camera {camera.name}: {complaint}")
+            elif camera.complaint and not complaint:
+                self.get_logger().info(f"camera {camera.name}: frames arrive")
+            camera.complaint = complaint
+        self._watch_sets(now)
+        self._publish_diagnostics(now)
+
+    def _complaint(self, camera: _Camera, now: float) -> str:
+        """What is wrong with a camera and what to do about it; empty if nothing is."""
+        if min(camera.age_sec(now), now - camera.since) < QUIET_SEC:
+            return ""
+        topic = self.resolve_topic_name(camera.topic)
+        publishers = self.get_publishers_info_by_topic(camera.topic)
+        other = topic.removesuffix("/compressed") if topic.endswith("/compressed") else f"{topic}/compressed"
+        if not publishers:
+            if self.count_publishers(other):
+                transport = "raw" if topic.endswith("/compressed") else "compressed"
+                return f"nobody publishes {topic}, but somebody does {other}: set image_transport to {transport}"
+            return (
+                f"nobody publishes {topic}: start the camera, or remap {camera.name}/image_raw to the topic that it "
+                "publishes"
+            )
+        kind = f"sensor_msgs/msg/{camera.message_type.__name__}"
+        if all(info.topic_type != kind for info in publishers):
+            return f"{topic} carries {publishers[0].topic_type}, not {kind}: look at image_transport and the remapping"
+        if camera.arrivals:
+            return f"no frame for {QUIET_SEC:g} s although {topic} has a publisher: has the camera stopped?"
+        if camera.reliability == ReliabilityPolicy.BEST_EFFORT and not topic.endswith("/compressed"):
+            return (
+                f"{topic} has a publisher, but no frame arrives. Best-effort images are lost where Fast DDS's shared "
+                "memory is smaller than a frame: start the *camera* with FASTRTPS_DEFAULT_PROFILES_FILE and "
+                "FASTDDS_DEFAULT_PROFILES_FILE set to vla_perception's config/fastdds.xml, let it publish reliably, or "
+                "set image_transport to compressed (docs/transport.md)"
+            )
+        return (
+            f"{topic} has a publisher, but no frame arrives: does the camera capture? Does qos_overrides ask for more "
+            "than it offers?"
+        )
+
+    def _watch_sets(self, now: float) -> None:
+        """Says once if every camera delivers and yet no set comes out."""
+        with self._changed:
+            sync, active = self._sync, self._active
+            if sync is None or not active:
+                return
+            if sync.sets_made != self._sets_seen:
+                self._sets_seen, self._last_set, self._no_sets_told = sync.sets_made, now, False
+            stamps = {name: sync.last_stamp_ns(name) for name in sync.cameras}
+        delivering = all(camera.age_sec(now) < QUIET_SEC for camera in tuple(self._cameras.values()))
+        if self._no_sets_told or not delivering or now - self._last_set < QUIET_SEC or None in stamps.values():
+            return
+        self._no_sets_told = True
+        spread = (max(stamps.values()) - min(stamps.values())) / 1e9
+        approximate = self._settings["sync_policy"] == "approximate"
+        limit = "sync_slop_sec" if approximate else "max_age_sec"
+        self.get_logger().warning(
+            f"every camera delivers, but for {QUIET_SEC:g} s their stamps did not come within {limit} "
+            f"({self._settings[limit]:g} s): the last ones are {spread:.3f} s apart. Synchronise the cameras' clocks, "
+            f"raise {limit}" + (", or set sync_policy to latest" if approximate else "")
+        )
+
+    def _publish_diagnostics(self, now: float) -> None:
+        name = self.get_name()
+        array = DiagnosticArray()
+        array.header.stamp = self.get_clock().now().to_msg()
+        with self._changed:
+            tokenizer, sync = self._tokenizer, self._sync
+            counts = {camera: dict(vars(c)) for camera, c in sync.counts.items()} if sync is not None else {}
+            timings = {stage: np.array(values) for stage, values in self._timings.items()}
+            facts: dict[str, object] = {
+                "token_messages": self._sequence,
+                "encode_errors": self._encode_errors,
+                "non_finite": self._non_finite,
+            }
+        for camera_name, values in counts.items():
+            camera = self._cameras.get(camera_name)
+            complaint = camera.complaint if camera is not None else ""
+            values["rate_hz"] = f"{camera.rate_hz(now) if camera is not None else 0.0:.2f}"
+            values["age_sec"] = f"{camera.age_sec(now) if camera is not None else float('inf'):.3f}"
+            array.status.append(self._status(f"{name}: camera {camera_name}", complaint, values))
+        if tokenizer is None:
+            facts = {"model": self._settings["model"]} | facts
+        else:
+            keys = ("model", "weights", "fingerprint", "compute_dtype", "device")
+            facts = {key: getattr(tokenizer, key) for key in keys} | facts
+            if tokenizer.device.type == "cuda":
+                import torch
+
+                facts["device_memory_mb"] = f"{torch.cuda.memory_allocated(tokenizer.device) / 2**20:.0f}"
+        status = self._status(f"{name}: model", "", facts)
+        status.message = self._state_machine.current_state[1]
+        array.status.append(status)
+        stages = {}
+        for stage, values in timings.items():
+            for percent in (50, 95, 99):
+                number = f"{np.percentile(values, percent) * 1e3:.3f}" if len(values) else "nan"
+                stages[f"{stage}_p{percent}_ms"] = number
+        array.status.append(self._status(f"{name}: timing", "", stages))
+        self._diagnostics.publish(array)
+
+    def _status(self, name: str, complaint: str, values: dict[str, object]) -> DiagnosticStatus:
+        return DiagnosticStatus(
+            level=DiagnosticStatus.WARN if complaint else DiagnosticStatus.OK,
+            name=name,
+            message=complaint or "ok",
+            hardware_id=self.get_fully_qualified_name(),
+            values=[KeyValue(key=key, value=str(value)) for key, value in values.items()],
+        )
+
+
+def _checked(name: str, value: object) -> object:
+    """The value of a parameter as it is used. ValueError says what would be accepted."""
+    setting = SETTINGS[name]
+    if isinstance(setting.default, float):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+        if not setting.low <= value <= setting.high:
+            raise ValueError(f"{name} must be from {setting.low:g} to {setting.high:g}, got {value:g}")
+        return float(value)
+    if setting.choices and value not in setting.choices:
+        raise ValueError(f"{name} must be one of {', '.join(setting.choices)}, got {value!r}")
+    if name == "cameras":
+        cameras = list(value or [])
+        if not cameras or len(set(cameras)) != len(cameras):
+            raise ValueError(f"cameras must be one or more different names, got {cameras}")
+        for camera in cameras:
+            if not all(part.isidentifier() and part.isascii() for part in camera.removeprefix("/").split("/")):
+                raise ValueError(
+                    f"cameras: {camera!r} is no name; use letters, digits and _, and remap {camera!r}'s topic"
+                )
+        return cameras
+    if name in ("model", "device") and not value:
+        raise ValueError(f"{name} must not be empty: {setting.text}")
+    return value
+
+
+def main(args: list[str] | None = None) -> None:
+    """Executable `visual_tokenizer`."""
+    # Transitions, parameters and images, the service `encode`, and one to spare for the states.
+    sys.exit(run_node(VisualTokenizerNode, args, threads=4))
+
+
+if __name__ == "__main__":
+    main()
