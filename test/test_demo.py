@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,16 @@ def start_demo(*arguments: str) -> subprocess.Popen:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> tuple[Path, str]:
+def refused(tmp_path_factory) -> Iterator[tuple[Path, subprocess.Popen]]:
+    """A demo with a model that does not exist, started early: importing torch takes its time."""
+    out = tmp_path_factory.mktemp("refused")
+    with start_demo("--out", str(out), "--model", "no-such-model") as process:
+        yield out, process
+        process.terminate()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, refused) -> tuple[Path, str]:
     """Where a demo wrote to, and what it printed."""
     out = tmp_path_factory.mktemp("demo")
     process = start_demo("--out", str(out), "--rate", "2")
@@ -157,12 +167,12 @@ def test_ctrl_c_leaves_nobody_behind(tmp_path):
             pass
 
 
-def test_a_process_that_dies_is_quoted(tmp_path):
-    process = start_demo("--out", str(tmp_path), "--model", "no-such-model")
+def test_a_process_that_dies_is_quoted(refused):
+    out, process = refused
     _, complaints = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "tokenizer ended with exit code" in complaints and "no-such-model" in complaints
-    assert not (tmp_path / "report.json").exists()
+    assert not (out / "report.json").exists()
 
 
 def test_bags_that_do_not_fit(tmp_path, capsys):
