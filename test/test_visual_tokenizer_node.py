@@ -107,7 +107,7 @@ class Robot:
                 assert int(values["received"]) == sum(int(values[key]) for key in COUNTS), values
         self.diagnostics.append(found)
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019 (one robot per module)
+    @functools.cache  # noqa: B019 (one robot per module)
     def _client(self, kind, name):
         client = self.node.create_client(kind, name)
         assert client.wait_for_service(30.0), name
@@ -160,9 +160,7 @@ class Robot:
     def subscribe(self) -> None:
         self._tokens = self.node.create_subscription(CompressedImage, "tokens", self._on_tokens, 20)
         wait_until(lambda: self.node.count_publishers("tokens"), 10, "the node's tokens topic")
-        # The node must know of this subscription before a frame comes. It tells nobody, so give it what a
-        # discovery takes: an answer to a service call made later than the subscription.
-        time.sleep(0.5)
+        time.sleep(0.5)  # until the node knows of this subscription, too: it tells nobody
 
     def unsubscribe(self) -> None:
         if self._tokens is not None:
@@ -181,7 +179,8 @@ class Robot:
         return self._publishers[key]
 
     def forget(self, camera: str, kind=Image, reliability=ReliabilityPolicy.RELIABLE) -> None:
-        self.node.destroy_publisher(self._publishers.pop((camera, kind, reliability)))
+        if (publisher := self._publishers.pop((camera, kind, reliability), None)) is not None:
+            self.node.destroy_publisher(publisher)
 
     def send(self, camera: str, message, **which) -> None:
         publisher = self.publisher(camera, type(message), **which)
