@@ -325,7 +325,10 @@ def test_opencv_agrees_with_cv_bridge(encoding):
     dtype = np.uint16 if encoding.endswith("16") else np.uint8
     channels = {"rgb": (3,), "bgr": (3,), "rgba": (4,), "bgra": (4,), "uyvy": (2,), "yuyv": (2,)}
     pixels = noise(HEIGHT, WIDTH, *channels.get(encoding.removesuffix("16"), ()), dtype=dtype)
-    assert_close(convert(pixels, encoding), images.opencv_to_rgb(pixels, encoding), 1)
+    converted = convert(pixels, encoding)
+    if converted is None:
+        pytest.skip(f"this cv_bridge knows no {encoding}")
+    assert_close(converted, images.opencv_to_rgb(pixels, encoding), 1)
 
 
 FAKE_MODULE = """
@@ -380,7 +383,7 @@ def test_cv_bridge_does_the_conversion_where_it_works(fake_cv_bridge):
 
 def test_without_opencv_eight_bit_colour_still_works():
     code = (
-        "import sys; sys.modules['cv2'] = None\n"
+        "import sys; sys.modules['cv2'] = sys.modules['cv_bridge'] = None\n"
         "from types import SimpleNamespace as M\n"
         "from vla_perception.messages.images import image_to_rgb\n"
         "image = dict(height=2, width=2, step=0, is_bigendian=0)\n"

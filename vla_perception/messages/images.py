@@ -209,7 +209,8 @@ def _yuv_planes_to_rgb(data, height, width, step, encoding) -> np.ndarray:
 
 def _to_rgb(pixels: np.ndarray, encoding: str) -> np.ndarray:
     convert = _cv_bridge() if encoding in CV_BRIDGE_ENCODINGS else None
-    return convert(pixels, encoding) if convert else opencv_to_rgb(pixels, encoding)
+    picture = convert(pixels, encoding) if convert else None
+    return opencv_to_rgb(pixels, encoding) if picture is None else picture
 
 
 def opencv_to_rgb(pixels: np.ndarray, encoding: str) -> np.ndarray:
@@ -247,12 +248,14 @@ def _narrow(picture: np.ndarray) -> np.ndarray:
 
 
 CV_BRIDGE_ENCODINGS = {"mono16", "rgb16", "bgr16", "rgba16", "bgra16", "uyvy", "yuyv", *_BAYER}
-"""What cv_bridge converts as it should. It knows no planar YUV."""
+"""What cv_bridge converts. It knows no planar YUV, and its oldest versions no yuyv."""
 
 
 @cache
-def _cv_bridge() -> Callable[[np.ndarray, str], np.ndarray] | None:
-    """ROS 2's cv_bridge as a function of (pixels, encoding) -> RGB, or None where there is none that works.
+def _cv_bridge() -> Callable[[np.ndarray, str], np.ndarray | None] | None:
+    """cv_bridge as a function of (pixels, encoding) -> RGB, or None where there is none that works.
+
+    The function gives None for what this version of cv_bridge cannot convert.
 
     Only its colour conversion is used: imgmsg_to_cv2 mishandles a `step` that is no whole number of pixels and, under
     NumPy 2, big-endian data.
@@ -265,11 +268,11 @@ def _cv_bridge() -> Callable[[np.ndarray, str], np.ndarray] | None:
         # cv_bridge of every distro knows 4:2:2 by its older names.
         older_names = {"uyvy": "yuv422", "yuyv": "yuv422_yuy2"}
 
-        def convert(pixels: np.ndarray, encoding: str) -> np.ndarray:
+        def convert(pixels: np.ndarray, encoding: str) -> np.ndarray | None:
             try:
                 return cvtColor2(np.ascontiguousarray(pixels), older_names.get(encoding, encoding), "rgb8")
-            except RuntimeError as error:
-                raise ImageDecodeError(f"cv_bridge cannot convert the {encoding} image: {error}") from error
+            except RuntimeError:
+                return None
 
         sample = np.array([[[0, 257, 65535]]], np.uint16)
         return convert if np.array_equal(convert(sample, "bgr16"), [[[255, 1, 0]]]) else None
