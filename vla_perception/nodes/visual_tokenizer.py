@@ -235,7 +235,8 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         if autostart:
             threading.Thread(target=self._autostart, name="autostart", daemon=True).start()
         else:
-            self.get_logger().info(f"waits to be configured: `ros2 lifecycle set {self.get_fully_qualified_name()} configure`")
+            name = self.get_fully_qualified_name()
+            self.get_logger().info(f"waits to be configured: `ros2 lifecycle set {name} configure`, or autostart")
 
     # Lifecycle
 
@@ -828,11 +829,11 @@ def _checked(name: str, value: object) -> object:
     return value
 
 
-def main(args: list[str] | None = None) -> None:
-    """Executable `visual_tokenizer`."""
+def main(args: list[str] | None = None) -> int:
+    """Executable `visual_tokenizer`; returns its exit code."""
     # Transitions, parameters and images, the service `encode`, and one to spare for the states.
-    sys.exit(run_node(VisualTokenizerNode, args, threads=4))
+    return run_node(VisualTokenizerNode, args, threads=4)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
