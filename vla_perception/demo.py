@@ -38,7 +38,8 @@ PERCENTILES = (50, 95, 99)
 MOMENTS = 3  # of the bag, that are in the picture
 
 LOADING_SEC = 1800.0  # the first use of a checkpoint reads and hashes gigabytes
-IDLE_SEC = 60.0  # from the last frame published until everything is encoded and accounted for
+IDLE_SEC = 600.0  # from the last frame published until nothing moves any more
+LOST_SEC = 10.0
 ENDING_SEC = 20.0
 
 
@@ -303,7 +304,7 @@ def run(arguments: argparse.Namespace) -> int:
                 settled,
                 IDLE_SEC,
                 lambda _: progress.show("Waiting until every frame is accounted for"),
-                None,
+                "the tokenizer's diagnostics did not come to rest",
             )
             progress.done(f"Replayed {sum(counts.values())} frames, {events.messages} token messages at the policy")
 
@@ -340,35 +341,34 @@ def _follow(
     until: Callable[[], bool],
     timeout: float,
     show: Callable[[float], None],
-    complaint: str | None,
+    complaint: str,
 ) -> None:
-    """Takes in events until the condition holds; DemoError if a process dies, or on timeout if there is a complaint."""
+    """Takes in events until the condition holds; DemoError if a process dies, or with the complaint on timeout."""
     began = time.monotonic()
     while not until():
         for child in watched:
             child.check_alive()
         seconds = time.monotonic() - began
         if seconds > timeout:
-            if complaint is None:
-                return
             raise DemoError(f"After {timeout:.0f} s {complaint}. {watched[0].failure()}")
         show(seconds)
         events.take(0.1)
 
 
 class Settled:
-    """True once nothing moves any more: two diagnostics in a row agree, and (if it comes to that) on what was published.
+    """True once nothing moves any more in the tokenizer's diagnostics.
 
-    Frames that wait for their partner from the other camera stay `pending` for ever: what counts is that the
-    counters stand still, not that it is 0.
+    At once if every frame has been encoded or dropped. `pending` may stay above 0 for good, because a frame can wait
+    for a partner that never comes; then the counters have to stand still for longer than encoding a set takes. If
+    frames were lost on the way, they have to for LOST_SEC more.
     """
 
     def __init__(self, events: Events, published: Mapping[str, int]):
         self._events = events
         self._published = published
-        self._seen = events.diagnostics
         self._last: object = None
-        self._same = 0
+        self._since = 0.0
+        self._seen = events.diagnostics
 
     def __call__(self) -> bool:
         events = self._events
@@ -376,13 +376,17 @@ class Settled:
             return False
         self._seen = events.diagnostics
         counters = {name: events.camera(name) for name in self._published}
-        now = (counters, events.messages, events.model().get("token_messages"))
-        self._same = self._same + 1 if now == self._last else 0
-        self._last = now
-        complete = all(counters[name].get("received") == count for name, count in self._published.items())
-        messages = events.model().get("token_messages")
-        complete = complete and (messages is None or int(messages) == events.messages)
-        return complete and self._same >= 1
+        sent = events.model().get("token_messages")
+        now = (counters, events.messages, sent)
+        if now != self._last:
+            self._last, self._since = now, time.monotonic()
+            return False
+        still = time.monotonic() - self._since
+        encoding = 2e-3 * (_rounded(events.timing().get("encode_p99_ms")) or 0.0)
+        lost = any(counters[name].get("received") != count for name, count in self._published.items())
+        lost = lost or (sent is not None and int(sent) != events.messages)
+        pending = any(count.get("pending") for count in counters.values())
+        return still >= (LOST_SEC if lost else 0.0) + (1.5 + encoding if pending or lost else 0.0)
 
 
 def read_stamp_log(path: Path) -> dict[str, dict[int, int]]:

@@ -28,6 +28,9 @@ from vla_perception.nodes.process import Stop, run_node
 
 CLOCK_HZ = 50.0
 
+# Headers whose new stamp is remembered, for the messages that share them; they follow each other closely.
+REMEMBERED_STAMPS = 256
+
 # Seconds that subscribers get at the end to acknowledge what is still on its way.
 ACKNOWLEDGE_SEC = 10.0
 
@@ -251,6 +254,8 @@ class BagPlayer(Node):
                 if stamp_ns is None or outlet.last_stamp_ns >= stamp_ns:
                     # Never the same stamp twice on a topic, even if the wall clock is set back.
                     stamp_ns = stamps[header] = max(time.time_ns(), outlet.last_stamp_ns + 1)
+                    if len(stamps) > REMEMBERED_STAMPS:
+                        del stamps[next(iter(stamps))]
                 outlet.last_stamp_ns = stamp_ns
                 cdr = with_header_stamp(cdr, stamp_ns)
             elif self._stamp_log is not None:
