@@ -1,0 +1,212 @@
+"""OpenVLA cut in two at the projector: this half takes visual tokens from a topic and publishes actions.
+
+    python examples/openvla_policy.py --model ~/openvla-7b --instruction "pick up the black bowl" \
+        --unnorm-key bridge_orig --device cuda --expect-fingerprint 6f1c09ab…
+
+The other half is the node `visual_tokenizer` with the same checkpoint. Of the checkpoint directory only the tensors
+`language_model.*`, `config.json` and `tokenizer.json` are read here. Needs torch and transformers.
+
+Publishes `action` (sensor_msgs/JointState): stamp and frame of the picture that was acted on, names x, y, z, roll,
+pitch, yaw, gripper, and the de-normalised values as positions, in the units of the data set that the statistics are of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from vla_perception.policy import FingerprintMismatch, TokenFormatError, TokenSubscriber, VisualTokens
+
+PROMPT = "In: What action should the robot take to {}?\nOut:"
+#: What Llama's tokenizer makes of the space between "Out:" and the first action in training.
+EMPTY_TOKEN = 29871
+PREFIX = "language_model."
+AXES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+
+
+@dataclass(frozen=True)
+class Action:
+    """What the language model said.
+
+    Attributes:
+        values: [dimensions], de-normalised.
+        normalized: [dimensions], −1 to 1.
+        token_ids: [dimensions].
+        logits: float32 [dimensions, vocabulary], what the ids were chosen from.
+    """
+
+    values: np.ndarray
+    normalized: np.ndarray
+    token_ids: tuple[int, ...]
+    logits: torch.Tensor
+
+
+class LanguageModel:
+    """OpenVLA without its eyes: visual tokens and an instruction in, an action out.
+
+    Args:
+        folder: an OpenVLA checkpoint directory.
+        unnorm_key: data set whose action statistics are used; may be left out where there is only one.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        unnorm_key: str | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        prompt: str = PROMPT,
+    ) -> None:
+        folder = Path(folder).expanduser()
+        config = json.loads((folder / "config.json").read_text())
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._llama = _load_llama(folder, LlamaConfig(**config["text_config"]), device, dtype)
+        self._prompt = prompt
+        self.device, self.dtype = torch.device(device), dtype
+        self.width = self._llama.config.hidden_size
+
+        statistics = config["norm_stats"]
+        if unnorm_key is None and len(statistics) == 1:
+            (unnorm_key,) = statistics
+        if unnorm_key not in statistics:
+            raise ValueError(f"choose the data set of the action statistics: one of {', '.join(sorted(statistics))}")
+        action = statistics[unnorm_key]["action"]
+        self._low, self._high = np.array(action["q01"]), np.array(action["q99"])
+        self._mask = np.array(action.get("mask", [True] * len(self._low)))
+        # Action tokens are the last ones of the vocabulary, without what pads it to a multiple of 64.
+        self._vocabulary = self._llama.config.vocab_size - config.get("pad_to_multiple_of", 64)
+        edges = np.linspace(-1, 1, config.get("n_action_bins", 256))
+        self._centers = (edges[:-1] + edges[1:]) / 2
+
+    def prompt_ids(self, instruction: str) -> list[int]:
+        """[BOS] and the prompt, with the empty token behind it that was there in training."""
+        ids = self._tokenizer.encode(self._prompt.format(instruction.lower())).ids
+        return ids if ids[-1] == EMPTY_TOKEN else [*ids, EMPTY_TOKEN]
+
+    def embed(self, visual: VisualTokens, instruction: str) -> torch.Tensor:
+        """[1, length, width]: [BOS], the tokens of every view one after the other, the prompt."""
+        if visual.shape[2] != self.width:
+            raise ValueError(
+                f"the tokens of {visual.model!r} have {visual.shape[2]} channels, this language model takes "
+                f"{self.width}: start the tokenizer with the same checkpoint"
+            )
+        tokens = visual.torch(self.device).to(self.dtype).flatten(0, 1)[None]
+        ids = torch.tensor([self.prompt_ids(instruction)], device=self.device)
+        text = self._llama.get_input_embeddings()(ids)
+        return torch.cat([text[:, :1], tokens, text[:, 1:]], dim=1)
+
+    @torch.inference_mode()
+    def act(self, visual: VisualTokens, instruction: str) -> Action:
+        """One action, its tokens decoded greedily one by one."""
+        inputs = {"inputs_embeds": self.embed(visual, instruction)}
+        cache, logits = None, []
+        for _ in self._low:
+            output = self._llama.model(**inputs, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(self._llama.lm_head(output.last_hidden_state[:, -1]).float())
+            inputs = {"input_ids": logits[-1].argmax(-1, keepdim=True)}
+        scores = torch.cat(logits).cpu()
+        ids = scores.argmax(-1).numpy()
+        bins = np.clip(self._vocabulary - ids - 1, 0, len(self._centers) - 1)
+        normalized = self._centers[bins]
+        values = np.where(self._mask, (normalized + 1) / 2 * (self._high - self._low) + self._low, normalized)
+        return Action(values, normalized, tuple(int(i) for i in ids), scores)
+
+    def is_action(self, token_id: int) -> bool:
+        """Whether a token stands for a bin; another one is a sign that something is wrong with the input."""
+        return 0 <= self._vocabulary - token_id - 1 <= len(self._centers)
+
+
+def _load_llama(folder: Path, config: LlamaConfig, device: str, dtype: torch.dtype) -> LlamaForCausalLM:
+    """The language model alone; the files' other tensors are not read."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = sorted({file for name, file in weight_map.items() if name.startswith(PREFIX)})
+    else:
+        files = sorted(file.name for file in folder.glob("*.safetensors"))
+    state = {}
+    for file in files:
+        with safe_open(folder / file, framework="pt", device=device) as tensors:
+            for name in tensors.keys():
+                if name.startswith(PREFIX):
+                    state[name.removeprefix(PREFIX)] = tensors.get_tensor(name).to(dtype)
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(config)
+    llama.load_state_dict(state, assign=True)
+    # Its frequencies are computed, not stored, so they are still on the meta device.
+    llama.model.rotary_emb = LlamaRotaryEmbedding(config=config).to(device)
+    return llama.eval().requires_grad_(False)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="OpenVLA checkpoint directory")
+    parser.add_argument("--instruction", required=True, help='for example "pick up the black bowl"')
+    parser.add_argument("--unnorm-key", help="data set of the action statistics, where the checkpoint has several")
+    parser.add_argument("--device", default="cpu", help="of the language model (default: %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--views", type=int, default=1, help="cameras that the model was trained with")
+    parser.add_argument("--expect-fingerprint", help="refuse tokens of any other tokenizer")
+    parser.add_argument("--max-age", type=float, default=1.0, help="seconds; no action on older pictures")
+    parser.add_argument("--request", action="store_true", help="for a tokenizer with trigger: on_request")
+    import rclpy
+    from rclpy.executors import ExternalShutdownException
+    from rclpy.utilities import remove_ros_args
+    from sensor_msgs.msg import JointState
+
+    options = parser.parse_args(remove_ros_args(sys.argv)[1:])
+    model = LanguageModel(
+        options.model, unnorm_key=options.unnorm_key, device=options.device, dtype=getattr(torch, options.dtype)
+    )
+    rclpy.init()
+    node = rclpy.create_node("openvla_policy")
+    log = node.get_logger()
+    actions = node.create_publisher(JointState, "action", 1)
+    try:
+        with TokenSubscriber(node, expect_fingerprint=options.expect_fingerprint) as source:
+            log.info(f"waiting for {source.topic}")
+            while True:
+                # Whatever is wrong with the tokens, the answer is no action: the robot's controller must hold.
+                try:
+                    visual = source.request() if options.request else source.wait(5.0)
+                except FingerprintMismatch as error:
+                    log.fatal(str(error))
+                    return 1
+                except (TimeoutError, TokenFormatError, RuntimeError) as error:
+                    log.error(f"no action: {error}")
+                    continue
+                if len(visual.views) != options.views or not all(visual.valid):
+                    log.error(f"no action: views {visual.cameras}, valid {visual.valid}, wanted {options.views}")
+                    continue
+                if not -0.1 <= (age := source.age(visual)) <= options.max_age:
+                    log.error(f"no action: the picture is {age:.2f} s old (--max-age {options.max_age})")
+                    continue
+                action = model.act(visual, options.instruction)
+                if not all(map(model.is_action, action.token_ids)):
+                    log.error(f"no action: the language model said {action.token_ids}, which is none")
+                    continue
+                message = JointState(position=action.values.tolist())
+                message.header.stamp.sec, message.header.stamp.nanosec = divmod(visual.stamp_ns, 10**9)
+                message.header.frame_id = visual.views[0].frame_id
+                message.name = list(AXES) if len(AXES) == len(action.values) else []
+                actions.publish(message)
+    except (KeyboardInterrupt, ExternalShutdownException):
+        return 0
+    finally:
+        rclpy.try_shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

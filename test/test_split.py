@@ -1,0 +1,243 @@
+"""A VLA cut in two at the projector acts as the whole one.
+
+The whole: `miniature_openvla`, from pixels to logits in one forward pass, without vla_perception. The split: this
+package's node in a process for the vision part, tokens over DDS, examples/openvla_policy.py for the rest.
+"""
+
+import json
+import sys
+import time
+
+import numpy as np
+import pytest
+from ros_domain import ROOT, RosProcess, free_domain, wait_until
+from ros_listener import Listener
+
+pytest.importorskip("timm")
+pytest.importorskip("transformers", reason="transformers (the extra `test`) makes the language model")
+sys.path.insert(0, str(ROOT / "examples"))
+
+import torch  # noqa: E402
+from miniature_openvla import EMPTY_TOKEN, STATISTICS, Miniature, prompt_ids  # noqa: E402
+from openvla_policy import LanguageModel  # noqa: E402
+
+from vla_perception.policy import FingerprintMismatch, LocalTokens, TokenSubscriber, tokenize  # noqa: E402
+from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
+
+INSTRUCTION = "Put the Bowl on the plate"
+PICTURES = 3
+
+
+@pytest.fixture(scope="module")
+def miniature():
+    return Miniature()
+
+
+@pytest.fixture(scope="module")
+def folder(miniature, tmp_path_factory):
+    return miniature.write(tmp_path_factory.mktemp("miniature") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def language_model(folder):
+    return LanguageModel(folder, dtype=torch.float32)
+
+
+def pictures(seed: int, count: int) -> list[np.ndarray]:
+    """Smooth ones, so that the picture decides more than its noise, of two sizes."""
+    random = np.random.default_rng(seed)
+    made = []
+    for index in range(count):
+        coarse = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        fine = np.kron(coarse, np.ones((20 - 4 * index, 20, 1), np.uint8))
+        made.append(np.clip(fine + random.integers(-20, 20, fine.shape), 0, 255).astype(np.uint8))
+    return made
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def agree(action, whole) -> None:
+    """`action` of the split model, `whole` of the uncut one: (values, token ids, logits)."""
+    values, ids, logits = whole
+    assert action.token_ids == tuple(ids)
+    assert relative(action.logits, logits) < 1e-4
+    np.testing.assert_allclose(action.values, values, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.ros
+@pytest.mark.parametrize("cameras", [("full",), ("full", "wrist")], ids=["one view", "two views"])
+def test_split_over_dds_acts_as_the_whole(miniature, folder, language_model, cameras):
+    """One frame after the other: the logits by this process, the action by the example's own process."""
+    pytest.importorskip("rclpy")
+    from sensor_msgs.msg import Image, JointState
+
+    domain = free_domain()
+    node_arguments = ["-m", "vla_perception.nodes.visual_tokenizer", "--ros-args"]
+    for setting in (
+        f"model:={folder}", f"cameras:=[{','.join(cameras)}]", "token_dtype:=float32", "autostart:=true",
+    ):  # fmt: skip
+        node_arguments += ["-p", setting]
+    fingerprint = VisualTokenizer.load(folder).fingerprint
+    policy_arguments = [
+        str(ROOT / "examples" / "openvla_policy.py"), "--model", str(folder), "--instruction", INSTRUCTION,
+        "--dtype", "float32", "--views", str(len(cameras)), "--max-age", "30", "--expect-fingerprint", fingerprint,
+    ]  # fmt: skip
+    with (
+        RosProcess(node_arguments, domain) as node,
+        RosProcess(policy_arguments, domain) as policy,
+        Listener(domain) as listener,
+        TokenSubscriber(listener.node, expect_fingerprint=fingerprint) as tokens,
+    ):
+        actions = listener.collect(JointState, "action")
+        publishers = [listener.publisher(Image, f"{camera}/image_raw") for camera in cameras]
+        policy.wait_for("waiting for /tokens", 90.0)
+
+        def ready():
+            assert node.process.poll() is None, node.output
+            heard = [publisher.get_subscription_count() for publisher in publishers]
+            return all(heard) and tokens.publishers() and listener.node.count_subscribers("/tokens") == 2
+
+        wait_until(ready, 90.0, "the node, the policy and the test to know each other")
+        # What is seen here is known on the other side a little later: the first frame is sent until it is answered.
+        images = pictures(0, len(cameras))
+        stamps = []
+
+        def send(shown):
+            stamp = time.time_ns()
+            for publisher, picture, camera in zip(publishers, shown, cameras):
+                message = Image(height=picture.shape[0], width=picture.shape[1], encoding="rgb8")
+                message.step = 3 * picture.shape[1]
+                message.header.stamp.sec, message.header.stamp.nanosec = divmod(stamp, 10**9)
+                message.header.frame_id = f"{camera}_optical"
+                message.data = picture.tobytes()
+                publisher.publish(message)
+            stamps.append(stamp)
+
+        end = time.monotonic() + 30.0
+        while not actions:
+            assert time.monotonic() < end, f"no action. {node.output}\n{policy.output}"
+            send(images)
+            time.sleep(0.5)
+        seen = []
+        for seed in range(PICTURES):
+            images = pictures(seed, len(cameras))
+            send(images)
+            visual = tokens.wait(30.0)
+            while visual.stamp_ns != stamps[-1]:
+                visual = tokens.wait(30.0)
+            assert visual.cameras == cameras and visual.dtype == "float32"
+            whole = miniature.act(images, INSTRUCTION)
+            agree(language_model.act(visual, INSTRUCTION), whole)
+
+            def acted():
+                for action in list(actions):
+                    if (action.header.stamp.sec, action.header.stamp.nanosec) == divmod(stamps[-1], 10**9):  # noqa: B023
+                        return action
+                return None
+
+            action = wait_until(acted, 30.0, f"the action for picture {seed}: {policy.output}")
+            np.testing.assert_allclose(action.position, whole[0], rtol=1e-6, atol=1e-9)
+            assert list(action.name) == ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
+            assert action.header.frame_id == "full_optical"
+            seen.append(tuple(whole[1]))
+        assert len(set(seen)) > 1, "the pictures must matter"
+        assert policy.stop() == 0, policy.output
+        assert node.stop() == 0, node.output
+
+
+def test_split_in_one_process(miniature, folder, language_model):
+    """The same through LocalTokens, where no ROS is."""
+    source = LocalTokens(VisualTokenizer.load(folder))
+    for seed in range(2):
+        images = pictures(seed, 2)
+        visual = source.encode({"full": images[0], "wrist": images[1]})
+        agree(language_model.act(visual, INSTRUCTION), miniature.act(images, INSTRUCTION))
+        agree(language_model.act(visual.view("full"), INSTRUCTION), miniature.act(images[:1], INSTRUCTION))
+
+
+def test_the_order_of_views_and_the_prompt_matter(folder, language_model):
+    """Otherwise agreement would prove nothing."""
+    first, second = pictures(0, 2)
+    tokenizer = VisualTokenizer.load(folder)
+    right = language_model.act(tokenize(tokenizer, {"full": first, "wrist": second}), INSTRUCTION).logits[0]
+    swapped = language_model.act(tokenize(tokenizer, {"wrist": second, "full": first}), INSTRUCTION).logits[0]
+    told = language_model.act(tokenize(tokenizer, {"full": first, "wrist": second}), "do nothing").logits[0]
+    assert relative(swapped, right) > 1e-2 and relative(told, right) > 1e-2
+
+
+def test_the_prompt_is_openvlas(language_model, folder):
+    assert language_model.prompt_ids(INSTRUCTION) == prompt_ids(INSTRUCTION)
+    ending = LanguageModel(folder, dtype=torch.float32, prompt="In: {} ")  # ends in that token by itself
+    assert ending.prompt_ids("x").count(EMPTY_TOKEN) == 3 and ending.prompt_ids("x")[-1] == EMPTY_TOKEN
+
+
+def test_only_the_language_model_is_read(folder, monkeypatch):
+    import openvla_policy
+
+    read = []
+
+    class Spy:
+        def __init__(self, *arguments, **options):
+            self._file = safe_open(*arguments, **options)
+
+        def __enter__(self):
+            self._file.__enter__()
+            return self
+
+        def __exit__(self, *exception):
+            return self._file.__exit__(*exception)
+
+        def keys(self):
+            return self._file.keys()
+
+        def get_tensor(self, name):
+            read.append(name)
+            return self._file.get_tensor(name)
+
+    safe_open = openvla_policy.safe_open
+    monkeypatch.setattr(openvla_policy, "safe_open", Spy)
+    LanguageModel(folder)
+    assert read and all(name.startswith("language_model.") for name in read)
+
+
+def test_wrong_tokens_and_settings_are_refused(folder, language_model, tmp_path):
+    tokenizer = VisualTokenizer.from_preset("small")
+    image = {"full": pictures(0, 1)[0]}
+    with pytest.raises(ValueError, match="256 channels, this language model takes 48"):
+        language_model.act(tokenize(tokenizer, image), INSTRUCTION)
+    with pytest.raises(FingerprintMismatch):
+        LocalTokens(tokenizer, expect_fingerprint=VisualTokenizer.load(folder).fingerprint).encode(image)
+    with pytest.raises(ValueError, match="one of miniature"):
+        LanguageModel(folder, unnorm_key="bridge_orig")
+    # Statistics of several data sets: the policy must say which.
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    config = json.loads((folder / "config.json").read_text())
+    config["norm_stats"]["other"] = {"action": STATISTICS}
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="one of miniature, other"):
+        LanguageModel(tmp_path, dtype=torch.float32)
+    # Without a mask every dimension is scaled.
+    del config["norm_stats"]["other"], config["norm_stats"]["miniature"]["action"]["mask"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    unmasked = LanguageModel(tmp_path, dtype=torch.float32)
+    visual = tokenize(VisualTokenizer.load(folder), image)
+    action = unmasked.act(visual, INSTRUCTION)
+    np.testing.assert_allclose(action.values[6], (action.normalized[6] + 1) / 2, rtol=1e-9)
+
+
+def test_bfloat16_tokens_change_logits_less_than_choices_need(miniature, folder, language_model):
+    """The wire's 16 bits: an error far below the logits' size, and no other choice than by near-ties."""
+    tokenizer = VisualTokenizer.load(folder)
+    for seed in range(3):
+        (picture,) = pictures(seed, 1)
+        visual = tokenize(tokenizer, {"full": picture}, token_dtype="bfloat16")
+        _values, ids, logits = miniature.act([picture], INSTRUCTION)
+        action = language_model.act(visual, INSTRUCTION)
+        best, second = logits[0].topk(2).values
+        error = (action.logits[0] - logits[0]).abs().max()
+        assert 0 < error / logits[0].abs().max() < 2e-2
+        assert action.token_ids[0] == ids[0] or best - second < 2 * error
