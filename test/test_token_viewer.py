@@ -230,10 +230,15 @@ def test_node_says_once_what_it_cannot_read():
     domain = free_domain()
     with Listener(domain) as listener, viewer(domain) as process:
         publisher = listener.publisher(CompressedImage, "tokens")
-        wait_until(publisher.get_subscription_count, 30, "the viewer subscribes")
+        listener.collect(Image, "token_image")  # it reads nothing while nobody looks
+
+        def complains():
+            publisher.publish(CompressedImage(format="jpeg"))
+            return "no token message" in process.output
+
+        wait_until(complains, 30, "a complaint")
         for _ in range(3):
             publisher.publish(CompressedImage(format="jpeg"))
-        process.wait_for("no token message")
         assert process.stop() == 0
         assert process.output.count("no token message") == 1
 

@@ -32,7 +32,7 @@ def overlay(
     return ((picture * (256 - share) + painted * share + 128) >> 8).astype(np.uint8)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def _patch_of_pixel(affine: tuple, height: int, width: int, rows: int, columns: int) -> np.ndarray:
     """int32 [height, width]: index of the patch that a pixel's centre lies in, -1 outside the grid."""
     a, b, c, d, e, f = affine

@@ -28,6 +28,8 @@ from vla_perception.token_picture import overlay, side_by_side
 HISTORY_BYTES = 64 << 20
 #: A picture that is this far from the tokens' stamp still serves where the exact one is not there.
 NEAR_NS = 200_000_000
+#: Pixels of a view beyond which the message is taken for damaged.
+MAX_PIXELS = 1 << 26
 #: Tokens that a basis is fitted to. More cost seconds and change little.
 FIT_TOKENS = 768
 
@@ -95,11 +97,11 @@ class TokenViewer(Node):
 
     def _on_tokens(self, message: CompressedImage):
         try:
+            if not self._publisher.get_subscription_count():
+                return
             tokens = from_message(message)
             for view in tokens.views:
                 self._watch(view.camera)
-            if not self._publisher.get_subscription_count():
-                return
             picture = self._draw(tokens)
         except (TokenFormatError, ValueError, KeyError) as error:
             self._complain(str(error.args[0]) if error.args else repr(error))
@@ -132,6 +134,8 @@ class TokenViewer(Node):
         return side_by_side([self._draw_view(tokens.views[i], colours[i]) for i in shown])
 
     def _draw_view(self, view: View, colours: np.ndarray) -> np.ndarray:
+        if not 0 < view.height * view.width <= MAX_PIXELS:
+            raise ValueError(f"a view of {view.width} x {view.height} pixels cannot be shown")
         picture = self._picture_of(view)
         opacity = self.get_parameter("opacity").value if view.valid else 0.0
         return overlay(colours, view.affine, view.height, view.width, picture, opacity)
