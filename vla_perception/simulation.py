@@ -13,7 +13,7 @@ TABLETOP = Path(__file__).parent / "scenes" / "tabletop.xml"
 """The scene that comes with this package: an arm over a table with things on it."""
 
 GL_LIBRARIES = {"egl": ("libEGL.so.1", "libEGL.so"), "osmesa": ("libOSMesa.so.8", "libOSMesa.so.6", "libOSMesa.so")}
-GL_ADVICE = "apt install libegl1 (renders on a GPU where there is one), or libosmesa6 (on the CPU)"
+GL_ADVICE = "apt install libegl1 libgl1 libgl1-mesa-dri (a GPU where there is one), or libosmesa6 (CPU only)"
 
 
 class SimulationError(RuntimeError):
