@@ -1,0 +1,143 @@
+"""The examples that read tokens, each run as a user would; and the environment that a policy needs at least."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_tokenizer import MODEL, make_tokens
+from ros_domain import ROOT, RosProcess, free_domain, ros_environment
+
+from vla_perception.messages.tokens import VisualTokens
+
+LINE = re.compile(r"\('front', 'wrist'\) \(2, 196, 256\) bfloat16 [\d.]+ Hz, -?\d+ ms old, 0 lost")
+FAKE = ["--rate", "20", "--cameras", "front", "wrist", "--grid", "14", "14", "--channels", "256", "--dtype", "bfloat16"]
+#: What pip and uv say when no index answers, and only then.
+NO_INDEX = ("Failed to fetch", "Request failed", "NewConnectionError", "Network is unreachable", "ReadTimeout", "ProxyError")
+
+
+def fake_tokenizer(domain: int) -> RosProcess:
+    return RosProcess([str(ROOT / "test" / "fake_tokenizer.py"), *FAKE], domain)
+
+
+@pytest.mark.ros
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_minimal_policy(number):
+    pytest.importorskip("rclpy")
+    code = (ROOT / "examples" / "minimal_policy.py").read_text()
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    domain = free_domain()
+    with RosProcess([str(ROOT / "examples" / "minimal_policy.py")], domain) as policy, fake_tokenizer(domain):
+        policy.wait_for(" lost\n")
+        assert LINE.search(policy.output), policy.output
+        assert policy.stop(number) == 0, policy.output
+        assert "Traceback" not in policy.output
+
+
+@pytest.fixture(scope="module")
+def cpp_reader(tmp_path_factory) -> Path:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler (g++ or clang++) to build examples/cpp_reader with")
+    program = tmp_path_factory.mktemp("cpp") / "token_reader"
+    source = ROOT / "examples" / "cpp_reader" / "token_reader.cpp"
+    subprocess.run(
+        [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", str(source), "-o", str(program)], check=True
+    )
+    return program
+
+
+def stored(dtype: str) -> VisualTokens:
+    """Random tokens of two cameras, one without a picture, with a name that JSON has to escape."""
+    values = np.random.default_rng(0).standard_normal((2, 12, 6)).astype(np.float32)
+    values[0, 0, :3] = (6e-8, -3e-5, 60000.0)  # halves: denormal, smallest, largest
+    words = {"float32": values, "float16": values.astype(np.float16)}
+    words["bfloat16"] = (values.view(np.uint32) >> 16).astype(np.uint16)
+    tokens = make_tokens(7, cameras=("front", "wrist"), data=words[dtype], dtype=dtype, model='a "model"\n名')
+    views = (tokens.views[0], type(tokens.views[1])("wríst", "", 5 * 10**9, 480, 640, tokens.views[1].affine, False))
+    return VisualTokens(**{**tokens.__dict__, "views": views})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_cpp_reader_reads_what_python_wrote(cpp_reader, tmp_path, dtype):
+    tokens = stored(dtype)
+    (tmp_path / "message").write_bytes(tokens.to_bytes())
+    done = subprocess.run([str(cpp_reader), str(tmp_path / "message")], check=True, capture_output=True)
+    read = json.loads(done.stdout)
+    assert read["shape"] == [2, 12, 6] and read["sequence"] == 7 and read["fingerprint"] == MODEL["fingerprint"]
+    assert read["dtype"] == {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
+    for view, values in enumerate(tokens.float32().astype(np.float64).reshape(2, -1)):
+        found, described = read["views"][view], tokens.views[view]
+        assert (found["camera"], found["valid"]) == (described.camera, described.valid)
+        assert found["sec"] == described.stamp_ns // 10**9
+        np.testing.assert_allclose(found["sum"], values.sum(), rtol=1e-12)
+        np.testing.assert_allclose(found["weighted"], values @ (np.arange(values.size) % 1009), rtol=1e-12)
+
+
+def test_cpp_reader_refuses_what_is_damaged_and_never_crashes(cpp_reader, tmp_path):
+    data = stored("bfloat16").to_bytes()
+    random = np.random.default_rng(0)
+    spoilt = [b"", data[:5], data[:-1], data[:300], data.replace(b"vla_tokens/1", b"vla_tokens/2"),
+              data.replace(b"[2,12,6]", b"[2,12,9]"), (2**63).to_bytes(8, "little") + data[8:],
+              (10**5).to_bytes(8, "little") + b"[" * 10**5]  # fmt: skip
+    for index, wrong in enumerate(spoilt):
+        (tmp_path / "message").write_bytes(wrong)
+        done = subprocess.run([str(cpp_reader), str(tmp_path / "message")], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith("token_reader: "), (index, done)
+    header = int.from_bytes(data[:8], "little")
+    for _ in range(150):
+        wrong = bytearray(data)
+        for position in random.integers(0, header + 8, 2):
+            wrong[position] = random.integers(0, 256)
+        (tmp_path / "message").write_bytes(wrong)
+        done = subprocess.run([str(cpp_reader), str(tmp_path / "message")], capture_output=True)
+        assert done.returncode in (0, 1), done
+
+
+def test_a_venv_with_nothing_but_the_ros_extra_receives_tokens(tmp_path):
+    """`pip install vla_perception[ros]`: no torch, no timm, no custom interface."""
+    pytest.importorskip("rclpy")
+    if sys.platform != "linux" or sys.version_info >= (3, 13):
+        pytest.skip("ROS 2's wheels are for Python 3.10 to 3.12 on Linux")
+    # Another environment's Python must not get this one's libraries; a copy keeps build outputs out of the sources.
+    inherited = ("LD_LIBRARY_PATH", "_ROS_WHEELS_BOOTSTRAP_COMPLETE", "PYTHONPATH", "VIRTUAL_ENV", "AMENT_PREFIX_PATH")
+    environment = {name: value for name, value in os.environ.items() if name not in inherited}
+    source, venv = tmp_path / "source", tmp_path / "venv"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "install", "log", "out", "*.egg-info"))
+    python = str(venv / "bin" / "python")
+    uv = shutil.which("uv") or next((str(p) for p in [ROOT / ".bootstrap" / "bin" / "uv"] if p.is_file()), None)
+    if uv:
+        subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, str(venv)], check=True, env=environment)
+        install = [uv, "pip", "install", "--quiet", "--python", python, ".[ros]"]
+    else:
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True, env=environment)
+        install = [python, "-m", "pip", "install", "--quiet", "--retries", "1", ".[ros]"]
+    done = subprocess.run(install, cwd=source, env=environment, capture_output=True, text=True, timeout=900)
+    if done.returncode and any(words in done.stderr for words in NO_INDEX):
+        pytest.skip(f"no package index can be reached: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+
+    names = "import importlib.util as u; print([n for n in ('torch', 'timm', 'cv2', 'PIL', 'scipy') if u.find_spec(n)])"
+    found = subprocess.run([python, "-c", names], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert found.stdout.strip() == "[]", found
+
+    domain = free_domain()
+    settings = {k: ros_environment(domain)[k] for k in ("ROS_DOMAIN_ID", "ROS_AUTOMATIC_DISCOVERY_RANGE")}
+    with fake_tokenizer(domain):
+        policy = subprocess.Popen(
+            [python, "-u", str(ROOT / "examples" / "minimal_policy.py")], cwd=tmp_path,
+            env=environment | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        try:
+            line = policy.stdout.readline()
+            assert LINE.search(line), line + policy.stdout.read()
+        finally:
+            policy.send_signal(signal.SIGINT)
+            rest, _ = policy.communicate(timeout=30)
+    assert policy.returncode == 0, rest
