@@ -145,21 +145,6 @@ def run_without(blocked: str, code: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_the_tokenizer_works_without_ros():
-    pytest.importorskip("timm")
-    run_without(
-        r"rclpy|rcl_interfaces|builtin_interfaces|rosidl\w*|\w+_msgs|std_srvs",
-        """
-        import numpy as np
-        from vla_perception.tokenizer import VisualTokenizer
-
-        tokenizer = VisualTokenizer.from_preset("small")
-        tokens = tokenizer([np.zeros((48, 64, 3), np.uint8)]).tokens
-        assert tokens.shape == (1, tokenizer.tokens_per_view, tokenizer.channels)
-        """,
-    )
-
-
 #: What a policy's environment need not have.
 HEAVY = r"torch|torchvision|timm|cv2|PIL|rosbags|mujoco"
 
