@@ -1,0 +1,123 @@
+"""Cameras and the tokenizer.
+
+ros2 launch vla_perception real_camera.launch.py cameras:="front=/dev/video0,wrist=/dev/video2"
+ros2 launch vla_perception real_camera.launch.py cameras:=front=rtsp://192.168.0.7/stream1
+ros2 launch vla_perception real_camera.launch.py driver:=realsense2_camera cameras:="front=123456789012,wrist="
+"""
+
+from launch.actions import DeclareLaunchArgument, OpaqueFunction
+
+from launch import LaunchDescription
+from vla_perception.launch_parts import (
+    argument,
+    fastdds_profile,
+    node,
+    number,
+    parse_cameras,
+    require_package,
+    tokenizer,
+    tokenizer_arguments,
+    typed,
+)
+
+DRIVERS = ["opencv", "v4l2_camera", "usb_cam", "realsense2_camera"]
+
+ARGUMENTS = [
+    DeclareLaunchArgument(
+        "cameras",
+        default_value="front=/dev/video0",
+        description="name=source, comma-separated. A source is a device (/dev/video0); with driver:=opencv also an "
+        "RTSP or HTTP stream or a video file; with driver:=realsense2_camera a serial number, or nothing for the "
+        "first camera found.",
+    ),
+    DeclareLaunchArgument(
+        "driver",
+        default_value="opencv",
+        choices=DRIVERS,
+        description="What reads the cameras. opencv comes with this package, the others are packages of the "
+        "distribution.",
+    ),
+    DeclareLaunchArgument("width", default_value="0", description="Pixels; 0: the driver's own."),
+    DeclareLaunchArgument("height", default_value="0", description="Pixels; 0: the driver's own."),
+    DeclareLaunchArgument("rate_hz", default_value="0.0", description="Pictures per second; 0: the driver's own."),
+    DeclareLaunchArgument(
+        "camera_params_file",
+        default_value="",
+        description="Parameter file for the drivers (calibration, exposure, …); it wins over the arguments here.",
+    ),
+]
+
+
+def opencv(context, name, source, size, rate, params):
+    options = {"source": source, "frame_id": f"{name}_optical_frame"}
+    if all(size):
+        options |= {"width": size[0], "height": size[1]}
+    if rate:
+        options["rate_hz"] = rate
+    return node(context, "vla_perception", "opencv_camera", namespace=name, parameters=[typed(**options), *params]), ""
+
+
+def v4l2_camera(context, name, source, size, rate, params):
+    options = typed(video_device=source, camera_frame_id=f"{name}_optical_frame")
+    if all(size):
+        options["image_size"] = list(size)
+    if rate:
+        options["time_per_frame"] = [1, round(rate)]
+    return node(context, "v4l2_camera", "v4l2_camera_node", namespace=name, parameters=[options, *params]), ""
+
+
+def usb_cam(context, name, source, size, rate, params):
+    options = {"video_device": source, "camera_name": name, "frame_id": f"{name}_optical_frame"}
+    if all(size):
+        options |= {"image_width": size[0], "image_height": size[1]}
+    if rate:
+        options["framerate"] = rate
+    return node(context, "usb_cam", "usb_cam_node_exe", name="usb_cam", namespace=name, parameters=[typed(**options), *params]), ""
+
+
+def realsense2_camera(context, name, source, size, rate, params):
+    options = {"camera_name": "camera", "enable_depth": False}
+    if source:
+        options["serial_no"] = source
+    if all(size):
+        options["rgb_camera.color_profile"] = f"{size[0]}x{size[1]}x{round(rate) or 30}"
+    driver = node(
+        context,
+        "realsense2_camera",
+        "realsense2_camera_node",
+        name="camera",
+        namespace=name,
+        parameters=[typed(**options), *params],
+    )
+    return driver, f"{name}/camera/color/image_raw"
+
+
+def start(context):
+    driver = argument(context, "driver")
+    if driver != "opencv":
+        require_package(driver, f"driver:={driver}")
+    cameras = parse_cameras(argument(context, "cameras"))
+    if not cameras:
+        raise ValueError("cameras:= names no camera; expected for example front=/dev/video0,wrist=/dev/video2")
+    for name, source in cameras.items():
+        if not source and driver != "realsense2_camera":
+            raise ValueError(f"cameras: {name} has no source; expected for example {name}=/dev/video0")
+    size = (number(context, "width", int), number(context, "height", int))
+    if any(size) and not all(size):
+        raise ValueError("width and height go together: give both or none")
+    rate = number(context, "rate_hz")
+    params = [path] if (path := argument(context, "camera_params_file")) else []
+
+    drivers, topics = [], {}
+    for name, source in cameras.items():
+        action, topics[name] = globals()[driver](context, name, source, size, rate, params)
+        drivers.append(action)
+    return [
+        *fastdds_profile(context),
+        *drivers,
+        *tokenizer(context, topics, image_transport=argument(context, "image_transport")),
+    ]
+
+
+def generate_launch_description():
+    return LaunchDescription([*ARGUMENTS, *tokenizer_arguments(cameras=None), OpaqueFunction(function=start)])

@@ -1,0 +1,234 @@
+"""What the files in launch/ have in common: the tokenizer's arguments, and how it and what belongs to it is started.
+
+Imports launch and launch_ros, which exist only beside a ROS 2 distribution; nothing but the launch files imports this.
+It runs in the Python of `ros2`, which may lack what the nodes' Python has (torch, rosbags): the standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from ament_index_python.packages import (
+    PackageNotFoundError,
+    get_package_prefix,
+    get_package_share_directory,
+)
+from launch.actions import DeclareLaunchArgument, LogInfo, SetEnvironmentVariable, Shutdown
+from launch.substitutions import LaunchConfiguration
+from launch_ros.actions import Node
+from launch_ros.parameter_descriptions import ParameterValue
+
+from launch import LaunchContext
+
+BOOLEANS = ["true", "false"]
+PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
+
+
+def share(*parts: str) -> Path:
+    """A file of this package's installed share folder."""
+    return Path(get_package_share_directory("vla_perception")).joinpath(*parts)
+
+
+def tokenizer_arguments(**replaced: DeclareLaunchArgument | None) -> list[DeclareLaunchArgument]:
+    """The arguments that every launch file has. `replaced`: others in the place of some, or None for none."""
+    arguments = {
+        "cameras": DeclareLaunchArgument(
+            "cameras",
+            default_value="",
+            description="Camera names, comma-separated: front,wrist. Each is subscribed to as <name>/image_raw, or "
+            "as <topic> where name=<topic> is given. Empty: as in params_file.",
+        ),
+        "image_transport": DeclareLaunchArgument(
+            "image_transport",
+            default_value="",
+            choices=["", "raw", "compressed"],
+            description="raw or compressed (<camera>/image_raw/compressed). Empty: as in params_file.",
+        ),
+        "model": DeclareLaunchArgument(
+            "model",
+            default_value="",
+            description="Checkpoint directory, or a preset's name for random weights. Empty: as in params_file.",
+        ),
+        "device": DeclareLaunchArgument(
+            "device", default_value="", description="cpu, cuda or cuda:N. Empty: as in params_file."
+        ),
+        "params_file": DeclareLaunchArgument(
+            "params_file",
+            default_value=str(share("config", "visual_tokenizer.yaml")),
+            description="Parameters of the tokenizer: everything that has no argument here is said there.",
+        ),
+        "namespace": DeclareLaunchArgument(
+            "namespace", default_value="", description="Namespace of the nodes and their topics."
+        ),
+        "use_sim_time": DeclareLaunchArgument(
+            "use_sim_time", default_value="false", choices=BOOLEANS, description="Whether the nodes' clock is /clock."
+        ),
+        "view": DeclareLaunchArgument(
+            "view",
+            default_value="false",
+            choices=BOOLEANS,
+            description="Whether to start the token viewer, which shows tokens as colours on the topic token_image.",
+        ),
+        "autostart": DeclareLaunchArgument(
+            "autostart",
+            default_value="true",
+            choices=BOOLEANS,
+            description="Whether the tokenizer configures and activates itself; false where a lifecycle manager does.",
+        ),
+        "log_level": DeclareLaunchArgument(
+            "log_level",
+            default_value="info",
+            choices=["debug", "info", "warn", "error", "fatal"],
+            description="What the nodes log.",
+        ),
+        "fastdds_profile": DeclareLaunchArgument(
+            "fastdds_profile",
+            default_value="true",
+            choices=BOOLEANS,
+            description="Whether everything started here sends images and tokens through a larger shared memory "
+            "(config/fastdds.xml, docs/transport.md). A profile that the environment sets is kept.",
+        ),
+    }
+    return [argument for argument in (arguments | replaced).values() if argument is not None]
+
+
+def argument(context: LaunchContext, name: str) -> str:
+    return LaunchConfiguration(name).perform(context).strip()
+
+
+def is_true(context: LaunchContext, name: str) -> bool:
+    return argument(context, name) == "true"
+
+
+def number(context: LaunchContext, name: str, kind: type = float) -> Any:
+    """ValueError that names the argument if it is no number."""
+    text = argument(context, name)
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{name}:={text} is no {'whole ' if kind is int else ''}number") from None
+
+
+def parse_cameras(text: str) -> dict[str, str]:
+    """front,wrist=/arm/image -> {"front": "", "wrist": "/arm/image"}. ValueError with the form that is expected."""
+    cameras: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = part.partition("=")
+        if not (name.isidentifier() and name.isascii()) or name in cameras:
+            raise ValueError(f"cameras:={text}: {part!r} is not understood; expected front,wrist or front=…,wrist=…")
+        cameras[name] = value.strip()
+    return cameras
+
+
+def fastdds_profile(context: LaunchContext) -> list:
+    """Sets the profile for all that is started after it: in Jazzy's variable and in Kilted's, unless one is set."""
+    if not is_true(context, "fastdds_profile"):
+        return []
+    for name in PROFILE_VARIABLES:
+        if own := context.environment.get(name):
+            return [LogInfo(msg=f"{name}={own} is kept; docs/transport.md says what it should contain")]
+    return [SetEnvironmentVariable(name, str(share("config", "fastdds.xml"))) for name in PROFILE_VARIABLES]
+
+
+def node(
+    context: LaunchContext, package: str, executable: str, *, name: str = "", namespace: str = "", **options: Any
+) -> Node:
+    """A node with its log level. `namespace`: below that of the launch file."""
+    name = name or executable
+    namespace = "/".join(part.strip("/") for part in (argument(context, "namespace"), namespace) if part.strip("/"))
+    logger = ".".join((*namespace.split("/"), name)) if namespace else name
+    options.setdefault("output", "screen")
+    return Node(
+        package=package,
+        executable=executable,
+        name=name,
+        namespace=f"/{namespace}" if namespace else "",
+        ros_arguments=["--log-level", f"{logger}:={argument(context, 'log_level')}"],
+        **options,
+    )
+
+
+def typed(**values: Any) -> dict[str, ParameterValue]:
+    """Parameters that keep their types: launch_ros would make an integer of the string "0"."""
+    kinds = {list: list[str]}
+    return {name: ParameterValue(value, value_type=kinds.get(type(value), type(value))) for name, value in values.items()}
+
+
+def tokenizer(
+    context: LaunchContext, cameras: dict[str, str], *, image_transport: str = "", use_sim_time: bool | None = None
+) -> list:
+    """The tokenizer and, if wanted, the viewer. `cameras`: name -> topic (empty: <name>/image_raw); {}: by the file."""
+    params_file = Path(argument(context, "params_file")).expanduser()
+    if not params_file.is_file():
+        raise ValueError(f"params_file:={params_file}: there is no such file")
+    sim = is_true(context, "use_sim_time") if use_sim_time is None else use_sim_time
+    given: dict[str, Any] = {key: argument(context, key) for key in ("model", "device") if argument(context, key)}
+    if image_transport:
+        given["image_transport"] = image_transport
+    shared = {key: given[key] for key in ("image_transport",) if key in given}
+    if cameras:
+        given["cameras"] = list(cameras)
+    remappings = [(f"{name}/image_raw", topic) for name, topic in cameras.items() if topic]
+    actions: list = [
+        node(
+            context,
+            "vla_perception",
+            "visual_tokenizer",
+            parameters=[
+                str(params_file),
+                typed(**given, autostart=is_true(context, "autostart"), use_sim_time=sim),
+            ],
+            remappings=remappings,
+            # Without it nothing here is of use.
+            on_exit=Shutdown(reason="the tokenizer has ended"),
+        )
+    ]
+    if is_true(context, "view"):
+        actions.append(
+            node(
+                context,
+                "vla_perception",
+                "token_viewer",
+                parameters=[str(params_file), typed(**shared, use_sim_time=sim)],
+                remappings=remappings,
+            )
+        )
+    return actions
+
+
+def require_package(package: str, why: str, debian: str = "") -> None:
+    """RuntimeError that says how to install a ROS package which is not there."""
+    try:
+        get_package_prefix(package)
+    except PackageNotFoundError:
+        distro = os.environ.get("ROS_DISTRO", "$ROS_DISTRO")
+        name = debian or package.replace("_", "-")
+        raise RuntimeError(
+            f"{why} needs the package {package}, which is not installed: sudo apt install ros-{distro}-{name}"
+        ) from None
+
+
+_LIST_TOPICS = """
+import json, sys
+from vla_perception.bags import Bag, BagError
+try:
+    with Bag(sys.argv[1]) as bag:
+        print(json.dumps({name: bag.topics[name].type for name in bag.camera_topics()}))
+except (BagError, OSError, ValueError) as error:
+    sys.exit(str(error))
+"""
+
+
+def bag_camera_topics(bag: str) -> dict[str, str]:
+    """Topic -> type of what cameras published in a bag. RuntimeError with the reason if it cannot be read."""
+    python = shutil.which("python3") or "python3"  # as the nodes' executables choose it: rosbags is there
+    result = subprocess.run([python, "-c", _LIST_TOPICS, bag], capture_output=True, text=True, check=False)
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or [f"python3 ended with {result.returncode}"]
+        raise RuntimeError(f"bag:={bag}: {lines[-1]}")
+    return json.loads(result.stdout.splitlines()[-1])
