@@ -17,7 +17,7 @@ from vla_perception.messages.tokens import View, VisualTokens, to_message
 
 MODEL = {
     "model": "fake",
-    "weights": "random",
+    "weights": "checkpoint",
     "fingerprint": "ab" * 32,
     "compute_dtype": "float32",
     "token_strategy": "patch",

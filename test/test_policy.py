@@ -56,6 +56,12 @@ def test_gaps_are_counted_and_told():
     assert "2 sets of visual tokens were lost before sequence 9" in tokens.told[0]
 
 
+def test_random_weights_are_told_once():
+    tokens = Source()
+    tokens.put(0, 1, weights="random")
+    assert tokens.told == ["the tokens of 'fake' come from random weights: they mean nothing"]
+
+
 def test_a_restart_is_no_gap_and_history_begins_anew():
     tokens = Source(history=4)
     tokens.put(5, 6, 0, 1)
@@ -373,8 +379,35 @@ def test_request_tells_the_reason_of_a_refusal(ros):
     server.create_service(Trigger, "encode", refuse)
     ros.spin(server)
     with TokenSubscriber(ros.node()) as tokens:
+        wait_until(lambda: tokens._private.get_service_names_and_types(), 20.0, "the service")
+        begin = time.monotonic()
+        with pytest.raises((RuntimeError, TimeoutError)):
+            tokens.request(0.1)
+        assert time.monotonic() - begin < 5.0
         with pytest.raises(RuntimeError, match="no picture from front yet"):
-            tokens.request(20.0)
+            tokens.request(3.0)
+
+
+@pytest.mark.ros
+def test_request_waits_for_a_picture_that_is_not_there_yet(ros):
+    from std_srvs.srv import Trigger
+
+    publisher, asked = ros.publisher(), []
+
+    def encode(_request, response):
+        asked.append(True)
+        response.success, response.message = len(asked) >= 3, "no newer picture"
+        if response.success:
+            publisher.publish(to_message(make_tokens(8)))
+            response.message = "published as sequence 8, stamp 5 ns"
+        return response
+
+    server = ros.node("server")
+    server.create_service(Trigger, "encode", encode)
+    ros.spin(server)
+    with TokenSubscriber(ros.node()) as tokens:
+        matched(publisher)
+        assert tokens.request(20.0).sequence == 8 and len(asked) == 3
 
 
 @pytest.mark.ros

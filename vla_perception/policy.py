@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import itertools
+import math
 import threading
 import time
 import weakref
@@ -137,7 +138,7 @@ class _Tokens:
         Infinite where there are no tokens, or no valid view.
         """
         tokens = self.newest if tokens is None else tokens
-        return float("inf") if tokens is None else tokens.age(self._now_ns())
+        return math.inf if tokens is None else tokens.age(self._now_ns())
 
     def close(self) -> None:
         """Ends reception; whoever waits gets a RuntimeError."""
@@ -164,6 +165,8 @@ class _Tokens:
                 )
             )
             return False
+        if tokens.weights == "random":
+            self._tell("random", f"the tokens of {tokens.model!r} come from random weights: they mean nothing", period=600)
         restarted = missing = 0
         with self._changed:
             last = self._last
@@ -228,9 +231,9 @@ class _Tokens:
 
     # Helpers
 
-    def _tell(self, kind: str, text: str, error: bool = False) -> None:
+    def _tell(self, kind: str, text: str, error: bool = False, period: float = _LOG_PERIOD) -> None:
         now = time.monotonic()
-        if now - self._told.get(kind, -_LOG_PERIOD) >= _LOG_PERIOD:
+        if now - self._told.get(kind, -math.inf) >= period:
             self._told[kind] = now
             self._log(text, error)
 
@@ -338,11 +341,12 @@ class TokenSubscriber(_Tokens):
     def request(self, timeout_sec: float = 5.0) -> VisualTokens:
         """Asks the tokenizer to encode its newest pictures, and waits for that set.
 
-        For a tokenizer with ``trigger: on_request``; one that runs continuously answers too.
+        For a tokenizer with ``trigger: on_request``. Where it has no picture yet that is newer than those of the last
+        request, it is asked again.
 
         Raises:
             TimeoutError: no service, no answer or no tokens in time.
-            RuntimeError: the tokenizer could not; the text is its reason.
+            RuntimeError: the tokenizer could not in time; the text is its reason.
             TokenFormatError, FingerprintMismatch: the tokens that came were refused.
         """
         from std_srvs.srv import Trigger
@@ -356,17 +360,14 @@ class TokenSubscriber(_Tokens):
                 client.service_is_ready, timeout_sec, f"no service {self._service} (is the tokenizer active?)"
             )
             before, refused = self.received, self.refused
-        future = client.call_async(Trigger.Request())
-        future.add_done_callback(lambda _future: self._notify())
-        with self._changed:
-            try:
-                self._wait_for(future.done, end - time.monotonic(), f"no answer from {self._service}")
-            except BaseException:
-                client.remove_pending_request(future)
-                raise
-            answer = future.result()
-            if not answer.success:
+        while not (answer := self._call(client, Trigger.Request(), end)).success:
+            # Most often there is no newer picture yet, or the tokenizer does not know this subscription yet.
+            if time.monotonic() + _POLL > end:
                 raise RuntimeError(f"{self._service}: {answer.message}")
+            with self._changed:
+                self._alive()
+            time.sleep(_POLL)
+        with self._changed:
             wanted = _sequence_in(answer.message)
 
             def arrived() -> bool:
@@ -374,8 +375,20 @@ class TokenSubscriber(_Tokens):
                     return True
                 return self.received > before and (wanted is None or self._last.sequence >= wanted)
 
-            self._wait_for(arrived, end - time.monotonic(), f"{self._service} has answered, but no tokens came")
+            self._wait_for(arrived, max(0.0, end - time.monotonic()), f"{self._service} has answered, but no tokens came")
             return self._taken()
+
+    def _call(self, client, request, end: float):
+        """The service's answer; TimeoutError after `end` on the monotonic clock."""
+        future = client.call_async(request)
+        future.add_done_callback(lambda _future: self._notify())
+        try:
+            with self._changed:
+                self._wait_for(future.done, max(0.0, end - time.monotonic()), f"no answer from {self._service}")
+        except BaseException:
+            client.remove_pending_request(future)
+            raise
+        return future.result()
 
     def close(self) -> None:
         """Ends reception. Called at Python's exit where it was not before."""
