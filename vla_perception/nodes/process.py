@@ -93,6 +93,8 @@ def _spin(node: Node, codes: queue.SimpleQueue[int], threads: int) -> int:
     executor = SingleThreadedExecutor() if threads == 1 else MultiThreadedExecutor(num_threads=threads)
     executor.add_node(node)
     stopping = threading.Event()
+    # Its own `shutdown` does not wait for callbacks that still run, and destroys what they are about to use.
+    pool = getattr(executor, "_executor", None)
 
     def spin() -> None:
         try:
@@ -103,6 +105,8 @@ def _spin(node: Node, codes: queue.SimpleQueue[int], threads: int) -> int:
         except Exception:
             traceback.print_exc()
             codes.put(1)
+        if pool is not None:
+            pool.shutdown(wait=True)
 
     spinner = threading.Thread(target=spin, name="executor", daemon=True)
     spinner.start()
