@@ -177,7 +177,7 @@ def test_node_ends_with_the_video_where_it_does_not_loop(video):
         with node(domain, source=video, loop="false", rate_hz=2.0) as process:
             assert process.wait(30) == 0, process.output
             assert "has ended" in process.output
-        assert len(infos) >= FRAMES - 4  # discovery takes a moment
+        assert 0 < len(infos) <= FRAMES  # once through; discovery may take the first ones
         assert infos[0].k[0] == 0
 
 

@@ -453,10 +453,10 @@ def test_max_rate(robot):
 
 def test_nothing_is_encoded_while_nobody_subscribes(robot):
     robot.start(subscribe=False)
-    for _ in range(10):
+    for _ in range(HISTORY):  # no more than the subscription's depth: none may be lost on the way
         robot.send("front", image_message(picture(100), robot.next_stamp()))
-    counts = robot.counts("front", lambda counts: counts["received"] == 10)
-    assert (counts["encoded"], counts["replaced"], counts["pending"]) == (0, 9, 1)
+    counts = robot.counts("front", lambda counts: counts["received"] == HISTORY)
+    assert (counts["encoded"], counts["replaced"], counts["pending"]) == (0, HISTORY - 1, 1)
     robot.subscribe()
     assert not robot.tokens  # what waited is old by now
     robot.send("front", image_message(picture(101), robot.next_stamp()))
