@@ -206,9 +206,6 @@ def ros_environment(domain: int) -> dict[str, str]:
     for name in ("ROS_LOCALHOST_ONLY", "ROS_STATIC_PEERS", "ROS_DISCOVERY_SERVER"):
         environment.pop(name, None)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
-    # With other work on the cores, OpenMP threads that spin while they wait take encoding four times as long
-    # (measured: 2 cores, load 6: 650 to 1150 ms against 130 to 310 ms for two views of `small`).
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     profile = _shared_file("config/fastdds.xml")
     if profile is not None:
         # Jazzy reads the one, Kilted and later the other.
