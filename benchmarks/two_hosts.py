@@ -53,7 +53,19 @@ def join(mbit: int) -> None:
             subprocess.run(["ip", "netns", "exec", name(host), *limit, "latency", "100ms"], check=True)
 
 
-def start(host: str, command: list[str], transports: str) -> subprocess.Popen:
+def open_host(host: str) -> subprocess.Popen:
+    """A process that holds what the host's processes share, and nobody else: /dev/shm, IPC, a name."""
+    setup = 'mount -t tmpfs tmpfs /dev/shm && hostname "$0" && echo ready && exec sleep infinity'
+    holder = subprocess.Popen(
+        ["ip", "netns", "exec", name(host), "unshare", "--mount", "--ipc", "--uts", "sh", "-c", setup, host],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    if holder.stdout.readline().strip() != "ready":
+        raise SystemExit("two_hosts.py needs root, and ip, unshare and nsenter")
+    return holder
+
+
+def start(holder: subprocess.Popen, command: list[str], transports: str) -> subprocess.Popen:
     environment = os.environ | {
         "ROS_AUTOMATIC_DISCOVERY_RANGE": "SUBNET",
         "ROS_DOMAIN_ID": "0",
@@ -64,11 +76,8 @@ def start(host: str, command: list[str], transports: str) -> subprocess.Popen:
     environment.pop("FASTDDS_BUILTIN_TRANSPORTS", None)
     if transports:
         environment["FASTDDS_BUILTIN_TRANSPORTS"] = transports
-    setup = 'mount -t tmpfs tmpfs /dev/shm && hostname "$0" && exec "$@"'
-    isolated = ["unshare", "--mount", "--ipc", "--uts", "sh", "-c", setup, host, sys.executable, *command]
-    return subprocess.Popen(
-        ["ip", "netns", "exec", name(host), *isolated], env=environment, stdout=subprocess.PIPE, text=True
-    )
+    inside = ["nsenter", "--target", str(holder.pid), "--mount", "--ipc", "--uts", "--net"]
+    return subprocess.Popen([*inside, sys.executable, *command], env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -76,14 +85,16 @@ def run(options: argparse.Namespace) -> None:
     inner = [str(Path(__file__).resolve()), "--seconds", str(options.seconds), "--rate", str(options.rate)]
     try:
         join(options.mbit)
-        receiver = start("policy", [*inner, "--role", "receive"], options.transports)
+        robot, policy = open_host("robot"), open_host("policy")
+        processes += [robot, policy]
+        receiver = start(policy, [*inner, "--role", "receive"], options.transports)
         processes.append(receiver)
         if options.node:
             arguments = ["-m", "vla_perception.nodes.visual_tokenizer", "--ros-args", "-p", "autostart:=true"]
             settings = ["model:=small", f"cameras:=[{','.join(CAMERAS)}]", "qos_overrides./tokens.publisher.depth:=20"]
             arguments += [word for setting in settings for word in ("-p", setting)]
-            processes.append(start("robot", arguments, options.transports))
-        sender = start("robot", [*inner, "--role", "images" if options.node else "tokens"], options.transports)
+            processes.append(start(robot, arguments, options.transports))
+        sender = start(robot, [*inner, "--role", "images" if options.node else "tokens"], options.transports)
         processes.append(sender)
         published = json.loads(sender.communicate(timeout=options.seconds + 120)[0].splitlines()[-1])
         time.sleep(2.0)
@@ -93,7 +104,7 @@ def run(options: argparse.Namespace) -> None:
         result["megabytes_through_veth"] = round(links[0]["stats64"]["rx"]["bytes"] / 1e6)
         print(json.dumps({"transports": options.transports or "default", "mbit": options.mbit} | published | result))
     finally:
-        for process in processes:
+        for process in reversed(processes):
             process.terminate()
             process.wait()
         for host in HOSTS:
@@ -178,6 +189,8 @@ def receive() -> None:
                 continue
             ages.append(1e3 * tokens.age(visual))
             arrivals.append(time.monotonic())
+        if len(ages) <= WARM_UP:
+            raise SystemExit(f"{len(ages)} token messages are too few for statistics")
         p50, p95, p99 = np.percentile(ages[WARM_UP:], (50, 95, 99))
         result = {
             "received": tokens.received,
