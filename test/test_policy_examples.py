@@ -141,3 +141,13 @@ def test_a_venv_with_nothing_but_the_ros_extra_receives_tokens(tmp_path):
             policy.send_signal(signal.SIGINT)
             rest, _ = policy.communicate(timeout=30)
     assert policy.returncode == 0, rest
+
+
+@pytest.mark.ros
+def test_the_policy_on_the_page_works():
+    """The first code of docs/policy.md, as somebody would type it in."""
+    pytest.importorskip("rclpy")
+    (code, *_others) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "policy.md").read_text(), re.S)
+    domain = free_domain()
+    with RosProcess(["-c", code], domain) as policy, fake_tokenizer(domain):
+        policy.wait_for("('front', 'wrist') (2, 196, 256) 0.")
