@@ -5,7 +5,7 @@ ros2 launch vla_perception real_camera.launch.py cameras:=front=rtsp://192.168.0
 ros2 launch vla_perception real_camera.launch.py driver:=realsense2_camera cameras:="front=123456789012,wrist="
 """
 
-from launch.actions import DeclareLaunchArgument, OpaqueFunction
+from launch.actions import DeclareLaunchArgument, OpaqueFunction, Shutdown
 
 from launch import LaunchDescription
 from vla_perception.launch_parts import (
@@ -20,7 +20,7 @@ from vla_perception.launch_parts import (
     typed,
 )
 
-DRIVERS = ["opencv", "v4l2_camera", "usb_cam", "realsense2_camera"]
+DRIVERS = ["opencv", "v4l2_camera", "usb_cam", "realsense2_camera"]  # see PARTS
 
 ARGUMENTS = [
     DeclareLaunchArgument(
@@ -48,48 +48,52 @@ ARGUMENTS = [
 ]
 
 
-def opencv(context, name, source, size, rate, params):
+# Per driver: package, executable, node name, parameters, and the topic within the camera's namespace. Pictures keep
+# the driver's own topic, and the tokenizer is remapped: that moves the compressed topic as well, with any driver.
+
+
+def opencv(name, source, size, rate):
     options = {"source": source, "frame_id": f"{name}_optical_frame"}
     if all(size):
         options |= {"width": size[0], "height": size[1]}
     if rate:
         options["rate_hz"] = rate
-    return node(context, "vla_perception", "opencv_camera", namespace=name, parameters=[typed(**options), *params]), ""
+    return "vla_perception", "opencv_camera", "opencv_camera", typed(**options), "image_raw"
 
 
-def v4l2_camera(context, name, source, size, rate, params):
+def v4l2_camera(name, source, size, rate):
     options = typed(video_device=source, camera_frame_id=f"{name}_optical_frame")
     if all(size):
         options["image_size"] = list(size)
     if rate:
         options["time_per_frame"] = [1, round(rate)]
-    return node(context, "v4l2_camera", "v4l2_camera_node", namespace=name, parameters=[options, *params]), ""
+    return "v4l2_camera", "v4l2_camera_node", "v4l2_camera", options, "image_raw"
 
 
-def usb_cam(context, name, source, size, rate, params):
+def usb_cam(name, source, size, rate):
     options = {"video_device": source, "camera_name": name, "frame_id": f"{name}_optical_frame"}
     if all(size):
         options |= {"image_width": size[0], "image_height": size[1]}
     if rate:
         options["framerate"] = rate
-    return node(context, "usb_cam", "usb_cam_node_exe", name="usb_cam", namespace=name, parameters=[typed(**options), *params]), ""
+    return "usb_cam", "usb_cam_node_exe", "usb_cam", typed(**options), "image_raw"
 
 
-def realsense2_camera(context, name, source, size, rate, params):
+def realsense2_camera(name, source, size, rate):
     options = {"camera_name": "camera", "enable_depth": False}
     if source:
         options["serial_no"] = source
     if all(size):
         options["rgb_camera.color_profile"] = f"{size[0]}x{size[1]}x{round(rate) or 30}"
-    driver = node(
-        context,
-        "realsense2_camera",
-        "realsense2_camera_node",
-        name="camera",
-        namespace=name,
-        parameters=[typed(**options), *params],
-    )
-    return driver, f"{name}/camera/color/image_raw"
+    return "realsense2_camera", "realsense2_camera_node", "camera", typed(**options), "camera/color/image_raw"
+
+
+PARTS = {
+    "opencv": opencv,
+    "v4l2_camera": v4l2_camera,
+    "usb_cam": usb_cam,
+    "realsense2_camera": realsense2_camera,
+}
 
 
 def start(context):
@@ -108,10 +112,32 @@ def start(context):
     rate = number(context, "rate_hz")
     params = [path] if (path := argument(context, "camera_params_file")) else []
 
+    left = set(cameras)
+
+    def ended(name):
+        """One camera less goes on, with a complaint of the tokenizer; none at all does not."""
+
+        def on_exit(event, _context):
+            left.discard(name)
+            return None if left else [Shutdown(reason="no camera is left")]
+
+        return on_exit
+
     drivers, topics = [], {}
     for name, source in cameras.items():
-        action, topics[name] = globals()[driver](context, name, source, size, rate, params)
-        drivers.append(action)
+        package, executable, node_name, options, topic = PARTS[driver](name, source, size, rate)
+        topics[name] = "" if topic == "image_raw" else f"{name}/{topic}"
+        drivers.append(
+            node(
+                context,
+                package,
+                executable,
+                name=node_name,
+                namespace=name,
+                parameters=[options, *params],
+                on_exit=ended(name),
+            )
+        )
     return [
         *fastdds_profile(context),
         *drivers,

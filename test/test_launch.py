@@ -1,0 +1,424 @@
+"""The launch files: what they name exists; and, where `ros2 launch` does, they start systems that work.
+
+The first half runs anywhere, with stand-ins for the few classes of launch and launch_ros that the files use. The
+second half needs launch_ros, `ros2` and this package installed by colcon, and is skipped with the reason otherwise.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+from ros_domain import free_domain, in_domain, ros_environment, wait_until
+
+ROOT = Path(__file__).resolve().parent.parent
+BAG = ROOT / "examples" / "sample_bag"
+FILES = sorted(path.name for path in (ROOT / "launch").glob("*.launch.py"))
+
+
+# Stand-ins
+
+
+class Recorded:
+    """Any action or substitution: remembers what it was made of."""
+
+    def __init__(self, *args, **kwargs):
+        self.args, self.kwargs = args, kwargs
+
+    def __getattr__(self, name):
+        try:
+            return self.kwargs[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class LaunchConfiguration(Recorded):
+    def perform(self, context):
+        return context.launch_configurations[self.args[0]]
+
+
+class Context:
+    def __init__(self, launch_configurations, environment=()):
+        self.launch_configurations = launch_configurations
+        self.environment = dict(environment)
+
+
+class ParameterValue(Recorded):
+    @property
+    def value(self):
+        return self.args[0]
+
+
+MODULES = {
+    "launch": ["LaunchContext", "LaunchDescription"],
+    "launch.actions": [
+        "DeclareLaunchArgument", "IncludeLaunchDescription", "LogInfo", "OpaqueFunction", "SetEnvironmentVariable",
+        "Shutdown", "TimerAction",
+    ],
+    "launch.substitutions": [LaunchConfiguration],
+    "launch.launch_description_sources": ["PythonLaunchDescriptionSource"],
+    "launch_ros": [],
+    "launch_ros.actions": ["Node"],
+    "launch_ros.parameter_descriptions": [ParameterValue],
+}  # fmt: skip
+
+
+@pytest.fixture
+def launch_file(monkeypatch, tmp_path):
+    """A launch file's module by name, over stand-ins; its `run(**arguments)` gives the actions."""
+    pytest.importorskip("ament_index_python")
+    for name, members in MODULES.items():
+        module = types.ModuleType(name)
+        for member in members:
+            kind = type(member, (Recorded,), {}) if isinstance(member, str) else member
+            setattr(module, kind.__name__, kind)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "vla_perception.launch_parts", raising=False)
+    parts = importlib.import_module("vla_perception.launch_parts")
+    monkeypatch.setattr(parts, "share", lambda *path: ROOT.joinpath(*path))
+    monkeypatch.setattr(parts.shutil, "which", lambda _: sys.executable)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("AMENT_PREFIX_PATH", str(tmp_path))  # no package is installed
+
+    def load(name: str):
+        spec = importlib.util.spec_from_file_location(name.removesuffix(".launch.py"), ROOT / "launch" / name)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        entities = module.generate_launch_description().args[0]
+        module.arguments = {e.args[0]: e for e in entities if type(e).__name__ == "DeclareLaunchArgument"}
+        assert type(entities[-1]).__name__ == "OpaqueFunction"
+
+        def run(environment=(), **given):
+            assert set(given) <= set(module.arguments)
+            values = {
+                key: given.get(key, action.kwargs.get("default_value")) for key, action in module.arguments.items()
+            }
+            for key, value in values.items():
+                choices = module.arguments[key].kwargs.get("choices")
+                assert choices is None or value in choices
+            return entities[-1].kwargs["function"](Context(values, environment))
+
+        module.run = run
+        module.parts = parts
+        return module
+
+    yield load
+    sys.modules.pop("vla_perception.launch_parts", None)
+
+
+def kinds(actions, kind: str) -> list:
+    return [action for action in actions if type(action).__name__ == kind]
+
+
+def parameters_of(node) -> dict:
+    values = {}
+    for entry in node.kwargs["parameters"]:
+        if isinstance(entry, dict):
+            values |= {key: getattr(value, "value", value) for key, value in entry.items()}
+    return values
+
+
+def node_source(executable: str) -> str:
+    entry = re.search(rf"{executable} = (\S+):main", (ROOT / "setup.py").read_text().replace("{NAME}", "vla_perception"))
+    assert entry, f"{executable} is no console script"
+    return (ROOT / (entry[1].replace(".", "/") + ".py")).read_text()
+
+
+def check_nodes(actions) -> list[str]:
+    """Executables, parameter names and files of this package's nodes exist. The executables, in order."""
+    started = []
+    for node in kinds(actions, "Node"):
+        started.append(node.executable)
+        if node.package != "vla_perception":
+            continue
+        source = node_source(node.executable)
+        for name in parameters_of(node):
+            assert name == "use_sim_time" or f'"{name}"' in source, f"{node.executable} has no parameter {name}"
+        for entry in node.kwargs["parameters"]:
+            assert isinstance(entry, dict) or Path(entry).is_file()
+    return started
+
+
+RUNS = [
+    ("tokenizer.launch.py", {}, ["visual_tokenizer"]),
+    ("tokenizer.launch.py", {"cameras": "front,wrist", "view": "true"}, ["visual_tokenizer", "token_viewer"]),
+    (
+        "real_camera.launch.py",
+        {"cameras": "front=a.mp4,wrist=/dev/video2", "width": "640", "height": "480", "rate_hz": "15"},
+        ["opencv_camera", "opencv_camera", "visual_tokenizer"],
+    ),
+    ("sim_camera.launch.py", {}, ["mujoco_camera", "visual_tokenizer"]),
+    ("replay_bag.launch.py", {"bag": str(BAG), "loop": "true", "rate": "2.0"}, ["bag_player", "visual_tokenizer"]),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "executables"), RUNS)
+def test_what_a_launch_file_names_exists(launch_file, name, arguments, executables):
+    if name == "replay_bag.launch.py":
+        pytest.importorskip("rosbags")
+    module = launch_file(name)
+    actions = module.run(**arguments)
+    assert check_nodes(actions) == executables
+    assert all(action.kwargs.get("description") for action in module.arguments.values())
+    profile = {action.args[0]: action.args[1] for action in kinds(actions, "SetEnvironmentVariable")}
+    assert set(profile) == {"FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_DEFAULT_PROFILES_FILE"}
+    assert all(Path(path).is_file() for path in profile.values())
+    # A variable is set for what is started after it.
+    assert [type(a).__name__ for a in actions if type(a).__name__ != "LogInfo"][:2] == ["SetEnvironmentVariable"] * 2
+
+
+def test_every_launch_file_is_covered():
+    assert set(FILES) == {name for name, _, _ in RUNS}
+
+
+def test_cameras_and_remappings(launch_file):
+    module = launch_file("tokenizer.launch.py")
+    (node,) = kinds(module.run(cameras="front, wrist=/arm/color/image_raw", namespace="robot1"), "Node")
+    assert parameters_of(node)["cameras"] == ["front", "wrist"]
+    assert node.remappings == [("wrist/image_raw", "/arm/color/image_raw")]
+    assert node.namespace == "/robot1"
+    assert node.ros_arguments == ["--log-level", "robot1.visual_tokenizer:=info"]
+    assert "cameras" not in parameters_of(*kinds(module.run(), "Node"))  # as the file says
+    for wrong in ("front,front", "front camera", "1=a"):
+        with pytest.raises(ValueError, match="cameras:="):
+            module.run(cameras=wrong)
+    with pytest.raises(ValueError, match="no such file"):
+        module.run(params_file="/nowhere.yaml")
+
+
+def test_the_fast_dds_profile_can_be_left_out_and_is_not_replaced(launch_file):
+    module = launch_file("tokenizer.launch.py")
+    assert not kinds(module.run(fastdds_profile="false"), "SetEnvironmentVariable")
+    own = {"FASTRTPS_DEFAULT_PROFILES_FILE": "/own.xml"}
+    actions = module.run(environment=own)
+    assert not kinds(actions, "SetEnvironmentVariable") and "/own.xml" in kinds(actions, "LogInfo")[0].msg
+
+
+def test_real_cameras(launch_file, monkeypatch):
+    module = launch_file("real_camera.launch.py")
+    with pytest.raises(RuntimeError, match="sudo apt install ros-.*-usb-cam"):
+        module.run(driver="usb_cam")
+    with pytest.raises(ValueError, match="no source"):
+        module.run(cameras="front")
+    with pytest.raises(ValueError, match="width and height"):
+        module.run(width="640")
+    with pytest.raises(ValueError, match="rate_hz:=fast is no number"):
+        module.run(rate_hz="fast")
+    camera, tokenizer = kinds(module.run(cameras="front=0", namespace="arm"), "Node")
+    assert camera.namespace == "/arm/front" and parameters_of(camera)["source"] == "0"
+    # One camera may end, the last one ends the rest.
+    first, second, _ = kinds(module.run(cameras="a=0,b=1"), "Node")
+    assert first.on_exit(None, None) is None
+    assert type(second.on_exit(None, None)[0]).__name__ == "Shutdown"
+
+    monkeypatch.setattr(module, "require_package", lambda *_: None)
+    for driver, topic in (("v4l2_camera", None), ("usb_cam", None), ("realsense2_camera", "front/camera/color/image_raw")):
+        actions = module.run(driver=driver, cameras="front=/dev/video0", width="640", height="480", rate_hz="30")
+        camera, tokenizer = kinds(actions, "Node")
+        assert camera.package == driver and tokenizer.remappings == ([("front/image_raw", topic)] if topic else [])
+
+
+def test_gazebo(launch_file, monkeypatch):
+    """As far as it goes without Gazebo: the world is well-formed and has the sensors whose topics are bridged."""
+    import xml.etree.ElementTree as ElementTree
+
+    module = launch_file("sim_camera.launch.py")
+    with pytest.raises(RuntimeError, match="sudo apt install ros-.*-ros-gz"):
+        module.run(simulator="gazebo")
+    monkeypatch.setattr(module, "require_package", lambda *_: None)
+    index = importlib.import_module("ament_index_python.packages")
+    monkeypatch.setattr(index, "get_package_share_directory", lambda package: f"/opt/{package}")
+    actions = module.run(simulator="gazebo", namespace="lab")
+    (include,) = kinds(actions, "IncludeLaunchDescription")
+    world = Path(dict(include.launch_arguments)["gz_args"].split()[-1])
+    topics = {e.text for e in ElementTree.parse(world).iter() if e.tag in ("topic", "camera_info_topic")}
+    bridge, tokenizer = kinds(actions, "Node")
+    bridged = {argument.split("@")[0] for argument in bridge.arguments}
+    assert bridged == {f"/{topic}" for topic in topics} | {"/clock"}
+    assert ("/front/image_raw", "/lab/front/image_raw") in bridge.remappings
+    assert parameters_of(tokenizer)["use_sim_time"] is True
+
+
+def test_bag_topics(launch_file):
+    pytest.importorskip("rosbags")
+    module = launch_file("replay_bag.launch.py")
+    player, tokenizer = kinds(module.run(bag=str(BAG), use_sim_time="true"), "Node")
+    assert set(parameters_of(player)["topics"]) == {
+        "/front/image_raw/compressed", "/wrist/image_raw/compressed", "/front/camera_info", "/wrist/camera_info",
+    }  # fmt: skip
+    assert parameters_of(player)["clock"] is True
+    assert parameters_of(tokenizer)["image_transport"] == "compressed"
+    assert parameters_of(tokenizer)["cameras"] == ["front", "wrist"]
+    assert tokenizer.remappings == [("front/image_raw", "/front/image_raw"), ("wrist/image_raw", "/wrist/image_raw")]
+    player, tokenizer = kinds(module.run(bag=str(BAG), cameras="left=/wrist/image_raw"), "Node")
+    assert parameters_of(tokenizer)["cameras"] == ["left"]
+    assert parameters_of(player)["topics"] == ["/wrist/image_raw/compressed", "/wrist/camera_info"]
+    with pytest.raises(RuntimeError, match="bag:=/nowhere: .*no such file"):
+        module.run(bag="/nowhere")
+    with pytest.raises(ValueError, match="not in the bag; it has /front/image_raw, /wrist/image_raw"):
+        module.run(bag=str(BAG), cameras="top")
+
+    image, compressed = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
+    mixed = {
+        "/camera/color/image_raw": image,
+        "/camera/depth/image_rect_raw": image,
+        "/camera/infra1/image_rect_raw": image,
+        "/top/image_raw": image,
+        "/top/image_raw/compressed": compressed,
+    }
+    module.bag_camera_topics = lambda _: mixed
+    player, tokenizer = kinds(module.run(bag="mixed"), "Node")
+    assert parameters_of(tokenizer)["cameras"] == ["camera_color", "top"]
+    assert parameters_of(player)["topics"] == ["/camera/color/image_raw", "/top/image_raw"]
+    mixed.pop("/top/image_raw")
+    with pytest.raises(ValueError, match="partly raw, partly compressed"):
+        module.run(bag="mixed")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.yaml")), ids=lambda path: path.name)
+def test_parameter_files_name_parameters_that_exist(path):
+    pytest.importorskip("rclpy")
+    from vla_perception.nodes import visual_tokenizer
+
+    content = yaml.safe_load(path.read_text())
+    assert "/**/visual_tokenizer" in content
+    for node, entry in content.items():
+        values = entry["ros__parameters"]
+        if node == "/**/visual_tokenizer":
+            for name, value in values.items():
+                assert visual_tokenizer._checked(name, value) == value
+            if path.name == "visual_tokenizer.yaml":  # the defaults, all of them
+                assert values == {name: setting.default for name, setting in visual_tokenizer.SETTINGS.items()}
+        else:
+            source = node_source(node.removeprefix("/**/"))
+            assert all(f'"{name}"' in source for name in values)
+
+
+# With ros2 launch
+
+
+@pytest.fixture(scope="module")
+def ros2() -> str:
+    """The `ros2` command, on a machine where this package was built by colcon and its workspace is sourced."""
+    for module in ("launch_ros", "ros2launch"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"no {module} in this Python (it comes with a ROS 2 distribution, not from PyPI)")
+    from ament_index_python.packages import PackageNotFoundError, get_package_prefix
+
+    try:
+        prefix = get_package_prefix("vla_perception")
+    except (PackageNotFoundError, OSError):
+        pytest.skip("vla_perception is not in the ament index: build it with colcon and source the workspace")
+    if not Path(prefix, "lib", "vla_perception", "visual_tokenizer").exists():
+        pytest.skip("vla_perception was not installed by colcon, so `ros2 launch` cannot find its executables")
+    return shutil.which("ros2") or pytest.skip("no ros2 on the PATH")
+
+
+@pytest.mark.ros
+@pytest.mark.parametrize("name", FILES)
+def test_show_args(ros2, name):
+    result = subprocess.run(
+        [ros2, "launch", "vla_perception", name, "--show-args"], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    for argument in ("model", "device", "params_file", "view", "fastdds_profile"):
+        assert f"'{argument}':" in result.stdout
+
+
+def launched(ros2: str, arguments: list[str], nodes: int, messages: int = 3) -> tuple[list, str]:
+    """Runs `ros2 launch` until `messages` token messages came, then Ctrl-C. The messages and the output."""
+    import rclpy
+    from sensor_msgs.msg import CompressedImage
+
+    from vla_perception.messages.tokens import from_message
+
+    domain = free_domain()
+    process = subprocess.Popen(
+        [ros2, "launch", "vla_perception", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ros_environment(domain),
+        start_new_session=True,
+    )
+    lines: list[str] = []
+    reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
+    reader.start()
+    received: list = []
+    context = rclpy.Context()
+    try:
+        with in_domain(domain):
+            rclpy.init(context=context, domain_id=domain)
+            node = rclpy.create_node("policy", context=context)
+        node.create_subscription(CompressedImage, "/tokens", lambda message: received.append(from_message(message)), 10)
+        executor = rclpy.executors.SingleThreadedExecutor(context=context)
+        executor.add_node(node)
+        end = time.monotonic() + 120
+        while len(received) < messages and process.poll() is None and time.monotonic() < end:
+            executor.spin_once(timeout_sec=0.2)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: launch and its nodes get it
+        process.wait(40)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        executor.shutdown()
+        node.destroy_node()
+        context.try_shutdown()
+        reader.join(5)
+    output = "".join(lines)
+    assert len(received) >= messages, output
+    # `ros2 launch` ends with 0 even if a node was killed.
+    wait_until(lambda: output.count("process has finished cleanly") == nodes, 1, output)
+    assert "process has died" not in output and "Traceback" not in output
+    return received, output
+
+
+@pytest.mark.ros
+@pytest.mark.parametrize("options", [[], ["loop:=true", "rate:=2.0", "use_sim_time:=true"]])
+def test_replay_bag(ros2, options):
+    received, output = launched(ros2, ["replay_bag.launch.py", f"bag:={BAG}", *options], nodes=2, messages=5)
+    assert received[0].cameras == ("front", "wrist") and received[0].shape[0] == 2
+    assert "cameras of the bag: front (/front/image_raw/compressed)" in output
+
+
+@pytest.mark.ros
+def test_real_camera_with_a_video_file(ros2, tmp_path):
+    cv2 = pytest.importorskip("cv2")
+    import numpy as np
+
+    film = str(tmp_path / "film.mp4")
+    writer = cv2.VideoWriter(film, cv2.VideoWriter_fourcc(*"mp4v"), 10, (320, 240))
+    for i in range(30):
+        writer.write(np.full((240, 320, 3), i * 8, np.uint8))
+    writer.release()
+    received, _ = launched(ros2, ["real_camera.launch.py", f"cameras:=front={film}", "view:=true"], nodes=3)
+    assert (received[0].views[0].width, received[0].views[0].height) == (320, 240)
+
+
+@pytest.mark.ros
+def test_sim_camera(ros2):
+    pytest.importorskip("mujoco")
+    received, _ = launched(ros2, ["sim_camera.launch.py"], nodes=2)
+    assert received[-1].cameras == ("front", "wrist") and received[-1].stamp_ns < 10**12  # simulated time
+
+
+@pytest.mark.ros
+def test_a_model_that_is_not_there_ends_everything(ros2):
+    result = subprocess.run(
+        [ros2, "launch", "vla_perception", "tokenizer.launch.py", "model:=/nowhere"],
+        capture_output=True, text=True, timeout=90, env=ros_environment(free_domain()),
+    )  # fmt: skip
+    assert "neither a checkpoint directory nor a preset" in result.stdout + result.stderr
