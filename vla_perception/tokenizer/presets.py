@@ -19,6 +19,8 @@ IMAGENET_MEAN_BF16: Triple = (0.484375, 0.455078125, 0.40625)
 IMAGENET_STD_BF16: Triple = (0.228515625, 0.2236328125, 0.224609375)
 HALF: Triple = (0.5, 0.5, 0.5)
 
+#: Side of a picture in pixels that no vision transformer of today comes near.
+MAX_IMAGE_SIZE = 4096
 RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
 PROJECTORS = ("linear", "gelu-mlp", "fused-gelu-mlp", "none")
 
@@ -81,6 +83,11 @@ class EncoderConfig:
             "resize_strategy": self.resize_strategy,
             "std": list(self.std),
         }
+
+
+def encoder_name(timm_id: str) -> str:
+    """Short name of an encoder: its family where that is known, timm's name of the architecture otherwise."""
+    return next((family for family in ("dinov2", "siglip", "clip") if family in timm_id), timm_id.split(".")[0])
 
 
 @dataclass(frozen=True)

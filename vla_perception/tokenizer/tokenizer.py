@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from vla_perception.tokenizer.checkpoint import (
-    Checkpoint,
     WeightsDigest,
     fingerprint,
+    merged,
 )
 from vla_perception.tokenizer.encoders import PatchEncoder
+from vla_perception.tokenizer.layouts import open_checkpoint
 from vla_perception.tokenizer.preprocess import Preprocessor, source_to_grid
 from vla_perception.tokenizer.presets import PRESETS, ModelConfig
 from vla_perception.tokenizer.projector import Projector
@@ -145,18 +146,19 @@ class VisualTokenizer:
             CheckpointError: files are missing, damaged, or do not fit; lists the tensors at fault.
         """
         target, dtype = _check_device(device), _check_dtype(compute_dtype)
-        checkpoint = Checkpoint.open(path)
+        checkpoint = open_checkpoint(path)
         network = _empty_network(checkpoint.config)
         names = network.canonical_tensors()
         shapes = {name: tuple(network.state_dict()[inner].shape) for name, inner in names.items()}
         checkpoint.check(shapes, _is_unused(network))
 
         cache = checkpoint.digest_cache(names)
-        known = cache.read_text().strip() if cache.is_file() else ""
+        known = cache.read_text().strip() if cache is not None and cache.is_file() else ""
         digest = None if re.fullmatch("[0-9a-f]{64}", known) else WeightsDigest()
         _fill(network, names, checkpoint.read(names), digest, target, dtype)
         if digest is not None:
             known = digest.hexdigest()
+        if digest is not None and cache is not None:
             try:
                 cache.parent.mkdir(parents=True, exist_ok=True)
                 partial = cache.with_name(f"{cache.name}.{os.getpid()}")
@@ -185,7 +187,7 @@ class VisualTokenizer:
         names = network.canonical_tensors()
         shapes = {canonical: tuple(network.state_dict()[inner].shape) for canonical, inner in names.items()}
         digest = WeightsDigest()
-        drawn = ((canonical, random_weight(canonical, shapes[canonical], seed)) for canonical in sorted(names))
+        drawn = ((canonical, {"": random_weight(canonical, shapes[canonical], seed)}) for canonical in sorted(names))
         _fill(network, names, drawn, digest, target, dtype)
         return cls(
             config, network, weights="random", weights_digest=digest.hexdigest(), compute_dtype=compute_dtype
@@ -288,17 +290,18 @@ def _is_unused(network: _Network) -> Callable[[str], bool]:
 def _fill(
     network: _Network,
     names: dict[str, str],
-    tensors: Iterator[tuple[str, torch.Tensor]],
+    tensors: Iterator[tuple[str, dict[str, torch.Tensor]]],
     digest: WeightsDigest | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
     state = {}
-    for name, tensor in tensors:
+    for name, parts in tensors:
         if digest is not None:
-            digest.add(name, tensor)
+            for part, tensor in parts.items():
+                digest.add(name + part, tensor)
         # A copy in any case: the source may be a mapped file that somebody replaces later.
-        state[names[name]] = tensor.to(device, dtype, copy=True)
+        state[names[name]] = merged(parts).to(device, dtype, copy=True)
     network.load_state_dict(state, assign=True)
     network.requires_grad_(False)
 

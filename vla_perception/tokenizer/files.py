@@ -1,0 +1,306 @@
+"""Files of tensors, read without trusting them: safetensors, torch's ``.pt``, JSON.
+
+Whatever a file claims is checked against its size before anything is allocated or parsed at length, so that a
+damaged or hostile one ends in one `CheckpointError`, quickly and in little memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickletools
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+#: safetensors' names of the dtypes that weights may be stored in.
+WEIGHT_DTYPES = ("F32", "F16", "BF16")
+#: Bytes of JSON or pickle that are parsed at most: a shard of 7 billion parameters has some 50 kB of header.
+MAX_HEADER = 1 << 20
+_DTYPE_SIZES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+_TORCH_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+#: All that a file of weights names: everything else in a pickle is there to run code, or is no weight.
+_PICKLE_GLOBALS = {
+    "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "collections OrderedDict", "torch Size",
+} | {
+    f"torch {kind}Storage"
+    for kind in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
+}  # fmt: skip
+
+
+class CheckpointError(ValueError):
+    """The files do not hold a vision part that can be used; the message says what to do."""
+
+
+class TensorSource(Protocol):
+    """Something that holds named tensors; `path` is its file, None if it has none."""
+
+    path: Path | None
+
+    def get(self, name: str) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: `name` in `source`, with its shape and stored dtype."""
+
+    source: TensorSource
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def get(self) -> torch.Tensor:
+        """The tensor as stored; may be a view of a mapped file."""
+        return self.source.get(self.name)
+
+
+class SafetensorsFile:
+    """One safetensors file; opening reads and checks its header alone.
+
+    Attributes:
+        tensors: name → `StoredTensor`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._opened = None
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; the download is incomplete")
+        with file_errors(path), open(path, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            start = stream.read(20)
+            if start.startswith(b"version https://git"):
+                raise CheckpointError(
+                    f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` in the checkpoint"
+                )
+            length = header_length(start, size)
+            stream.seek(8)
+            entries = parse_header(stream.read(length), size - 8 - length)
+        self.tensors = {
+            name: StoredTensor(self, name, tuple(entry["shape"]), entry["dtype"]) for name, entry in entries.items()
+        }
+
+    def get(self, name: str) -> torch.Tensor:
+        with file_errors(self.path):
+            if self._opened is None:
+                self._opened = safe_open(self.path, framework="pt")
+            return self._opened.get_tensor(name)
+
+
+class MemoryTensors:
+    """Tensors that are in memory already."""
+
+    path = None
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+        self.tensors = {
+            name: StoredTensor(self, name, tuple(value.shape), dtype_name(value)) for name, value in tensors.items()
+        }
+
+    def get(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+
+class PickledTensors:
+    """State dicts of a ``.pt`` file, mapped into memory and read with ``weights_only=True``.
+
+    Attributes:
+        tree: what the file holds: dicts, tensors, and plain values.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; the download is incomplete")
+        try:
+            with open(path, "rb") as stream:
+                _check_archive(stream)
+            self.tree = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except CheckpointError:
+            raise
+        except Exception as error:  # pickles fail in every way that Python knows
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            raise CheckpointError(f"{path} cannot be read as a .pt file of weights ({reason})") from error
+        if not isinstance(self.tree, Mapping):
+            raise CheckpointError(f"{path} holds no dict of tensors")
+        self._found: dict[str, torch.Tensor] = {}
+
+    def part(self, *keys: str) -> dict[str, StoredTensor]:
+        """The tensors of one state dict in the tree, empty if it is not there; the file's own names."""
+        node: object = self.tree
+        for key in keys:
+            node = node.get(key) if isinstance(node, Mapping) else None
+        if node is None:
+            return {}
+        if not isinstance(node, Mapping) or not all(isinstance(value, torch.Tensor) for value in node.values()):
+            raise CheckpointError(f"{self.path}: {'.'.join(keys)} is no state dict of tensors")
+        prefix = "/".join(keys)
+        result = {}
+        for name, value in node.items():
+            self._found[f"{prefix}/{name}"] = value
+            result[str(name)] = StoredTensor(self, f"{prefix}/{name}", tuple(value.shape), dtype_name(value))
+        return result
+
+    def get(self, name: str) -> torch.Tensor:
+        return self._found[name].detach()
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """safetensors' name of a tensor's dtype, or torch's where weights cannot have it."""
+    return _TORCH_DTYPES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+
+
+def header_length(start: bytes, file_size: int) -> int:
+    """Length of the header of a safetensors file that begins with `start`; CheckpointError if it cannot be."""
+    if len(start) < 8:
+        raise CheckpointError(f"too short for a safetensors file ({file_size} bytes)")
+    length = int.from_bytes(start[:8], "little")
+    if length > file_size - 8:
+        raise CheckpointError(f"its header claims {length} bytes, the file has {file_size}")
+    if length > MAX_HEADER:
+        raise CheckpointError(f"its header claims {length} bytes; more than {MAX_HEADER} are not read")
+    return length
+
+
+def parse_header(header: bytes, payload: int) -> dict[str, dict]:
+    """safetensors header → entries, checked: dtypes known, sizes right, no tensor beyond `payload` bytes or over another.
+
+    Raises:
+        CheckpointError: the header is no such thing.
+    """
+    entries = parse_json(header, "its header")
+    entries.pop("__metadata__", None)
+    spans = []
+    for name, entry in entries.items():
+        try:
+            dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            numbers = [*shape, start, stop]
+            known = dtype in _DTYPE_SIZES and len(shape) <= 16 and isinstance(shape, list)
+        except (TypeError, KeyError, ValueError) as error:
+            raise CheckpointError(f"its entry {name[:200]!r} is not a tensor's") from error
+        if not known or not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+            raise CheckpointError(f"its entry {name[:200]!r} has an unknown dtype, or numbers that cannot be")
+        if stop > payload:
+            raise CheckpointError(f"{name[:200]!r} ends at byte {stop} of {payload}: truncated, or never whole")
+        if stop - start != math.prod(shape) * _DTYPE_SIZES[dtype]:
+            raise CheckpointError(f"{name[:200]!r}: {stop - start} bytes are not {dtype} {shape}")
+        spans.append((start, stop, name))
+    spans.sort()
+    for (_, end, first), (start, _, second) in zip(spans, spans[1:]):
+        if start < end:
+            raise CheckpointError(f"the tensors {first[:200]!r} and {second[:200]!r} overlap")
+    return entries
+
+
+def parse_json(text: bytes, what: str) -> dict:
+    """A JSON object of at most `MAX_HEADER` bytes; CheckpointError for anything else."""
+    if len(text) > MAX_HEADER:
+        raise CheckpointError(f"{what} is longer than {MAX_HEADER} bytes, which no checkpoint needs")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{what} must hold a JSON object")
+    return value
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object from a file; CheckpointError if it is missing or no such thing."""
+    try:
+        with open(file, "rb") as stream:
+            text = stream.read(MAX_HEADER + 1)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is missing; the checkpoint directory is incomplete") from error
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    return parse_json(text, str(file))
+
+
+@contextmanager
+def file_errors(file: Path) -> Iterator[None]:
+    """Names the file in whatever goes wrong with it."""
+    try:
+        yield
+    except CheckpointError as error:
+        if str(file) in str(error):
+            raise
+        raise CheckpointError(f"{file} cannot be read as safetensors: {error}; download it again") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read as safetensors ({error}); download it again") from error
+
+
+def _check_archive(stream: BinaryIO) -> None:
+    """Refuses what a ``.pt`` file of weights never has, before torch unpickles it."""
+    name = stream.name
+    _check_directory(stream)
+    try:
+        archive = zipfile.ZipFile(stream)
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise CheckpointError(
+            f"{name} is no zip archive as torch.save writes it ({error}); it is truncated, or of before torch 1.6: "
+            "then save it again with a recent torch"
+        ) from error
+    pickles = []
+    for entry in archive.infolist():
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise CheckpointError(f"{name}: {entry.filename[:200]!r} is compressed, which torch.save never does")
+        if entry.filename.endswith("data.pkl"):
+            pickles.append(entry)
+    if len(pickles) != 1 or pickles[0].file_size > MAX_HEADER:
+        raise CheckpointError(
+            f"{name}: one data.pkl of at most {MAX_HEADER} bytes is expected in a .pt file of weights"
+        )
+    strings: list[str] = []
+    try:
+        for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):
+            if opcode.name == "GLOBAL":
+                named = str(argument)
+            elif opcode.name == "STACK_GLOBAL":
+                named = " ".join(strings[-2:])
+            elif opcode.name in ("INST", "EXT1", "EXT2", "EXT4", "OBJ"):
+                named = str(argument or opcode.name)
+            else:
+                if "UNICODE" in opcode.name:
+                    strings = [*strings[-1:], str(argument)]
+                continue
+            if named not in _PICKLE_GLOBALS:
+                raise CheckpointError(
+                    f"{name} is refused: its pickle calls {named[:200]!r}, which weights do not need. Pickles can run "
+                    "code; if you trust the file, convert it to safetensors"
+                )
+    except (ValueError, IndexError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{name}: its pickle is damaged ({error}); download it again") from error
+
+
+def _check_directory(stream: BinaryIO) -> None:
+    """Refuses a zip archive whose directory is too long to be listed in a moment."""
+    stream.seek(0, os.SEEK_END)
+    size = stream.tell()
+    stream.seek(max(0, size - 66_000))
+    tail = stream.read()
+    at = tail.rfind(b"PK\x05\x06")
+    if at < 0 or len(tail) < at + 22:
+        raise CheckpointError(
+            f"{stream.name} is no zip archive as torch.save writes it; it is truncated, or of before torch 1.6: "
+            "then save it again with a recent torch"
+        )
+    (length,) = struct.unpack_from("<I", tail, at + 12)
+    if length == 0xFFFFFFFF:
+        wide = tail.rfind(b"PK\x06\x06", 0, at)
+        (length,) = struct.unpack_from("<Q", tail, wide + 40) if 0 <= wide <= len(tail) - 48 else (size,)
+    if length > 4 * MAX_HEADER:
+        raise CheckpointError(f"{stream.name}: a directory of {length} bytes is no .pt file of weights")
+    stream.seek(0)
