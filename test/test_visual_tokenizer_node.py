@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ DEFAULTS = {
     "max_rate_hz": 0.0,
     "trigger": "continuous",
 }
-TOPICS = {"front": "front/image_raw", "wrist": "arm/picture"}  # the wrist's is remapped
+TOPICS = {"front": "front/image_raw", "top": "top/image_raw", "wrist": "arm/picture"}  # the wrist's is remapped
 COUNTS = ("encoded", "replaced", "unmatched", "undecodable", "pending")
 
 
@@ -217,6 +218,7 @@ class Robot:
 def robot():
     domain = free_domain()
     command = [*NODE, "-r", "wrist/image_raw:=/arm/picture", "-p", "token_dtype:=float32"]
+    command += ["-p", "qos_overrides./top/image_raw.subscription.reliability:=best_effort"]
     with RosProcess(command, domain) as process:
         robot = Robot(domain, process)
         try:
@@ -494,6 +496,15 @@ def test_best_effort_publishers_and_cameras_that_are_missing(robot):
     robot.process.wait_for("camera front: frames arrive")
 
 
+def test_qos_overrides_come_first(robot):
+    robot.start(cameras=["top"])
+    robot.send("top", image_message(picture(125), robot.next_stamp()))  # reliable
+    robot.wait_for_tokens(1)
+    robot.counts("top")  # the node has looked at its publishers
+    (subscription,) = robot.node.get_subscriptions_info_by_topic("/top/image_raw")
+    assert subscription.qos_profile.reliability == ReliabilityPolicy.BEST_EFFORT
+
+
 def test_model_and_timing_are_told(robot):
     robot.start()
     robot.send("front", image_message(picture(130), robot.next_stamp()))
@@ -506,6 +517,67 @@ def test_model_and_timing_are_told(robot):
     for stage in ("decode", "preprocess", "encode", "publish"):
         p50, p95, p99 = (float(found["timing"][f"{stage}_p{percent}_ms"]) for percent in (50, 95, 99))
         assert 0 < p50 <= p95 <= p99
+
+
+# Within this process: what a model rarely does
+
+
+def test_an_encoding_that_fails_and_tokens_that_are_not_finite(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from vla_perception.nodes.visual_tokenizer import VisualTokenizerNode
+
+    class Model:
+        model, weights, fingerprint, compute_dtype = "odd", "checkpoint", "0" * 64, "float32"
+        device, results = torch.device("cpu"), []
+
+        def preprocess(self, images):
+            return images
+
+        def encode(self, pixel_values, features=False):
+            result = self.results.pop(0)
+            if isinstance(result, Exception):
+                raise result
+            return SimpleNamespace(tokens=torch.full((1, 4, 8), result), features=None)
+
+        def affine(self, height, width):
+            return (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+        def metadata(self):
+            return dict(
+                model=self.model, weights=self.weights, fingerprint=self.fingerprint, compute_dtype="float32",
+                grid=[2, 2], token_strategy="patch", pool=1, encoders=[], projector="linear",
+            )  # fmt: skip
+
+    domain, context, model, received = free_domain(), rclpy.Context(), Model(), []
+    with in_domain(domain):
+        rclpy.init(context=context, domain_id=domain)
+        node = VisualTokenizerNode(lambda _code: None, context=context)
+        policy = rclpy.create_node("policy", context=context)
+    executor = SingleThreadedExecutor(context=context)
+    executor.add_node(policy)
+    policy.create_subscription(CompressedImage, "tokens", lambda message: received.append(from_message(message)), 10)
+    try:
+        monkeypatch.setattr(node, "_load", lambda: model)
+        node.trigger_configure()
+        node.trigger_activate()
+        wait_until(node._tokens.get_subscription_count, 10, "the policy is known")
+        counts = node._sync.counts["front"]
+        # 70000 is beyond float16's range, infinity after the conversion; the third frame shows that it goes on.
+        assert node.set_parameters([Parameter("token_dtype", value="float16")])[0].successful
+        for i, result in enumerate([RuntimeError("CUDA out of memory"), float("nan"), 70000.0, 1.5]):
+            model.results.append(result)
+            node._on_image(node._cameras["front"], image_message(picture(i), i + 1))
+            wait_until(lambda n=i: counts.encoded == n + 1, 10, f"frame {i} is done with")
+        wait_until(lambda: executor.spin_once(timeout_sec=0.1) or received, 10, "tokens")
+        assert (node._encode_errors, node._non_finite) == (1, 2)
+        assert [(message.sequence, message.stamp_ns) for message in received] == [(0, 4)]
+        assert (received[0].float32() == 1.5).all()
+    finally:
+        node.close()
+        executor.shutdown()
+        policy.destroy_node()
+        node.destroy_node()
+        context.try_shutdown()
 
 
 # Processes of their own

@@ -119,7 +119,6 @@ class _Camera:
     name: str
     topic: str
     message_type: type
-    decode: Callable[[object], np.ndarray]
     since: float
     qos_is_given: bool = False
     reliability: ReliabilityPolicy = ReliabilityPolicy.RELIABLE
@@ -205,6 +204,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
 
         self._tokenizer: VisualTokenizer | None = None
         self._configured = False
+        self._subscribing = threading.Lock()  # held while subscriptions come and go
         self._cameras: dict[str, _Camera] = {}
         self._threads: list[threading.Thread] = []
         self._last_set = 0.0
@@ -246,6 +246,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         self._configured = True  # from here on, what shapes the model and the topics is settled
         settings = self._settings
         self._encode_errors = self._non_finite = 0
+        self._timings = {stage: deque(maxlen=500) for stage in STAGES}
         self._ended = False
         tokenizer = self._load()
         if tokenizer is None:
@@ -273,20 +274,17 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             self._fresh = False
         self._last_set = now
         self._no_sets_told = False
-        for name in self._sync.cameras:
-            topic = f"{name}/image_raw"
-            if compressed:
-                # Resolved before the suffix is appended: remapping the base name moves both.
-                topic = f"{self.resolve_topic_name(topic)}/compressed"
-            camera = _Camera(
-                name=name,
-                topic=topic,
-                message_type=CompressedImage if compressed else Image,
-                decode=compressed_to_rgb if compressed else image_to_rgb,
-                since=now,
-            )
-            self._subscribe(camera, ReliabilityPolicy.RELIABLE)
-            self._cameras[name] = camera
+        with self._subscribing:
+            for name in self._sync.cameras:
+                topic = f"{name}/image_raw"
+                if compressed:
+                    # Resolved before the suffix is appended: remapping the base name moves both.
+                    topic = f"{self.resolve_topic_name(topic)}/compressed"
+                camera = _Camera(
+                    name=name, topic=topic, message_type=CompressedImage if compressed else Image, since=now
+                )
+                self._subscribe(camera, ReliabilityPolicy.RELIABLE)
+                self._cameras[name] = camera
         return TransitionCallbackReturn.SUCCESS
 
     @_guarded
@@ -383,10 +381,11 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         return tokenizer
 
     def _stop_streaming(self) -> None:
-        for camera in self._cameras.values():
-            if camera.subscription is not None:
-                self.destroy_subscription(camera.subscription)
-        self._cameras = {}
+        with self._subscribing:
+            for camera in self._cameras.values():
+                if camera.subscription is not None:
+                    self.destroy_subscription(camera.subscription)
+            self._cameras = {}
         with self._changed:
             self._active = False
             if self._sync is not None:
@@ -404,6 +403,8 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             thread.join()  # an encoding that runs uses the memory that is to be given back
         self._threads = []
         with self._changed:
+            if self._slot is not None:
+                self._give_up(self._slot)
             self._tokenizer = self._sync = self._slot = None
         gc.collect()
         if "torch" in sys.modules and (torch := sys.modules["torch"]).cuda.is_initialized():
@@ -479,17 +480,16 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
 
     def _follow_publishers(self) -> None:
         """Takes the reliability that each camera's publishers offer: best effort if any offers no more."""
-        for camera in tuple(self._cameras.values()):
-            if camera.qos_is_given:
-                continue
-            offers = {
-                info.qos_profile.reliability for info in self.get_publishers_info_by_topic(camera.topic)
-            }
-            best_effort = ReliabilityPolicy.BEST_EFFORT in offers
-            wanted = ReliabilityPolicy.BEST_EFFORT if best_effort else ReliabilityPolicy.RELIABLE
-            if offers and wanted != camera.reliability:
-                self.get_logger().info(f"camera {camera.name}: publishers offer {wanted.short_key}, so it is taken")
-                self._subscribe(camera, wanted)
+        with self._subscribing:
+            for camera in self._cameras.values():
+                if camera.qos_is_given:
+                    continue
+                offers = {info.qos_profile.reliability for info in self.get_publishers_info_by_topic(camera.topic)}
+                best_effort = ReliabilityPolicy.BEST_EFFORT in offers
+                wanted = ReliabilityPolicy.BEST_EFFORT if best_effort else ReliabilityPolicy.RELIABLE
+                if offers and wanted != camera.reliability:
+                    self.get_logger().info(f"camera {camera.name}: publishers offer {wanted.short_key}, so it is taken")
+                    self._subscribe(camera, wanted)
 
     def _on_image(self, camera: _Camera, message: Image | CompressedImage) -> None:
         stamp = message.header.stamp
