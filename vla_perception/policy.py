@@ -264,7 +264,8 @@ class TokenSubscriber(_Tokens):
 
     Messages are taken in by a thread of its own, so `newest`, `wait` and `request` work in a plain loop without any
     executor, and inside a callback of any executor, and a policy that computes for long loses nothing but what is
-    too old to matter. `callback` is called by the executor that spins `node`, like a subscription's.
+    too old to matter. `callback` is called by the executor that spins `node`, like a subscription's. (rclpy's
+    experimental EventsExecutor refuses the guard condition that this takes: read without a callback there.)
 
     Args:
         node: whose context, namespace, remappings, clock and logger are used.
