@@ -196,6 +196,10 @@ class Robot:
         wait_until(lambda: len(self.tokens) >= count, timeout, f"{count} token messages, {len(self.tokens)} came")
         return self.tokens
 
+    def told_of(self, camera: str) -> str:
+        """What the last diagnostics say of a camera; nothing if they are from before it was subscribed to."""
+        return self.diagnostics[-1].get(f"camera {camera}", {}).get("message", "")
+
     def counts(self, camera: str, condition=lambda values: True, timeout: float = 20.0) -> dict[str, int]:
         """The camera's counters as soon as a diagnostics message from now on meets the condition."""
         begun = len(self.diagnostics)
@@ -485,14 +489,12 @@ def test_best_effort_publishers_and_cameras_that_are_missing(robot):
     # The camera goes away: told once, and again when it is back.
     told = robot.process.output.count("camera front: nobody publishes")
     robot.forget("front", reliability=ReliabilityPolicy.BEST_EFFORT)
-    wait_until(
-        lambda: "nobody publishes /front/image_raw" in robot.diagnostics[-1]["camera front"]["message"], 20, "complaint"
-    )
+    wait_until(lambda: "nobody publishes /front/image_raw" in robot.told_of("front"), 20, "complaint")
     robot.counts("front")  # a second later it has not been told again
     assert robot.process.output.count("camera front: nobody publishes") == told + 1
     robot.send("front", image_message(picture(121), robot.next_stamp()))  # reliable now
     robot.wait_for_tokens(2)
-    wait_until(lambda: robot.diagnostics[-1]["camera front"]["message"] == "ok", 10, "no complaint")
+    wait_until(lambda: robot.told_of("front") == "ok", 10, "no complaint")
     robot.process.wait_for("camera front: frames arrive")
 
 
