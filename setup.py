@@ -14,7 +14,9 @@ TOKENIZER = [
     "torch>=2.4",
     "torchvision>=0.19",
     "timm>=1.0.11,<2",  # another major version may name or compute something differently
+    "huggingface_hub>=1.0,<3",  # timm brings it; range requests are made with its client, which changed with 1.0
     "pillow>=10.1",
+    "simplejpeg>=1.7",  # decodes JPEG as TensorFlow does; Pillow and OpenCV cannot be told to
     OPENCV,
 ]
 # Wheels of ROS 2 Kilted (rclpy 9.1): Python 3.10 to 3.12, x86-64 Linux. On a machine with a ROS 2 distribution leave
