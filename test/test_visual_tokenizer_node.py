@@ -562,7 +562,7 @@ def test_an_encoding_that_fails_and_tokens_that_are_not_finite(monkeypatch):
         monkeypatch.setattr(node, "_load", lambda: model)
         node.trigger_configure()
         node.trigger_activate()
-        wait_until(node._tokens.get_subscription_count, 10, "the policy is known")
+        wait_until(node._tokens.wanted, 10, "the policy is known")
         counts = node._sync.counts["front"]
         # 70000 is beyond float16's range, infinity after the conversion; the third frame shows that it goes on.
         assert node.set_parameters([Parameter("token_dtype", value="float16")])[0].successful

@@ -272,6 +272,10 @@ class VisualTokens:
 
     def to_bytes(self) -> bytes:
         """One safetensors file; the same content gives the same bytes."""
+        return b"".join(self.to_parts())
+
+    def to_parts(self) -> list[bytes | memoryview]:
+        """The pieces of `to_bytes` in their order; the tensors are not copied, so that one copy puts them in place."""
         metadata = {
             "schema": SCHEMA,
             "sequence": self.sequence,
@@ -307,7 +311,7 @@ class VisualTokens:
             parts.append(memoryview(values).cast("B"))
         text = _json(header).encode()
         text += b" " * (-len(text) % 8)  # the payload starts aligned
-        return b"".join((len(text).to_bytes(8, "little"), text, *parts))
+        return [len(text).to_bytes(8, "little"), text, *parts]
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview | np.ndarray | array.array) -> VisualTokens:
@@ -371,7 +375,8 @@ def to_message(tokens: VisualTokens, stamp_ns: int | None = None, frame_id: str 
     message.format = FORMAT
     # rclpy takes an array.array as it is; it would check bytes or NumPy arrays element by element.
     data = array.array("B")
-    data.frombytes(tokens.to_bytes())
+    for part in tokens.to_parts():
+        data.frombytes(part)
     message.data = data
     return message
 

@@ -36,10 +36,11 @@ from sensor_msgs.msg import CompressedImage, Image
 from std_srvs.srv import Trigger
 
 from vla_perception.messages.images import ImageDecodeError, compressed_to_rgb, image_to_rgb
-from vla_perception.messages.tokens import View, VisualTokens, to_message
+from vla_perception.messages.tokens import View, VisualTokens
 from vla_perception.nodes.parameters import declare
 from vla_perception.nodes.process import Stop, run_node
 from vla_perception.nodes.synchronizer import HISTORY, POLICIES, Frame, FrameSet, SetSynchronizer
+from vla_perception.nodes.token_publisher import TokenPublisher
 
 if TYPE_CHECKING:
     from vla_perception.tokenizer import VisualTokenizer
@@ -55,8 +56,6 @@ QUIET_SEC = 5.0
 REPEAT_SEC = 30.0
 #: Seconds that the `encode` service waits for an encoding at most.
 REQUEST_SEC = 60.0
-#: Token messages kept for a reliable subscriber that is behind: 2 MiB each for openvla-7b.
-TOKENS_DEPTH = 10
 
 
 @dataclass(frozen=True)
@@ -221,12 +220,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         self.add_on_set_parameters_callback(self._may_set)
         self.add_post_set_parameters_callback(self._have_set)
 
-        self._tokens = self.create_publisher(
-            CompressedImage,
-            "tokens",
-            QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=TOKENS_DEPTH, reliability=ReliabilityPolicy.RELIABLE),
-            qos_overriding_options=QoSOverridingOptions.with_default_policies(),
-        )
+        self._tokens = TokenPublisher(self)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self.create_service(Trigger, "encode", self._on_encode, callback_group=MutuallyExclusiveCallbackGroup())
         # Not the node's clock: with use_sim_time that one stops whenever the simulation or the bag does.
@@ -510,7 +504,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                 job.answer(False, "the node is not active")
             elif self._settings["trigger"] != "on_request":
                 job.answer(False, "the parameter trigger is continuous: every newest set is encoded anyway")
-            elif not self._tokens.get_subscription_count():
+            elif not self._tokens.wanted():
                 job.answer(False, "nobody subscribes to the tokens")
             elif not self._sync.waiting:
                 job.answer(False, f"no new set of frames since the last request ({self._last_frames()})")
@@ -565,7 +559,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             return (self._sync.take() if request is not None else None), request, None
         if not self._fresh:
             return None, None, None
-        if not self._tokens.get_subscription_count():
+        if not self._tokens.wanted():
             self._fresh = False  # what waits is left to wait: by the time somebody subscribes it is old
             return None, None, None
         if (wait := not_before - time.monotonic()) > 0 and self._settings["max_rate_hz"] > 0:
@@ -666,7 +660,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                     continue
             begun = time.perf_counter()
             try:
-                self._tokens.publish(to_message(replace(job.tokens, sequence=self._sequence)))
+                self._tokens.publish(replace(job.tokens, sequence=self._sequence))
             except Exception as error:
                 text = f"tokens could not be published: {type(error).__name__}: {error}"
                 if not self._closing.is_set():
