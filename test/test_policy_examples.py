@@ -84,7 +84,9 @@ def test_cpp_reader_refuses_what_is_damaged_and_never_crashes(cpp_reader, tmp_pa
     data = stored("bfloat16").to_bytes()
     random = np.random.default_rng(0)
     spoilt = [b"", data[:5], data[:-1], data[:300], data.replace(b"vla_tokens/1", b"vla_tokens/2"),
-              data.replace(b"[2,12,6]", b"[2,12,9]"), (2**63).to_bytes(8, "little") + data[8:],
+              data.replace(b"[2,12,6]", b"[2,12,9]"), (2**63).to_bytes(8, "little") + data[8:], data + b"more",
+              data.replace(b'"data_offsets":[0,288]', b'"data_offsets":[2,290]') + b"\0\0",
+              data.replace(b'"dtype":"BF16","shape"', b'"dtype":"BF16","dtype":"F16","shape"'),
               (10**5).to_bytes(8, "little") + b"[" * 10**5]  # fmt: skip
     for index, wrong in enumerate(spoilt):
         (tmp_path / "message").write_bytes(wrong)

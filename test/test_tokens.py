@@ -134,6 +134,40 @@ def spoil_metadata(**changes):
     return spoil
 
 
+def spoil_view(**changes):
+    def spoil(data):
+        views = json.loads(header_of(data)[0]["__metadata__"]["vla_tokens"])["views"]
+        return spoil_metadata(views=[views[0] | changes, views[1]])(data)
+
+    return spoil
+
+
+def spoil_text(old: bytes, new: bytes):
+    """In the header as it is written, where a JSON writer would not do it."""
+
+    def spoil(data):
+        length = int.from_bytes(data[:8], "little")
+        assert old in data[8 : 8 + length]
+        return with_header(data[8 : 8 + length].replace(old, new, 1), data[8 + length :])
+
+    return spoil
+
+
+def move(start, tail=b""):
+    """The tensor's bytes `start` further on."""
+
+    def spoil(data):
+        header, payload = header_of(data)
+        header["tokens"]["data_offsets"] = [start, start + len(payload)]
+        return with_header(header, bytes(start) + payload + tail)
+
+    return spoil
+
+
+def encoders(*ranges):
+    return [{"name": name, "channels": channels} for name, channels in ranges]
+
+
 @pytest.mark.parametrize(
     "spoil, words",
     [
@@ -142,32 +176,119 @@ def spoil_metadata(**changes):
         (lambda data: data[:-1], "truncated"),
         (lambda data: data[:100], "truncated"),
         (lambda data: (2**63).to_bytes(8, "little") + data[8:], "truncated"),
+        (lambda data: data + b"more", "take 576 bytes, and there are 580"),
         (lambda data: with_header(b"[" * 100_000, b""), "not JSON"),
+        (lambda data: with_header(b"[" + b"[]," * 400_000 + b"0]", b""), "more than 1048576"),
         (lambda data: with_header([1], b""), "not a JSON object"),
-        (lambda data: with_header({"tokens": {}}, b""), "no readable"),
+        (lambda data: with_header({"tokens": {}}, b""), "no 'vla_tokens' entry"),
+        (lambda data: with_header(json.dumps(header_of(data)[0]).encode("utf-16"), header_of(data)[1]), "not UTF-8"),
+        (lambda data: with_header({"__metadata__": {"vla_tokens": "[" * 100_000}}, b""), "not JSON"),
+        (spoil_text(b'"tokens":', b'"tokens":{"data_offsets":[0,576],"dtype":"F32","shape":[2,12,6]},"tokens":'), "twice"),
+        (spoil_text(b'\\"valid\\":true', b'\\"valid\\":true,\\"valid\\":true'), "twice"),
+        (spoil_text(b"0.1", b"NaN"), "NaN is no JSON"),
         (spoil_entry(dtype="I64"), "BF16, F16 or F32"),
-        (spoil_entry(shape=[2, 12, 2**62]), "does not fit"),
+        (spoil_entry(shape=[2, 12, 2**31]), "does not fit"),
+        (spoil_entry(shape=[2, 12, 2**62]), "wrongly"),
         (spoil_entry(shape=[-2, -12, 6]), "wrongly"),
         (spoil_entry(shape="abc"), "wrongly"),
         (spoil_entry(shape=[24, 6]), "non-empty"),
+        (spoil_entry(shape=[1] * 9 + [144]), "non-empty"),
+        (spoil_entry(shape=[0, 12, 6]), "does not fit"),
         (spoil_entry(shape=[12, 2, 6]), "12 views|features"),
-        (spoil_entry(data_offsets=[0, 2**40]), "does not fit"),
-        (spoil_entry(data_offsets=[400, 0]), "does not fit"),
+        (spoil_entry(data_offsets=[0, 2**40]), "wrongly"),
+        (spoil_entry(data_offsets=[0, 2**31]), "truncated"),
+        (spoil_entry(data_offsets=[400, 0]), "overlap or leave a gap"),
+        (spoil_entry(data_offsets=[0.0, 576.0]), "wrongly"),
+        (move(8), "overlap or leave a gap"),
+        (move(0, b"12345678"), "take 576 bytes"),
         (spoil_metadata(schema="vla_tokens/2"), "vla_tokens/2"),
         (spoil_metadata(schema=None), "schema None"),
         (spoil_metadata(fingerprint=None), "fingerprint"),
+        (spoil_metadata(fingerprint=7), "string"),
+        (spoil_metadata(fingerprint="AB" * 32), "hexadecimal"),
+        (spoil_metadata(model="\ud800"), "garbled"),
+        (spoil_metadata(model="m" * 100_000), "at most 1000 characters"),
+        (spoil_metadata(sequence="7"), "whole number"),
+        (spoil_metadata(sequence=7.5), "whole number"),
         (spoil_metadata(grid=[3, 5]), "do not fill"),
-        (spoil_metadata(grid=3), "lacks or garbles"),
+        (spoil_metadata(grid=[-3, -4]), "whole number"),
+        (spoil_metadata(grid=3), "garbled"),
+        (spoil_metadata(pool=0), "whole number"),
+        (spoil_metadata(token_strategy="summary"), "unknown token_strategy"),
+        (spoil_metadata(token_strategy="cls"), "do not fill"),
+        (spoil_metadata(token_strategy="cls+patch"), "do not fill"),
+        (spoil_metadata(projector="none"), "tokens have 6 channels, but the encoders fill 9"),
         (spoil_metadata(views=[]), "0 are described"),
-        (spoil_metadata(views=[1, 2]), "lacks or garbles"),
-        (spoil_metadata(encoders=[{"name": "x", "channels": [5, 5]}]), "channels"),
+        (spoil_metadata(views=[1, 2]), "garbled"),
         (spoil_metadata(views=[{"camera": "c"}] * 2), "frame_id"),
+        (spoil_view(camera="wrist"), "the same camera"),
+        (spoil_view(camera=None), "None is no string"),
+        (spoil_view(valid="false"), "neither true nor false"),
+        (spoil_view(height=2**32), "whole number"),
+        (spoil_view(stamp={"sec": "1", "nanosec": 0}), "whole number"),
+        (spoil_view(stamp={"sec": 1, "nanosec": 10**9}), "whole number"),
+        (spoil_view(affine=[1e300, 0, 0, 0, 1e300, 0]), "finite"),
+        (spoil_view(affine=[0, 0, 5, 0, 1, 0]), "inverted"),
+        (spoil_view(affine=[1, 0, 0, 0, 1]), "six numbers"),
+        (spoil_view(affine=["1", 0, 0, 0, 1, 0]), "six finite numbers"),
+        (spoil_metadata(encoders=encoders(("x", [5, 5]))), "channels"),
+        (spoil_metadata(encoders=encoders(("x", ["0", "5"]))), "whole number"),
+        (spoil_metadata(encoders=encoders(("x", [0, 6]), ("y", [5, 9]))), "ends at 6"),
+        (spoil_metadata(encoders=encoders(("x", [0, 6]), ("x", [6, 9]))), "the same name"),
+        (spoil_metadata(encoders=[{"channels": [0, 9]}]), "name"),
     ],
 )
 def test_damaged_messages_are_refused(spoil, words):
     data = make(features=False)[1].to_bytes()
-    with pytest.raises(TokenFormatError, match=words):
+    VisualTokens.from_bytes(data)
+    with pytest.raises(TokenFormatError, match=words) as error:
         VisualTokens.from_bytes(spoil(data))
+    assert len(str(error.value)) < 600
+
+
+def test_no_tensor_passes_for_another():
+    _, visual = make()
+    header, payload = header_of(visual.to_bytes())
+    # Features of the tokens' size would be read as tokens without any other sign that something is wrong.
+    features, tokens = header["features"], header["tokens"]
+    inside = tokens | {"data_offsets": [0, 576]}
+    for entry in (inside, tokens | {"data_offsets": [8, 584]}):
+        with pytest.raises(TokenFormatError, match="overlap or leave a gap"):
+            VisualTokens.from_bytes(with_header(header | {"tokens": entry}, payload))
+    with pytest.raises(TokenFormatError, match="features have 8 channels"):
+        VisualTokens.from_bytes(
+            with_header(
+                header
+                | {
+                    "features": features | {"shape": [2, 12, 8], "data_offsets": [0, 768]},
+                    "tokens": tokens | {"data_offsets": [768, 1344]},
+                },
+                payload[96:],
+            )
+        )
+    # A tensor that a later version adds is passed over.
+    more = {"depth": {"dtype": "I64", "shape": [1], "data_offsets": [len(payload), len(payload) + 8]}}
+    read = VisualTokens.from_bytes(with_header(header | more, payload + bytes(8)))
+    np.testing.assert_array_equal(read.data, visual.data)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_no_numbers_are_refused_but_where_no_picture_was(dtype, value):
+    _, visual = make(dtype)
+    for name, where in (("data", (0, 11, 5)), ("features", (0, 0, 0))):
+        values = torch.from_numpy(getattr(visual, name).view(f"i{visual.data.itemsize}").copy()).view(dtype)
+        values[where] = value
+        words = values.view(torch.int32 if dtype == torch.float32 else torch.int16).numpy().view(visual.data.dtype)
+        with pytest.raises(TokenFormatError, match="of 'front' hold values that are no finite"):
+            VisualTokens.from_bytes(replace(visual, **{name: words}).to_bytes())
+        # The second view is not valid: nobody reads its tokens.
+        VisualTokens.from_bytes(replace(visual, **{name: words[::-1]}).to_bytes())
+    largest = torch.finfo(dtype).max
+    extremes = VisualTokens.from_torch(
+        torch.tensor([largest, -largest, 0.0, -0.0] * 36).view(2, 12, 6).to(dtype), sequence=0, views=VIEWS, **MODEL
+    )
+    assert VisualTokens.from_bytes(extremes.to_bytes()).float32().max() == largest
 
 
 def test_any_flipped_byte_is_read_or_refused_but_never_crashes():

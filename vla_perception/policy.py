@@ -569,6 +569,9 @@ def tokenize(
         images: camera → uint8 [height, width, 3] RGB, in the order in which views are wanted.
         stamp_ns: when they were taken, nanoseconds since the epoch; now, where not given.
         token_dtype: of the tokens; the tokenizer's compute dtype where not given.
+
+    Raises:
+        TokenFormatError: NaN or infinity came out, as with a dtype that is too narrow for the model.
     """
     import torch
 
@@ -579,9 +582,11 @@ def tokenize(
     ]
     output = tokenizer(list(images.values()), features=features)
     dtype = getattr(torch, token_dtype) if token_dtype else output.tokens.dtype
-    return VisualTokens.from_torch(
+    tokens = VisualTokens.from_torch(
         output.tokens.to(dtype), sequence=sequence, views=views, features=output.features, **tokenizer.metadata()
     )
+    tokens.check_finite()
+    return tokens
 
 
 def _sequence_in(text: str) -> int | None:

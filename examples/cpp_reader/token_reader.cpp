@@ -101,7 +101,7 @@ class Parser {
           std::string key = parse_string();
           skip_space();
           expect(":");
-          value.members[key] = parse_value(depth + 1);
+          if (!value.members.emplace(key, parse_value(depth + 1)).second) fail("a key twice: " + key);
           skip_space();
           if (peek() == '}') { ++at_; break; }
           expect(",");
@@ -216,6 +216,7 @@ inline VisualTokens read_tokens(const uint8_t* data, size_t size) {
   uint64_t length = 0;
   for (int i = 7; i >= 0; --i) length = length << 8 | data[i];
   if (length > size - 8) throw std::runtime_error("the header is longer than the data");
+  if (length > 1 << 20) throw std::runtime_error("the header is longer than 1 MiB");
   const char* text = reinterpret_cast<const char*>(data) + 8;
   json::Value header = json::Parser(text, text + length).parse();
   const uint8_t* payload = data + 8 + length;
@@ -226,6 +227,21 @@ inline VisualTokens read_tokens(const uint8_t* data, size_t size) {
   result.metadata = json::Parser(metadata.data(), metadata.data() + metadata.size()).parse();
   if (result.metadata.at("schema").as_string() != "vla_tokens/1")
     throw std::runtime_error("schema " + result.metadata.at("schema").as_string() + " is not vla_tokens/1");
+
+  // Every byte of the payload belongs to one tensor: the features cannot pass for the tokens.
+  std::map<uint64_t, uint64_t> spans;  // start → stop; std::map sorts them
+  for (const auto& [name, described] : header.members) {
+    if (name == "__metadata__") continue;
+    const json::Value& offsets = described.at("data_offsets");
+    const uint64_t from = offsets.at(size_t(0)).as_size(), to = offsets.at(1).as_size();
+    if (to > from && !spans.emplace(from, to).second) throw std::runtime_error("tensors overlap");
+  }
+  uint64_t filled = 0;
+  for (const auto& [from, to] : spans) {
+    if (from != filled) throw std::runtime_error("tensors overlap or leave a gap");
+    filled = to;
+  }
+  if (filled != payload_size) throw std::runtime_error("the tensors do not fill the payload");
 
   const json::Value& entry = header.at("tokens");
   result.stored = entry.at("dtype").as_string();

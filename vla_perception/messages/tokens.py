@@ -1,7 +1,8 @@
 """VisualTokens ↔ token message: the wire format ``vla_tokens/1`` (docs/wire_format.md).
 
 A token message is a ``sensor_msgs/CompressedImage`` whose data is one safetensors file. Parsing it executes
-nothing and trusts nothing: every offset and shape is checked against the bytes that are there. Needs NumPy;
+nothing and trusts nothing: every type, offset and shape is checked against the bytes that are there, in time and
+memory that the message's size bounds. Needs NumPy;
 torch only for `VisualTokens.from_torch` and `VisualTokens.torch`, ml_dtypes only for
 `VisualTokens.numpy` on bfloat16, ROS only for `to_message`.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import array
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -31,6 +33,17 @@ _DTYPES = {
     "float16": ("F16", np.dtype("<f2")),
     "bfloat16": ("BF16", np.dtype("<u2")),
 }
+#: dtype name → words of infinity; those of NaN are larger.
+_INFINITY = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
+TOKEN_STRATEGIES = ("patch", "cls", "cls+patch")
+#: Real headers have some kilobytes. Parsed JSON takes up to 20 times its bytes, and that while the policy waits.
+_MAX_HEADER = 2**20
+#: Characters of a name.
+_MAX_TEXT = 1000
+#: No picture and no grid is that large.
+_FAR = 1e9
+#: Pixels.
+_WITHIN_PIXEL = 1e-6
 _MODEL_KEYS = (
     "model", "weights", "fingerprint", "compute_dtype", "grid", "token_strategy", "pool", "encoders", "projector",
 )  # fmt: skip
@@ -38,6 +51,10 @@ _MODEL_KEYS = (
 
 class TokenFormatError(ValueError):
     """A message that is not a valid ``vla_tokens/1`` message; the text says what is wrong with it."""
+
+    def __init__(self, text: str) -> None:
+        # It may quote a stranger's message, and goes into logs.
+        super().__init__(text if len(text) <= 500 else f"{text[:500]}…")
 
 
 @dataclass(frozen=True)
@@ -109,15 +126,38 @@ class VisualTokens:
                 )
         if len(self.views) != self.data.shape[0]:
             raise TokenFormatError(f"{self.data.shape[0]} views of tokens, but {len(self.views)} are described")
-        if self.token_strategy != "cls" and self._patch_count != self.grid[0] * self.grid[1]:
+        if len(set(self.cameras)) != len(self.cameras):
+            raise TokenFormatError(f"two views have the same camera: {', '.join(map(repr, self.cameras))}")
+        if self.token_strategy not in TOKEN_STRATEGIES:
             raise TokenFormatError(
-                f"{self.data.shape[1]} tokens per view do not fill a grid of {self.grid[0]} × {self.grid[1]}"
+                f"unknown token_strategy {self.token_strategy!r}; one of {', '.join(TOKEN_STRATEGIES)} is needed"
             )
+        if min(self.grid) < 1 or self.shape[1] != self._summaries + self._patches:
+            raise TokenFormatError(
+                f"{self.shape[1]} tokens per view do not fill a grid of {self.grid[0]} × {self.grid[1]} "
+                f"(token_strategy {self.token_strategy})"
+            )
+        width = 0
+        for encoder in self.encoders:
+            start, stop = encoder["channels"]  # type: ignore[misc]
+            if not width == start < stop:
+                raise TokenFormatError(
+                    f"encoder {encoder['name']!r} has the channels {start}–{stop}, where the one before it ends at {width}"
+                )
+            width = stop
+        for name, values in (("tokens", self.data if self.projector == "none" else None), ("features", self.features)):
+            if values is not None and values.shape[2] != width:
+                raise TokenFormatError(f"{name} have {values.shape[2]} channels, but the encoders fill {width}")
 
     @property
-    def _patch_count(self) -> int:
-        """Tokens per view that lie on the grid; ``cls+patch`` puts the summary in front."""
-        return self.data.shape[1] - (1 if self.token_strategy == "cls+patch" else 0)
+    def _summaries(self) -> int:
+        """Tokens per view that stand before the grid."""
+        return 0 if self.token_strategy == "patch" else 1
+
+    @property
+    def _patches(self) -> int:
+        """Tokens per view that lie on the grid."""
+        return 0 if self.token_strategy == "cls" else self.grid[0] * self.grid[1]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -239,28 +279,33 @@ class VisualTokens:
     def on_grid(self, values: np.ndarray | None = None) -> np.ndarray:
         """Patch tokens (or `values`, [views, tokens, …]) as [views, rows, columns, …]: a view, not a copy."""
         values = self.numpy() if values is None else values
-        if self.token_strategy == "cls":
-            raise ValueError("summary tokens have no place on the grid (token_strategy cls)")
-        patches = values[:, values.shape[1] - self._patch_count :]
-        return patches.reshape(values.shape[0], *self.grid, *values.shape[2:])
+        self._need_patches()
+        return values[:, self._summaries :].reshape(values.shape[0], *self.grid, *values.shape[2:])
 
     def token_at(self, x: float, y: float, view: int = 0) -> int | None:
-        """Index of the token that sees the source pixel (x, y); None if no token does (cropped, or beyond the grid)."""
+        """Index of the token that sees the source pixel (x, y); None if no token does (cropped, or beyond the grid).
+
+        Pixel i covers [i, i + 1). ValueError with ``cls``, whose only token sees everything.
+        """
+        self._need_patches()
         a, b, c, d, e, f = self.views[view].affine
         source = self.views[view]
-        column, row = math.floor(a * x + b * y + c), math.floor(d * x + e * y + f)
+        # What lies on a border between tokens belongs to the token right of and below it in the source picture, as a
+        # pixel's corner belongs to the pixel, and that whichever way the picture was turned.
+        inside_x, inside_y = x + _WITHIN_PIXEL, y + _WITHIN_PIXEL
+        column, row = math.floor(a * inside_x + b * inside_y + c), math.floor(d * inside_x + e * inside_y + f)
         inside = 0 <= x < source.width and 0 <= y < source.height
         if not inside or not (0 <= row < self.grid[0] and 0 <= column < self.grid[1]):
             return None
-        return self.shape[1] - self._patch_count + row * self.grid[1] + column
+        return self._summaries + row * self.grid[1] + column
 
     def region(self, token: int, view: int = 0) -> tuple[tuple[float, float], ...]:
         """The four corners (x, y) of a token's patch in the source picture, in pixels, clockwise from its first.
 
         They may lie outside the picture where padding was added. ValueError for a token that is no patch.
         """
-        position = token - (self.shape[1] - self._patch_count)
-        if self.token_strategy == "cls" or not 0 <= position < self._patch_count:
+        position = token - self._summaries
+        if not 0 <= position < self._patches:
             raise ValueError(f"token {token} is not on the grid of {self.grid[0]} × {self.grid[1]}")
         row, column = divmod(position, self.grid[1])
         a, b, c, d, e, f = self.views[view].affine
@@ -269,6 +314,10 @@ class VisualTokens:
         return tuple(
             ((e * (u - c) - b * (v - f)) / determinant, (a * (v - f) - d * (u - c)) / determinant) for u, v in corners
         )
+
+    def _need_patches(self) -> None:
+        if not self._patches:
+            raise ValueError("a summary token has no place on the grid (token_strategy cls)")
 
     def to_bytes(self) -> bytes:
         """One safetensors file; the same content gives the same bytes."""
@@ -317,15 +366,18 @@ class VisualTokens:
     def from_bytes(cls, data: bytes | bytearray | memoryview | np.ndarray | array.array) -> VisualTokens:
         """Reads what `to_bytes` wrote; arrays are read-only views of `data`. TokenFormatError if it is amiss."""
         header, payload = _split(memoryview(data).cast("B").toreadonly())
-        try:
-            metadata = json.loads(header["__metadata__"][_METADATA_KEY])
-        except (KeyError, TypeError, ValueError) as error:
-            raise TokenFormatError(f"no readable {_METADATA_KEY!r} entry in the safetensors metadata") from error
-        if not isinstance(metadata, dict) or metadata.get("schema") != SCHEMA:
-            schema = metadata.get("schema") if isinstance(metadata, dict) else None
-            raise TokenFormatError(f"schema {schema!r} is not {SCHEMA!r}, the one this version reads; see FORMAT")
+        entry = header.get("__metadata__")
+        text = entry.get(_METADATA_KEY) if isinstance(entry, dict) else None
+        if not isinstance(text, str):
+            raise TokenFormatError(f"no {_METADATA_KEY!r} entry in the safetensors metadata")
+        metadata = _parse(text, f"the {_METADATA_KEY!r} entry")
+        if metadata.get("schema") != SCHEMA:
+            raise TokenFormatError(
+                f"schema {metadata.get('schema')!r} is not {SCHEMA!r}, the one this version reads; see FORMAT"
+            )
         if "tokens" not in header:
             raise TokenFormatError("there is no tensor named 'tokens'")
+        _check_layout(header, len(payload))
         tokens, dtype = _tensor(header["tokens"], payload, "tokens")
         features = None
         if "features" in header:
@@ -335,28 +387,51 @@ class VisualTokens:
         try:
             views = tuple(
                 View(
-                    camera=str(view["camera"]),
-                    frame_id=str(view["frame_id"]),
-                    stamp_ns=int(view["stamp"]["sec"]) * 10**9 + int(view["stamp"]["nanosec"]),
-                    height=int(view["height"]),
-                    width=int(view["width"]),
+                    camera=_text(view["camera"]),
+                    frame_id=_text(view["frame_id"]),
+                    stamp_ns=_whole(view["stamp"]["sec"], -(2**31), 2**31) * 10**9
+                    + _whole(view["stamp"]["nanosec"], 0, 10**9),
+                    height=_whole(view["height"]),
+                    width=_whole(view["width"]),
                     affine=_affine(view["affine"]),
-                    valid=bool(view["valid"]),
+                    valid=_boolean(view["valid"]),
                 )
                 for view in metadata["views"]
             )
-            return cls(
+            read = cls(
                 data=tokens,
                 dtype=dtype,
                 views=views,
-                sequence=int(metadata["sequence"]),
+                sequence=_whole(metadata["sequence"], stop=2**63),
                 features=features,
                 **_model_fields(metadata),  # type: ignore[arg-type]
             )
-        except (KeyError, TypeError, IndexError, OverflowError) as error:
-            raise TokenFormatError(f"the {_METADATA_KEY!r} entry lacks or garbles {error}") from error
-        except ValueError as error:
-            raise TokenFormatError(str(error)) from error
+        except TokenFormatError:
+            raise
+        except KeyError as error:
+            raise TokenFormatError(f"the {_METADATA_KEY!r} entry lacks {error}") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise TokenFormatError(f"the {_METADATA_KEY!r} entry is garbled: {error}") from error
+        read.check_finite()
+        return read
+
+    def check_finite(self) -> None:
+        """TokenFormatError if a valid view's tokens or features hold NaN or infinity. `from_bytes` does it by itself."""
+        # Words are compared, a fraction of the cost of np.isfinite on 16 bits: as integers, NaN and infinity are the
+        # largest ones of either sign.
+        infinity = _INFINITY[self.dtype]
+        unsigned, signed = (np.uint16, np.int16) if self.data.itemsize == 2 else (np.uint32, np.int32)
+        sign = 2 ** (8 * self.data.itemsize - 1)
+        for name, values in (("tokens", self.data), ("features", self.features)):
+            for index, view in enumerate(self.views):
+                if values is None or not view.valid:
+                    continue
+                words = values[index]
+                if words.view(signed).max() >= infinity or words.view(unsigned).max() >= sign + infinity:
+                    raise TokenFormatError(
+                        f"{name} of {view.camera!r} hold values that are no finite numbers; float16 ends at 65504, "
+                        "bfloat16 and float32 do not"
+                    )
 
 
 def is_token_message(message: CompressedImage) -> bool:
@@ -403,14 +478,23 @@ def _json(value: object) -> str:
 
 
 def _model_fields(model: Mapping[str, object]) -> dict[str, object]:
+    """The fields of `VisualTokens` that say what the model is, checked. KeyError, TypeError, ValueError if amiss."""
     fields = {key: model[key] for key in _MODEL_KEYS}
+    for key in ("model", "weights", "compute_dtype", "token_strategy", "projector"):
+        _text(fields[key])
+    if not re.fullmatch("[0-9a-f]{64}", _text(fields["fingerprint"])):
+        raise ValueError(f"fingerprint {fields['fingerprint']!r} is not 64 hexadecimal digits")
     rows, columns = fields["grid"]  # type: ignore[misc]
-    encoders = tuple(dict(encoder) for encoder in fields["encoders"])  # type: ignore[attr-defined]
-    for encoder in encoders:
+    encoders = []
+    for encoder in fields["encoders"]:  # type: ignore[attr-defined]
         start, stop = encoder["channels"]
-        if not 0 <= int(start) < int(stop):
-            raise ValueError(f"encoder {encoder.get('name')!r} has the channels {encoder['channels']}")
-    return fields | {"grid": (int(rows), int(columns)), "pool": int(fields["pool"]), "encoders": encoders}  # type: ignore[call-overload]
+        channels = [_whole(start), _whole(stop)]
+        encoders.append(dict(encoder) | {"name": _text(encoder["name"]), "channels": channels})
+    if len({encoder["name"] for encoder in encoders}) != len(encoders):
+        raise ValueError("two encoders have the same name")
+    return fields | {
+        "grid": (_whole(rows, 1), _whole(columns, 1)), "pool": _whole(fields["pool"], 1), "encoders": tuple(encoders)
+    }  # fmt: skip
 
 
 def _torch_words(tensor: torch.Tensor) -> np.ndarray:
@@ -436,36 +520,107 @@ def _split(data: memoryview) -> tuple[dict, memoryview]:
     length = int.from_bytes(data[:8], "little")
     if length > len(data) - 8:
         raise TokenFormatError(f"the header claims {length} bytes, the message holds {len(data)}: truncated?")
+    if length > _MAX_HEADER:
+        raise TokenFormatError(f"the header has {length} bytes, more than {_MAX_HEADER}: this is no token message")
     try:
-        header = json.loads(bytes(data[8 : 8 + length]))
-    except (ValueError, RecursionError) as error:
-        raise TokenFormatError("the safetensors header is not JSON") from error
-    if not isinstance(header, dict):
-        raise TokenFormatError("the safetensors header is not a JSON object")
-    return header, data[8 + length :]
+        text = str(data[8 : 8 + length], "utf-8")
+    except UnicodeDecodeError:
+        raise TokenFormatError("the safetensors header is not UTF-8") from None
+    return _parse(text, "the safetensors header"), data[8 + length :]
 
 
-def _tensor(entry: object, payload: memoryview, name: str) -> tuple[np.ndarray, str]:
+def _parse(text: str, what: str) -> dict:
+    """A JSON object; TokenFormatError for anything else, and for what JSON readers read differently."""
     try:
-        stored, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]  # type: ignore[index]
-        dtype, word = next((key, word) for key, (code, word) in _DTYPES.items() if code == stored)
-        if not all(type(value) is int and value >= 0 for value in (*shape, start, stop)):
-            raise ValueError
-    except StopIteration:
-        raise TokenFormatError(f"{name} is stored as {stored!r}; BF16, F16 or F32 is needed") from None
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+    except TokenFormatError:
+        raise
+    except (ValueError, RecursionError):
+        raise TokenFormatError(f"{what} is not JSON") from None
+    if not isinstance(value, dict):
+        raise TokenFormatError(f"{what} is not a JSON object")
+    return value
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise TokenFormatError("a JSON object has a key twice")
+    return value
+
+
+def _no_constant(name: str) -> float:
+    raise TokenFormatError(f"{name} is no JSON")
+
+
+def _check_layout(header: Mapping[str, object], size: int) -> None:
+    """Every byte of the payload belongs to one tensor, as safetensors demands: none can pass for another."""
+    spans = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            start, stop = entry["data_offsets"]  # type: ignore[index]
+            spans.append((_whole(start), _whole(stop)))
+        except (KeyError, TypeError, ValueError) as error:
+            raise TokenFormatError(f"the safetensors header describes {name!r} wrongly") from error
+    end = 0
+    for start, stop in sorted(spans):
+        if start != end or stop < start:
+            raise TokenFormatError(f"the tensors overlap or leave a gap at byte {min(start, end)}")
+        end = stop
+    if end != size:
+        raise TokenFormatError(f"the tensors take {end} bytes, and there are {size}: truncated?")
+
+
+def _tensor(entry: Mapping[str, object], payload: memoryview, name: str) -> tuple[np.ndarray, str]:
+    start, stop = entry["data_offsets"]  # type: ignore[misc]
+    try:
+        stored, shape = entry["dtype"], [_whole(length) for length in entry["shape"]]  # type: ignore[attr-defined]
     except (KeyError, TypeError, ValueError) as error:
         raise TokenFormatError(f"the safetensors header describes {name} wrongly") from error
-    if not start <= stop <= len(payload) or stop - start != math.prod(shape) * word.itemsize:
-        raise TokenFormatError(
-            f"{name} {shape} of {dtype} does not fit bytes {start}–{stop} of {len(payload)}: truncated?"
-        )
+    found = [(dtype, word) for dtype, (code, word) in _DTYPES.items() if code == stored]
+    if not found:
+        raise TokenFormatError(f"{name} is stored as {_brief(stored)}; BF16, F16 or F32 is needed")
+    ((dtype, word),) = found
+    if stop - start != math.prod(shape) * word.itemsize:
+        raise TokenFormatError(f"{name} {shape} of {dtype} does not fit its {stop - start} bytes")
     return np.frombuffer(payload[start:stop], word).reshape(shape), dtype
 
 
-def _affine(values: Sequence[float]) -> tuple[float, ...]:
-    numbers = tuple(float(value) for value in values)
-    if len(numbers) != 6 or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"a view's affine map must be six finite numbers, got {list(values)}")
-    if numbers[0] * numbers[4] == numbers[1] * numbers[3]:
-        raise ValueError(f"a view's affine map cannot be inverted: {list(values)}")
-    return numbers
+def _whole(value: object, start: int = 0, stop: int = 2**32) -> int:
+    """An integer from `start` to below `stop`; ValueError for anything else, and for true and false."""
+    if type(value) is not int or not start <= value < stop:
+        raise ValueError(f"{_brief(value)} is not a whole number from {start} to {stop - 1}")
+    return value
+
+
+def _boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{_brief(value)} is neither true nor false")
+    return value
+
+
+def _text(value: object) -> str:
+    """A string that can be printed."""
+    if not isinstance(value, str) or len(value) > _MAX_TEXT:
+        raise ValueError(f"{_brief(value)} is no string of at most {_MAX_TEXT} characters")
+    value.encode()  # raises for half a surrogate pair
+    return value
+
+
+def _affine(values: object) -> tuple[float, ...]:
+    if not isinstance(values, (list, tuple)) or len(values) != 6:
+        raise ValueError(f"a view's affine map must be six numbers, got {_brief(values)}")
+    for value in values:
+        if type(value) not in (int, float) or not -_FAR < value < _FAR:
+            raise ValueError(f"a view's affine map must be six finite numbers, got {_brief(values)}")
+    a, b, c, d, e, f = map(float, values)
+    if abs(a * e - b * d) < 1 / _FAR**2:
+        raise ValueError(f"a view's affine map cannot be inverted: {_brief(values)}")
+    return a, b, c, d, e, f
+
+
+def _brief(value: object) -> str:
+    text = repr(value) if not isinstance(value, int) or -(2**64) < value < 2**64 else "a huge number"
+    return text if len(text) <= 80 else f"{text[:80]}…"
