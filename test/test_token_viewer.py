@@ -12,6 +12,8 @@ ROWS, COLUMNS, CHANNELS = 3, 4, 16
 HEIGHT, WIDTH = 30, 48
 # Pixels to the grid: everything is seen, and a patch is 12 x 10 pixels.
 WHOLE = (COLUMNS / WIDTH, 0, 0, 0, ROWS / HEIGHT, 0)
+#: Fingerprint of what is only sent to see whether anything arrives.
+WARM_UP = "0" * 64
 
 
 def noise(*shape, seed=0):
@@ -121,7 +123,7 @@ class Robot:
         wait_until(self.tokens.get_subscription_count, 30, "the viewer subscribes")
         # Its publisher has found us too once a first picture arrives.
         for _ in range(200):
-            self.tokens.publish(to_message(tokens(token_values(999), 0, fingerprint="warm-up")))
+            self.tokens.publish(to_message(tokens(token_values(999), 0, fingerprint=WARM_UP)))
             try:
                 wait_for_messages(self.shown, 1, 0.1)
             except AssertionError:
@@ -131,7 +133,7 @@ class Robot:
 
     def drain(self):
         """Waits until warm-up pictures have passed: their answers come in order, the last is known by its stamp."""
-        self.show(tokens(token_values(998), 1, stamp_ns=77 * 10**9, fingerprint="warm-up"))
+        self.show(tokens(token_values(998), 1, stamp_ns=77 * 10**9, fingerprint=WARM_UP))
 
     def show(self, message):
         stamp = message.stamp_ns

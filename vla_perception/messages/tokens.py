@@ -126,6 +126,8 @@ class VisualTokens:
                 )
         if len(self.views) != self.data.shape[0]:
             raise TokenFormatError(f"{self.data.shape[0]} views of tokens, but {len(self.views)} are described")
+        if not re.fullmatch("[0-9a-f]{64}", self.fingerprint):
+            raise TokenFormatError(f"fingerprint {self.fingerprint!r} is not 64 hexadecimal digits")
         if len(set(self.cameras)) != len(self.cameras):
             raise TokenFormatError(f"two views have the same camera: {', '.join(map(repr, self.cameras))}")
         if self.token_strategy not in TOKEN_STRATEGIES:
@@ -480,10 +482,8 @@ def _json(value: object) -> str:
 def _model_fields(model: Mapping[str, object]) -> dict[str, object]:
     """The fields of `VisualTokens` that say what the model is, checked. KeyError, TypeError, ValueError if amiss."""
     fields = {key: model[key] for key in _MODEL_KEYS}
-    for key in ("model", "weights", "compute_dtype", "token_strategy", "projector"):
+    for key in ("model", "weights", "fingerprint", "compute_dtype", "token_strategy", "projector"):
         _text(fields[key])
-    if not re.fullmatch("[0-9a-f]{64}", _text(fields["fingerprint"])):
-        raise ValueError(f"fingerprint {fields['fingerprint']!r} is not 64 hexadecimal digits")
     rows, columns = fields["grid"]  # type: ignore[misc]
     encoders = []
     for encoder in fields["encoders"]:  # type: ignore[attr-defined]
