@@ -15,7 +15,7 @@ TOKENIZER = [
     "torchvision>=0.19",
     "timm>=1.0.11,<2",  # another major version may name or compute something differently
     "huggingface_hub>=1.0,<3",  # timm brings it; range requests are made with its client, which changed with 1.0
-    "pillow>=10.1",
+    "pillow>=10.1,<13",  # 13 resizes tall pictures in another order than models saw: 15 % of pixels differ
     "simplejpeg>=1.7",  # decodes JPEG as TensorFlow does; Pillow and OpenCV cannot be told to
     OPENCV,
 ]
