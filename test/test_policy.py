@@ -389,6 +389,32 @@ def test_request_tells_the_reason_of_a_refusal(ros):
 
 
 @pytest.mark.ros
+def test_request_to_a_service_that_is_busy_tells_what_is_known(ros):
+    from std_srvs.srv import Trigger
+
+    answers, ended = ["the node is not active"], threading.Event()
+
+    def encode(_request, response):
+        if not answers:
+            ended.wait(20.0)
+        response.success, response.message = False, answers.pop() if answers else "too late"
+        return response
+
+    server = ros.node("server")
+    server.create_service(Trigger, "encode", encode)
+    ros.spin(server)
+    try:
+        with TokenSubscriber(ros.node()) as tokens:
+            wait_until(lambda: tokens._private.get_service_names_and_types(), 20.0, "the service")
+            with pytest.raises(RuntimeError, match="/encode: the node is not active"):
+                tokens.request(3.0)
+            with pytest.raises(TimeoutError, match="no answer from /encode within 0.2 s"):
+                tokens.request(0.2)
+    finally:
+        ended.set()
+
+
+@pytest.mark.ros
 def test_request_waits_for_a_picture_that_is_not_there_yet(ros):
     from std_srvs.srv import Trigger
 

@@ -248,9 +248,15 @@ class _Tokens:
             # A new one each time: threads must not share a traceback.
             raise type(self._refusal)(*self._refusal.args)
 
-    def _wait_for(self, condition: Callable[[], object], timeout_sec: float | None, what: str) -> None:
-        """Waits with `_changed` held. In slices, because a shutdown of ROS wakes nobody."""
-        end = None if timeout_sec is None else time.monotonic() + timeout_sec
+    def _wait_for(
+        self, condition: Callable[[], object], timeout_sec: float | None, what: str, begin: float | None = None
+    ) -> None:
+        """Waits with `_changed` held, until `timeout_sec` after `begin` (now, where not given).
+
+        In slices, because a shutdown of ROS wakes nobody.
+        """
+        begin = time.monotonic() if begin is None else begin
+        end = None if timeout_sec is None else begin + timeout_sec
         while not condition():
             self._alive()
             left = _POLL if end is None else end - time.monotonic()
@@ -352,7 +358,7 @@ class TokenSubscriber(_Tokens):
         """
         from std_srvs.srv import Trigger
 
-        end = time.monotonic() + timeout_sec
+        begin, reason = time.monotonic(), ""
         with self._changed:
             if self._client is None:
                 self._client = self._private.create_client(Trigger, self._service)
@@ -361,10 +367,19 @@ class TokenSubscriber(_Tokens):
                 client.service_is_ready, timeout_sec, f"no service {self._service} (is the tokenizer active?)"
             )
             before, refused = self.received, self.refused
-        while not (answer := self._call(client, Trigger.Request(), end)).success:
+        while True:
+            try:
+                answer = self._call(client, Trigger.Request(), timeout_sec, begin)
+            except TimeoutError:
+                if reason:
+                    raise RuntimeError(f"{self._service}: {reason}") from None
+                raise
+            if answer.success:
+                break
             # Most often there is no newer picture yet, or the tokenizer does not know this subscription yet.
-            if time.monotonic() + _POLL > end:
-                raise RuntimeError(f"{self._service}: {answer.message}")
+            reason = answer.message
+            if time.monotonic() + _POLL > begin + timeout_sec:
+                raise RuntimeError(f"{self._service}: {reason}")
             with self._changed:
                 self._alive()
             time.sleep(_POLL)
@@ -376,16 +391,16 @@ class TokenSubscriber(_Tokens):
                     return True
                 return self.received > before and (wanted is None or self._last.sequence >= wanted)
 
-            self._wait_for(arrived, max(0.0, end - time.monotonic()), f"{self._service} has answered, but no tokens came")
+            self._wait_for(arrived, timeout_sec, f"{self._service} has answered, but no tokens came", begin)
             return self._taken()
 
-    def _call(self, client, request, end: float):
-        """The service's answer; TimeoutError after `end` on the monotonic clock."""
+    def _call(self, client, request, timeout_sec: float, begin: float):
+        """The service's answer; TimeoutError if none has come `timeout_sec` after `begin`."""
         future = client.call_async(request)
         future.add_done_callback(lambda _future: self._notify())
         try:
             with self._changed:
-                self._wait_for(future.done, max(0.0, end - time.monotonic()), f"no answer from {self._service}")
+                self._wait_for(future.done, timeout_sec, f"no answer from {self._service}", begin)
         except BaseException:
             client.remove_pending_request(future)
             raise
@@ -474,12 +489,10 @@ class TokenSubscriber(_Tokens):
                 f": nobody publishes {self.topic}; is the tokenizer active, and are namespace and ROS_DOMAIN_ID the "
                 "same?"
             )
-        if self._client is None and self._private.get_publishers_info_by_topic(self.topic):
-            return (
-                f": {self.topic} has {count} publisher(s) that sent nothing; do its cameras run? With trigger "
-                "on_request it sends only when asked: request()"
-            )
-        return f": {self.topic} has {count} publisher(s) that sent nothing"
+        nothing = f": {self.topic} has {count} publisher(s) that sent nothing{' new' if self.received else ''}"
+        if self._client is None:
+            return f"{nothing}; do its cameras run? With trigger on_request it sends only when asked: request()"
+        return nothing
 
     def _alive(self) -> None:
         if not self._context.ok():
