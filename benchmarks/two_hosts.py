@@ -140,7 +140,8 @@ def send_tokens(options: argparse.Namespace) -> None:
     while not publisher.get_subscription_count():
         time.sleep(0.1)
     time.sleep(1.0)
-    words = np.random.default_rng(0).integers(0, 2**16, (2, 256, 4096), dtype=np.uint16)
+    values = np.random.default_rng(0).standard_normal((2, 256, 4096), np.float32)
+    words = (values.view(np.uint32) >> 16).astype(np.uint16)
     count = WARM_UP + int(options.seconds * options.rate)
     publishing = []
     for index in paced(count, options.rate):
