@@ -242,6 +242,10 @@ def run(arguments: argparse.Namespace) -> int:
             children.append(Child(title, module, parameters, environment, record))
             return children[-1]
 
+        # However busy the machine is, no frame may be lost on its way to the node: every one is to be accounted for.
+        depths = {
+            f"qos_overrides.{topic}.subscription.depth": len(pictures[name]) for name, topic in cameras.topics.items()
+        }
         try:
             node = start(
                 "tokenizer",
@@ -254,6 +258,7 @@ def run(arguments: argparse.Namespace) -> int:
                 sync_policy="approximate",
                 publish_features=True,
                 autostart=True,
+                **depths,
             )
             policy = start(
                 "policy",
