@@ -34,6 +34,10 @@ pytestmark = pytest.mark.ros
 NODE = ["-m", "vla_perception.nodes.visual_tokenizer", "--ros-args"]
 DEFAULTS = {
     "model": "small",
+    "encoders": [""],
+    "token_strategy": "patch",
+    "pool": 1,
+    "prepare": [""],
     "cameras": ["front"],
     "image_transport": "raw",
     "token_dtype": "float32",
@@ -257,7 +261,7 @@ def test_lifecycle_and_a_model_that_cannot_be_loaded(robot, tmp_path):
     assert not robot.change(Transition.TRANSITION_CONFIGURE)
     assert robot.state == "unconfigured"
     robot.process.wait_for("configure failed: ")
-    assert "neither a checkpoint directory nor a preset" in robot.process.output
+    assert "no checkpoint directory at" in robot.process.output
 
     assert not robot.set(model=str(tmp_path))  # a directory without a checkpoint
     assert not robot.change(Transition.TRANSITION_CONFIGURE)
@@ -324,6 +328,41 @@ def test_one_camera(robot, tokenizer):
     assert message.dtype == "bfloat16" and message.features.shape[:2] == message.shape[:2]
     expected = tokenizer([pixels], features=True)
     assert np.abs(message.features_float32() - expected.features.numpy()).max() < 0.05 * expected.features.abs().max()
+
+
+def test_choices_of_tokens_and_prepared_pictures(robot):
+    prepare = ["rotate180", "wrist=region:10,5,60,50"]
+    choices = dict(token_strategy="cls+patch", pool=2, prepare=prepare)
+    robot.start(cameras=["front", "wrist"], **choices)
+    from vla_perception.tokenizer import VisualTokenizer
+
+    expected = VisualTokenizer.load("small", **choices)
+    pictures = {"front": picture(200), "wrist": picture(201)}
+    for camera, pixels in pictures.items():
+        robot.send(camera, image_message(pixels, robot.stamp_ns))
+    message = robot.wait_for_tokens(1)[0]
+    assert_same_tokens(message, expected(list(pictures.values()), cameras=list(pictures)))
+    assert (message.fingerprint, message.grid, message.pool) == (expected.fingerprint, (7, 7), 2)
+    assert message.views[1].affine == pytest.approx(expected.affine(96, 128, "wrist"))
+    # Turned, then cut: the first patch begins where the source picture, 128 × 96, has its (118, 91).
+    assert message.region(1, view=1)[0] == pytest.approx((118, 91))
+    # A picture that is too small for its region is skipped, and counted.
+    stamp = robot.next_stamp()
+    robot.send("front", image_message(pictures["front"], stamp))
+    robot.send("wrist", image_message(picture(202, 40, 40), stamp))
+    robot.counts("wrist", lambda counts: counts["undecodable"] == 1)
+    robot.process.wait_for("does not lie within a picture of 40 × 40")
+
+    for values, words in (
+        ({"prepare": ["top=rotate180"]}, "prepare names top, which is not among the cameras (front, wrist)"),
+        ({"prepare": ["mirror"]}, "unknown prepare step 'mirror'; choose from rotate180"),
+        ({"encoders": ["clip"]}, "no encoder 'clip'"),
+        ({"pool": 5}, "pool 5 does not divide the grid of 14 × 14"),
+    ):
+        robot.unconfigure()
+        assert not robot.set(**DEFAULTS | {"cameras": ["front", "wrist"]} | values)
+        assert not robot.change(Transition.TRANSITION_CONFIGURE)
+        robot.process.wait_for(words)
 
 
 def test_two_cameras_approximate(robot, tokenizer):
@@ -532,7 +571,7 @@ def test_an_encoding_that_fails_and_tokens_that_are_not_finite(monkeypatch):
         model, weights, fingerprint, compute_dtype = "odd", "checkpoint", "0" * 64, "float32"
         device, results = torch.device("cpu"), []
 
-        def preprocess(self, images):
+        def preprocess(self, images, cameras):
             return images
 
         def encode(self, pixel_values, features=False):
@@ -541,7 +580,7 @@ def test_an_encoding_that_fails_and_tokens_that_are_not_finite(monkeypatch):
                 raise result
             return SimpleNamespace(tokens=torch.full((1, 4, 8), result), features=None)
 
-        def affine(self, height, width):
+        def affine(self, height, width, camera):
             return (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
         def metadata(self):

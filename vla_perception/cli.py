@@ -36,7 +36,7 @@ def _add_tokenize(commands: argparse._SubParsersAction) -> None:
         description="Writes one tensor, [images, tokens, channels], in the order in which the images are given.",
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path, help="any picture file that PIL reads")
-    parser.add_argument("--model", required=True, help="checkpoint directory, or a preset's name (random weights)")
+    add_model(parser)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument(
         "--compute-dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="default: %(default)s"
@@ -47,6 +47,35 @@ def _add_tokenize(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.safetensors")
     parser.set_defaults(run=_tokenize)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The options that say which tokenizer; `choices` reads them."""
+    parser.add_argument(
+        "--model", required=True,
+        help="checkpoint (docs/models.md), names of timm's encoders, or a preset's name for random weights",
+    )  # fmt: skip
+    parser.add_argument("--adapter", metavar="DIRECTORY", help="LoRA adapter to add; none: not even the model's own")
+    parser.add_argument("--encoders", nargs="+", metavar="NAME", help="encoders to keep, such as dinov2; default: all")
+    parser.add_argument("--image-size", nargs="+", type=int, metavar="PIXELS", help="one for all encoders, or for each")
+    parser.add_argument(
+        "--token-strategy", default="patch", choices=("patch", "cls", "cls+patch"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--projector", choices=("linear", "gelu-mlp", "fused-gelu-mlp", "none"), help="default: the model's own"
+    )
+    parser.add_argument("--pool", type=int, default=1, metavar="K", help="average K × K patch tokens into one")
+    parser.add_argument(
+        "--prepare", nargs="+", default=[], metavar="STEP",
+        help="what is done to pictures first: rotate180, region:x,y,width,height, jpeg, lanczos3, center_crop_tf, "
+        "center_crop_pil",
+    )  # fmt: skip
+
+
+def choices(options: argparse.Namespace) -> dict:
+    """What `add_model` read, as keywords of `VisualTokenizer.load`."""
+    names = ("adapter", "encoders", "image_size", "token_strategy", "projector", "pool", "prepare")
+    return {name: getattr(options, name) for name in names}
 
 
 def _tokenize(options: argparse.Namespace) -> None:
@@ -66,7 +95,11 @@ def _tokenize(options: argparse.Namespace) -> None:
             raise ValueError(f"{path} is not a picture that PIL reads") from error
     if not options.out.parent.is_dir():
         raise ValueError(f"the folder {options.out.parent} does not exist")
-    tokenizer = VisualTokenizer.load(options.model, device=options.device, compute_dtype=options.compute_dtype)
+    tokenizer = VisualTokenizer.load(
+        options.model, device=options.device, compute_dtype=options.compute_dtype, **choices(options)
+    )
+    for note in tokenizer.notes:
+        print(f"note: {note}", file=sys.stderr)
     if tokenizer.weights == "random":
         print(f"note: {tokenizer.model} is a preset with random weights; its tokens mean nothing", file=sys.stderr)
     rows = []

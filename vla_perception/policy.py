@@ -590,10 +590,10 @@ def tokenize(
 
     stamp_ns = time.time_ns() if stamp_ns is None else stamp_ns
     views = [
-        View(camera, camera, stamp_ns, *image.shape[:2], tokenizer.affine(*image.shape[:2]))
+        View(camera, camera, stamp_ns, *image.shape[:2], tokenizer.affine(*image.shape[:2], camera))
         for camera, image in images.items()
     ]
-    output = tokenizer(list(images.values()), features=features)
+    output = tokenizer(list(images.values()), features=features, cameras=list(images))
     dtype = getattr(torch, token_dtype) if token_dtype else output.tokens.dtype
     tokens = VisualTokens.from_torch(
         output.tokens.to(dtype), sequence=sequence, views=views, features=output.features, **tokenizer.metadata()

@@ -35,7 +35,7 @@ from rclpy.subscription import Subscription
 from sensor_msgs.msg import CompressedImage, Image
 from std_srvs.srv import Trigger
 
-from vla_perception.messages.images import ImageDecodeError, compressed_to_rgb, image_to_rgb
+from vla_perception.messages.images import compressed_to_rgb, image_to_rgb
 from vla_perception.messages.tokens import View, VisualTokens
 from vla_perception.nodes.parameters import declare
 from vla_perception.nodes.process import Stop, run_node
@@ -72,8 +72,35 @@ class _Setting:
 
 SETTINGS: dict[str, _Setting] = {
     "model": _Setting(
-        "small", "A checkpoint directory as OpenVLA publishes it, or a preset's name for random weights."
+        "small",
+        "A checkpoint as it is published (docs/models.md), names of timm's encoders, or a preset's name for random "
+        "weights.",
     ),
+    "adapter": _Setting(
+        "",
+        "Directory of a LoRA adapter to add to the model; empty: the one in the checkpoint's lora_adapter, where its "
+        "weights are without it; none: none.",
+    ),
+    "encoders": _Setting([""], "Names of the encoders to keep, such as dinov2; empty: all of the model."),
+    "image_size": _Setting(
+        [0], "Side of the encoders' input in pixels, one for all or one for each; 0: the model's own."
+    ),
+    "prepare": _Setting(
+        [""],
+        "What is done to pictures before they are resized, in this order, as in training: rotate180, "
+        "region:x,y,width,height, jpeg, lanczos3, center_crop_tf, center_crop_pil; camera=step for one camera alone.",
+    ),
+    "token_strategy": _Setting(
+        "patch",
+        "patch: a token per patch; cls: each encoder's summary of the whole picture; cls+patch: both.",
+        choices=("patch", "cls", "cls+patch"),
+    ),
+    "projector": _Setting(
+        "",
+        "From the encoders' width to the language model's; empty: the model's own; none: features.",
+        choices=("", "linear", "gelu-mlp", "fused-gelu-mlp", "none"),
+    ),
+    "pool": _Setting(1, "k: k × k neighbouring patch tokens are averaged into one.", 1, 64),
     "device": _Setting("cpu", "Where encoders and projector run: cpu, cuda or cuda:N."),
     "compute_dtype": _Setting("float32", "Precision of encoders and projector.", choices=DTYPES),
     "cameras": _Setting(
@@ -344,8 +371,24 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                 from vla_perception.tokenizer import VisualTokenizer
 
                 tokenizer = VisualTokenizer.load(
-                    settings["model"], device=settings["device"], compute_dtype=settings["compute_dtype"]
+                    settings["model"],
+                    device=settings["device"],
+                    compute_dtype=settings["compute_dtype"],
+                    adapter=settings["adapter"] or None,
+                    # A parameter cannot be an empty list of strings: what is empty within it is left out.
+                    encoders=list(filter(None, settings["encoders"])),
+                    image_size=list(filter(None, settings["image_size"])),
+                    prepare=list(filter(None, settings["prepare"])),
+                    token_strategy=settings["token_strategy"],
+                    projector=settings["projector"] or None,
+                    pool=settings["pool"],
                 )
+                strangers = set(tokenizer.config.prepare) - {"", *settings["cameras"]}
+                if strangers:
+                    raise ValueError(
+                        f"prepare names {', '.join(sorted(strangers))}, which is not among the cameras "
+                        f"({', '.join(settings['cameras'])})"
+                    )
                 tokenizer.warm_up(views)
                 result.append(tokenizer)
             except ImportError as error:
@@ -367,6 +410,8 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                 f"{tokenizer.model} has random weights: the tokens mean nothing to a policy. Set `model` to the "
                 "directory of a checkpoint for real ones"
             )
+        for note in tokenizer.notes:
+            self.get_logger().info(note)
         self.get_logger().info(
             f"ready after {time.monotonic() - begun:.1f} s: {tokenizer.model} ({tokenizer.weights} weights), "
             f"{tokenizer.tokens_per_view} tokens × {tokenizer.channels} channels per view, "
@@ -570,13 +615,25 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
     def _encode(self, frames: FrameSet, request: _Request | None, run: int) -> None:
         clock = time.perf_counter
         begun = clock()
-        images, bad = [], []
+        tokenizer = self._tokenizer
+        images, views, bad = [], [], []
         for frame in frames:
             try:
-                images.append(self._decode(frame))
+                image = self._decode(frame)
+                view = View(
+                    camera=frame.camera,
+                    frame_id=frame.image.header.frame_id,
+                    stamp_ns=frame.stamp_ns,
+                    height=image.shape[0],
+                    width=image.shape[1],
+                    # ValueError where a picture of this size cannot be prepared.
+                    affine=tokenizer.affine(image.shape[0], image.shape[1], frame.camera),
+                )
+                images.append(image)
+                views.append(view)
             except Exception as error:
                 bad.append(frame)
-                reason = str(error) if isinstance(error, ImageDecodeError) else f"{type(error).__name__}: {error}"
+                reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
                 self._complain(f"decode {frame.camera}", f"camera {frame.camera}: a frame is skipped: {reason}")
         if bad:
             with self._changed:
@@ -585,8 +642,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                 request.answer(False, f"no readable picture from {', '.join(frame.camera for frame in bad)}")
             return
         decoded = clock()
-        tokenizer = self._tokenizer
-        pixel_values = tokenizer.preprocess(images)
+        pixel_values = tokenizer.preprocess(images, [frame.camera for frame in frames])
         preprocessed = clock()
         import torch
 
@@ -607,17 +663,6 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             if request is not None:
                 request.answer(False, text)
             return
-        views = [
-            View(
-                camera=frame.camera,
-                frame_id=frame.image.header.frame_id,
-                stamp_ns=frame.stamp_ns,
-                height=image.shape[0],
-                width=image.shape[1],
-                affine=tokenizer.affine(image.shape[0], image.shape[1]),
-            )
-            for frame, image in zip(frames, images, strict=True)
-        ]
         result = VisualTokens.from_torch(
             tokens,
             sequence=0,  # given when it is published: a gap in the numbers is then a lost message
@@ -823,6 +868,8 @@ def _checked(name: str, value: object) -> object:
                     f"cameras: {camera!r} is no name; use letters, digits and _, and remap {camera!r}'s topic"
                 )
         return cameras
+    if name in ("encoders", "prepare", "image_size"):
+        return list(value or setting.default)
     if name in ("model", "device") and not value:
         raise ValueError(f"{name} must not be empty: {setting.text}")
     return value

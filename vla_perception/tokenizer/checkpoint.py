@@ -182,6 +182,6 @@ def cache_directory() -> Path:
 
 
 def listing(title: str, names: list[str]) -> str:
-    shown = ", ".join(names[:_LISTED])
+    shown = ", ".join(name[:200] for name in names[:_LISTED])
     rest = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return f"{len(names)} {title}: {shown}{rest}"

@@ -1,8 +1,9 @@
-"""One timm vision transformer → patch features on a grid.
+"""One timm vision transformer → patch features on a grid, and its summary of the picture where that is wanted.
 
-As prismatic-vlms does it: the output of the second-to-last block, without the final norm, prefix tokens
-(class token, registers) sliced off. The last block, final norm and pooling head do not matter for that and
-are not built.
+Patch features as prismatic-vlms takes them: the output of the second-to-last block, without the final norm, prefix
+tokens (class token, registers) sliced off. The last block, final norm and pooling head matter for the summary alone
+and are not built otherwise. The summary is what the encoder was trained to give: the class token after the last
+block and norm (DINOv2), or what the attention-pooling head makes of all patches there (SigLIP).
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from vla_perception.tokenizer.presets import EncoderConfig
 class PatchEncoder(nn.Module):
     """Patch features of one encoder.
 
+    Args:
+        summary: build what the summary takes, too.
+
     Attributes:
         grid: (rows, columns) of the patches; pixels beyond the last whole patch are not seen.
         channels: width of a feature.
@@ -24,9 +28,10 @@ class PatchEncoder(nn.Module):
         patch_size: side of a patch in pixels of the encoder's input.
     """
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: EncoderConfig, summary: bool = False) -> None:
         """Builds the module on the current default device; `torch.device("meta")` allocates nothing."""
         super().__init__()
+        self.summary = summary
         self.config = config
         name = config.timm_id.split(".")[0]
         try:
@@ -43,10 +48,16 @@ class PatchEncoder(nn.Module):
         if len(vit.blocks) < 2:
             raise ValueError(f"{config.timm_id!r} has {len(vit.blocks)} blocks; the second-to-last is needed")
         self.layer = len(vit.blocks) - 2
-        vit.blocks = vit.blocks[:-1]
-        vit.norm = nn.Identity()
-        vit.fc_norm = nn.Identity()
-        vit.attn_pool = None
+        if not summary:
+            vit.blocks = vit.blocks[:-1]
+            vit.norm = nn.Identity()
+            vit.fc_norm = nn.Identity()
+            vit.attn_pool = None
+        elif not (vit.global_pool == "map" or (vit.global_pool == "token" and vit.has_class_token)):
+            raise ValueError(
+                f"{config.timm_id!r} was trained to give no summary: it has neither a class token that is used nor an "
+                f"attention-pooling head (its pooling is {vit.global_pool!r}); take token_strategy patch"
+            )
         self.vit = vit
         self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
         self.channels: int = vit.embed_dim
@@ -54,5 +65,13 @@ class PatchEncoder(nn.Module):
         self._prefix: int = vit.num_prefix_tokens
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[views, 3, side, side] → [views, rows * columns, channels]."""
+        """[views, 3, side, side] → patch features, [views, rows * columns, channels]; needs no summary."""
         return self.vit.forward_features(pixel_values)[:, self._prefix :]
+
+    def forward_both(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[views, 3, side, side] → patch features, and the summary [views, 1, channels]."""
+        final, (patches,) = self.vit.forward_intermediates(
+            pixel_values, indices=[self.layer], norm=False, output_fmt="NLC"
+        )
+        # Without a classifier the head is pooling alone, and fc_norm where the architecture has one.
+        return patches, self.vit.forward_head(final).unsqueeze(1)

@@ -149,6 +149,10 @@ class PickledTensors:
         prefix = "/".join(keys)
         result = {}
         for name, value in node.items():
+            if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+                raise CheckpointError(
+                    f"{self.path}: {str(name)[:200]!r} claims the shape {list(value.shape)}, more than it holds"
+                )
             self._found[f"{prefix}/{name}"] = value
             result[str(name)] = StoredTensor(self, f"{prefix}/{name}", tuple(value.shape), dtype_name(value))
         return result

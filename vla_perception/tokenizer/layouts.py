@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +25,14 @@ from vla_perception.tokenizer.files import (
     file_errors,
     read_json,
 )
-from vla_perception.tokenizer.presets import MAX_IMAGE_SIZE, EncoderConfig, ModelConfig, encoder_name
+from vla_perception.tokenizer.presets import (
+    MAX_IMAGE_SIZE,
+    MAX_WIDTH,
+    PRESETS,
+    EncoderConfig,
+    ModelConfig,
+    encoder_name,
+)
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +42,33 @@ _LANGUAGE_MODEL_PREFIX = "language_model."
 _INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 #: peft's wrapping of a model's names.
 _PEFT_PREFIX = "base_model.model."
+
+
+def open_model(
+    model: str | os.PathLike, adapter: str | os.PathLike | None = None, image_size: int | Sequence[int] | None = None
+) -> tuple[Checkpoint, bool]:
+    """Whatever a user calls a trained model: a path, a Hugging Face id, or the names of timm's encoders.
+
+    Returns:
+        The checkpoint, and whether its image size can be chosen (and has been, by `image_size`).
+
+    Raises:
+        CheckpointError: it is none of that, or something is amiss with it.
+    """
+    from vla_perception.tokenizer import hub, pretrained
+
+    if Path(model).expanduser().exists():
+        return open_checkpoint(model, adapter), False
+    if hub.is_id(str(model)):
+        return open_checkpoint(hub.fetch(str(model)), adapter), False
+    if not pretrained.is_name(str(model)):
+        raise CheckpointError(
+            f"no checkpoint directory at {str(model)!r}, and it is neither a preset ({', '.join(PRESETS)}), nor a "
+            "Hugging Face id (org/name), nor an encoder that timm knows; give the path of a checkpoint's folder"
+        )
+    if adapter is not None:
+        raise CheckpointError("an adapter is added to a checkpoint, not to timm's encoders")
+    return pretrained.open_encoders(str(model), image_size), True
 
 
 def open_checkpoint(path: str | os.PathLike, adapter: str | os.PathLike | None = None) -> Checkpoint:
@@ -237,10 +271,10 @@ def _read_config(directory: Path) -> ModelConfig:
         if count not in (1, 2) or len(sizes) != count or not all(isinstance(timm_id, str) for timm_id in timm_ids):
             raise CheckpointError(
                 f"{directory / 'config.json'}: one or two timm_model_ids with as many image_sizes are supported, "
-                f"got {timm_ids} and {sizes}"
+                f"got {timm_ids!r:.200} and {sizes!r:.200}"
             )
         if not all(type(size) is int and 0 < size <= MAX_IMAGE_SIZE for size in sizes):
-            raise CheckpointError(f"{directory / 'config.json'}: image_sizes {sizes} are not within 1 to {MAX_IMAGE_SIZE}")
+            raise CheckpointError(f"{directory / 'config.json'}: image_sizes {sizes!r:.200} are not within 1 to {MAX_IMAGE_SIZE}")
         activations = config.get("timm_override_act_layers") or [None] * count
         encoders = tuple(
             _encoder_config(timm_ids[i], int(sizes[i]), activations[i], config, preprocessor, i) for i in range(count)
@@ -249,7 +283,9 @@ def _read_config(directory: Path) -> ModelConfig:
         if str(config.get("arch_specifier", "")).endswith("linear"):
             projector = "linear"
         # openvla-7b's own file leaves the width out: it is what transformers' LlamaConfig has by default.
-        width = int(config.get("text_config", {}).get("hidden_size", 4096))
+        width = config.get("text_config", {}).get("hidden_size", 4096)
+        if type(width) is not int or not 0 < width <= MAX_WIDTH:
+            raise CheckpointError(f"{directory / 'config.json'}: hidden_size {width!r:.200} is not within 1 to {MAX_WIDTH}")
         return ModelConfig(directory.resolve().name, encoders, projector, width)
     except CheckpointError:
         raise

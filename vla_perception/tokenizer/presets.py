@@ -6,9 +6,11 @@ Sources: the public configuration of ``openvla/openvla-7b`` and prismatic-vlms' 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+
+from vla_perception.tokenizer.prepare import parse_chains
 
 Triple = tuple[float, float, float]
 
@@ -21,7 +23,10 @@ HALF: Triple = (0.5, 0.5, 0.5)
 
 #: Side of a picture in pixels that no vision transformer of today comes near.
 MAX_IMAGE_SIZE = 4096
+#: Width of a language model that none comes near.
+MAX_WIDTH = 1 << 20
 RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
+TOKEN_STRATEGIES = ("patch", "cls", "cls+patch")
 PROJECTORS = ("linear", "gelu-mlp", "fused-gelu-mlp", "none")
 
 
@@ -73,8 +78,9 @@ class EncoderConfig:
         return (self.image_size, self.resize_strategy, self.interpolation, fill)
 
     def preprocessing(self) -> dict:
-        """The settings that change pixel values, for the fingerprint."""
+        """What changes pixel values, and what is made of them beside the weights, for the fingerprint."""
         return {
+            "architecture": [self.timm_id.split(".")[0], dict(self.overrides)],
             "encoder": self.name,
             "image_size": self.image_size,
             "interpolation": self.interpolation,
@@ -83,6 +89,18 @@ class EncoderConfig:
             "resize_strategy": self.resize_strategy,
             "std": list(self.std),
         }
+
+
+def per_encoder(image_size: int | Sequence[int] | None, count: int) -> list[int] | None:
+    """One image size per encoder of what a user gave; None where nothing was given. ValueError if it cannot be."""
+    sizes = [image_size] if isinstance(image_size, int) else list(image_size or ())
+    if not sizes:
+        return None
+    if len(sizes) not in (1, count) or not all(type(size) is int and 0 < size <= MAX_IMAGE_SIZE for size in sizes):
+        raise ValueError(
+            f"image_size must be one or {count} whole numbers of pixels from 1 to {MAX_IMAGE_SIZE}, got {image_size}"
+        )
+    return sizes * count if len(sizes) == 1 else sizes
 
 
 def encoder_name(timm_id: str) -> str:
@@ -99,12 +117,19 @@ class ModelConfig:
         encoders: in the order in which their channels are concatenated.
         projector: one of `PROJECTORS`.
         output_channels: width of a token, the language model's hidden size; ignored for ``none``.
+        token_strategy: ``patch``: one token per patch; ``cls``: one summary; ``cls+patch``: the summary, then patches.
+        pool: k: k × k neighbouring patch tokens are averaged into one, after the projector.
+        prepare: what is done to pictures before they are resized, camera → steps (`prepare.Prepare`); ``""`` is for
+            cameras that are not named.
     """
 
     name: str
     encoders: tuple[EncoderConfig, ...]
     projector: str
     output_channels: int
+    token_strategy: str = "patch"
+    pool: int = 1
+    prepare: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
         if not self.encoders:
@@ -115,9 +140,128 @@ class ModelConfig:
             raise ValueError(
                 f"model {self.name!r}: unknown projector {self.projector!r}; choose one of {', '.join(PROJECTORS)}"
             )
+        if self.token_strategy not in TOKEN_STRATEGIES:
+            raise ValueError(
+                f"unknown token_strategy {self.token_strategy!r}; choose one of {', '.join(TOKEN_STRATEGIES)}"
+            )
+        if type(self.pool) is not int or self.pool < 1:
+            raise ValueError(f"pool must be a whole number from 1 on, got {self.pool!r}")
+        if self.pool > 1 and self.token_strategy == "cls":
+            raise ValueError(
+                f"pool {self.pool} averages neighbouring patches, and token_strategy cls has none; leave pool at 1"
+            )
 
-    def preprocessing(self) -> list[dict]:
-        return [encoder.preprocessing() for encoder in self.encoders]
+    @property
+    def summary(self) -> bool:
+        """Whether the encoders' summaries are wanted."""
+        return self.token_strategy != "patch"
+
+    def settings(self) -> dict:
+        """What changes tokens beside the weights, for the fingerprint."""
+        chains = {camera: list(steps) for camera, steps in self.prepare.items()}
+        return {
+            "pool": self.pool,
+            "preprocessing": [encoder.preprocessing() for encoder in self.encoders],
+            "prepare": chains.get("", []) if set(chains) <= {""} else chains,
+            "projector": self.projector,
+            "token_strategy": self.token_strategy,
+        }
+
+    def choose(
+        self,
+        *,
+        trained: bool,
+        encoders: Sequence[str] | None = None,
+        token_strategy: str = "patch",
+        projector: str | None = None,
+        pool: int = 1,
+        image_size: int | Sequence[int] | None = None,
+        prepare: Sequence[str] | Mapping[str, Sequence[str]] = (),
+    ) -> ModelConfig:
+        """This model with a user's choices; ValueError with the reason where they make no sense.
+
+        Args:
+            trained: whether weights are given, so that projector and image sizes are what they are.
+            encoders: names of those to keep; None or nothing keeps all.
+            token_strategy, pool: see `ModelConfig`.
+            projector: one of `PROJECTORS`; None for the model's own.
+            image_size: side in pixels, one for all encoders or one for each; None or nothing for the model's own.
+            prepare: steps in their order, ``camera=step`` for one camera alone, or camera → steps (`prepare`).
+        """
+        kept = self._kept(encoders)
+        sizes = per_encoder(image_size, len(kept))
+        if sizes is not None:
+            if trained and sizes != [encoder.image_size for encoder in kept]:
+                raise ValueError(
+                    f"{self.name} was trained at {', '.join(str(encoder.image_size) for encoder in kept)} pixels, and its "
+                    f"position embeddings fit no other; image_size {image_size} works for presets and timm encoders"
+                )
+            kept = tuple(replace(encoder, image_size=size) for encoder, size in zip(kept, sizes))
+        own = self.projector
+        chosen = projector or own
+        if trained and chosen not in (own, "none"):
+            reason = "has none" if own == "none" else f"has a {own} one"
+            raise ValueError(
+                f"{self.name} {reason}, so a {chosen} projector would have no trained weights; leave `projector` "
+                "unset, or take none for features"
+            )
+        if trained and chosen != "none" and len(kept) != len(self.encoders):
+            raise ValueError(
+                f"the projector of {self.name} takes {' + '.join(encoder.name for encoder in self.encoders)}, and only "
+                f"{' + '.join(encoder.name for encoder in kept)} is kept: it would not fit. Set projector to none for "
+                "that encoder's features"
+            )
+        if chosen != "none" and self.output_channels <= 0:
+            raise ValueError(f"{self.name} says nothing of a language model's width; projector must be none")
+        chains = parse_chains(prepare, [encoder.image_size for encoder in kept])
+        return replace(
+            self, encoders=kept, projector=chosen, token_strategy=token_strategy, pool=pool, prepare=chains
+        )
+
+    def _kept(self, names: Sequence[str] | None) -> tuple[EncoderConfig, ...]:
+        wanted = [names] if isinstance(names, str) else list(names or ())
+        known = {encoder.name: encoder for encoder in self.encoders}
+        for name in wanted:
+            if name not in known:
+                raise ValueError(f"{self.name} has no encoder {name!r}; it has {', '.join(known)}")
+        return tuple(encoder for encoder in self.encoders if not wanted or encoder.name in wanted)
+
+
+#: Prismatic's names of its vision backbones → (encoder, timm model, pixels), in channel order. The tags are those
+#: that prismatic-vlms was trained with: what timm takes for SigLIP without a tag is SigLIP 2 by now.
+_DINOV2 = "vit_large_patch14_reg4_dinov2.lvd142m"
+PRISMATIC_BACKBONES: Mapping[str, tuple[tuple[str, str, int], ...]] = MappingProxyType(
+    {
+        "dinosiglip-vit-so-224px": (
+            ("dinov2", _DINOV2, 224), ("siglip", "vit_so400m_patch14_siglip_224.webli", 224),
+        ),
+        "dinosiglip-vit-so-384px": (
+            ("dinov2", _DINOV2, 384), ("siglip", "vit_so400m_patch14_siglip_384.webli", 384),
+        ),
+        "dinov2-vit-l": (("dinov2", _DINOV2, 224),),
+        "dinov2-vit-l-384px": (("dinov2", _DINOV2, 384),),
+        "siglip-vit-so400m": (("siglip", "vit_so400m_patch14_siglip_224.webli", 224),),
+        "siglip-vit-so400m-384px": (("siglip", "vit_so400m_patch14_siglip_384.webli", 384),),
+        "siglip-vit-b16-224px": (("siglip", "vit_base_patch16_siglip_224.webli", 224),),
+        "siglip-vit-b16-256px": (("siglip", "vit_base_patch16_siglip_256.webli", 256),),
+        "siglip-vit-b16-384px": (("siglip", "vit_base_patch16_siglip_384.webli", 384),),
+    }
+)  # fmt: skip
+
+
+def prismatic_encoders(backbone: str, resize_strategy: str = "resize-naive") -> tuple[EncoderConfig, ...]:
+    """The encoders of one of `PRISMATIC_BACKBONES`, with the exact statistics that prismatic-vlms uses."""
+    return tuple(
+        EncoderConfig(
+            name,
+            timm_id,
+            size,
+            IMAGENET_MEAN if name == "dinov2" else HALF,
+            IMAGENET_STD if name == "dinov2" else HALF,
+            resize_strategy,
+        )
+        for name, timm_id, size in PRISMATIC_BACKBONES[backbone]
+    )
 
 
 def _openvla_encoders() -> tuple[EncoderConfig, ...]:
@@ -133,6 +277,11 @@ PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
         for config in (
             ModelConfig("openvla-7b", _openvla_encoders(), "fused-gelu-mlp", 4096),
             ModelConfig("minivla", _openvla_encoders(), "fused-gelu-mlp", 896),
+            ModelConfig("prism-dinosiglip-224px", prismatic_encoders("dinosiglip-vit-so-224px"), "fused-gelu-mlp", 4096),
+            ModelConfig("prism-dinosiglip-384px", prismatic_encoders("dinosiglip-vit-so-384px"), "fused-gelu-mlp", 4096),
+            ModelConfig("dinov2-vit-l", prismatic_encoders("dinov2-vit-l"), "gelu-mlp", 4096),
+            ModelConfig("siglip-vit-so400m", prismatic_encoders("siglip-vit-so400m"), "gelu-mlp", 4096),
+            ModelConfig("siglip-vit-so400m-384px", prismatic_encoders("siglip-vit-so400m-384px"), "gelu-mlp", 4096),
             ModelConfig(
                 "base",
                 (

@@ -1,4 +1,4 @@
-"""The whole flow: pictures → pixel values → both encoders → concatenated features → projected tokens."""
+"""The whole flow: pictures → prepared → pixel values → both encoders → concatenated features → projected tokens."""
 
 from __future__ import annotations
 
@@ -14,13 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from vla_perception.tokenizer.checkpoint import (
-    WeightsDigest,
-    fingerprint,
-    merged,
-)
+from vla_perception.tokenizer.checkpoint import Checkpoint, CheckpointError, WeightsDigest, fingerprint, merged
 from vla_perception.tokenizer.encoders import PatchEncoder
-from vla_perception.tokenizer.layouts import open_checkpoint
+from vla_perception.tokenizer.layouts import open_model
+from vla_perception.tokenizer.prepare import Prepare, compose
 from vla_perception.tokenizer.preprocess import Preprocessor, source_to_grid
 from vla_perception.tokenizer.presets import PRESETS, ModelConfig
 from vla_perception.tokenizer.projector import Projector
@@ -37,7 +34,7 @@ class TokenizerOutput:
     Attributes:
         tokens: [views, tokens, channels] in the compute dtype, on the tokenizer's device.
         features: [views, tokens, encoder channels], before the projector; None unless asked for.
-        grid: (rows, columns); tokens run row by row.
+        grid: (rows, columns); patch tokens run row by row.
     """
 
     tokens: torch.Tensor
@@ -46,11 +43,14 @@ class TokenizerOutput:
 
 
 class _Network(nn.Module):
-    """Encoders, concatenation along channels, projector."""
+    """Encoders, concatenation along channels, projector, pooling."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.encoders = nn.ModuleDict({encoder.name: PatchEncoder(encoder) for encoder in config.encoders})
+        self.config = config
+        self.encoders = nn.ModuleDict(
+            {encoder.name: PatchEncoder(encoder, summary=config.summary) for encoder in config.encoders}
+        )
         grids = {name: encoder.grid for name, encoder in self.encoders.items()}
         if len(set(grids.values())) != 1:
             listed = ", ".join(f"{name} {rows} × {columns}" for name, (rows, columns) in grids.items())
@@ -58,6 +58,14 @@ class _Network(nn.Module):
                 f"model {config.name!r}: the encoders' grids differ ({listed}); features are joined position by "
                 "position, so choose image sizes that give the same number of patches"
             )
+        rows, columns = next(iter(grids.values()))
+        if rows % config.pool or columns % config.pool:
+            fitting = ", ".join(str(k) for k in range(1, min(rows, columns) + 1) if rows % k == columns % k == 0)
+            raise ValueError(
+                f"pool {config.pool} does not divide the grid of {rows} × {columns}: patches at its edge would be lost; "
+                f"choose one of {fitting}"
+            )
+        self.patch_grid: tuple[int, int] = (rows, columns)
         channels = sum(encoder.channels for encoder in self.encoders.values())
         self.projector = Projector(config.projector, channels, config.output_channels)
 
@@ -73,84 +81,135 @@ class _Network(nn.Module):
 
     def forward(self, pixel_values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """One [views, 3, side, side] per encoder → features and tokens, [views, tokens, channels] each."""
-        features = torch.cat(
-            [encoder(pixels) for encoder, pixels in zip(self.encoders.values(), pixel_values)], dim=-1
-        )
-        return features, self.projector(features)
+        inputs = list(zip(self.encoders.values(), pixel_values))
+        if not self.config.summary:
+            features = torch.cat([encoder(pixels) for encoder, pixels in inputs], dim=-1)
+        else:
+            patches, summaries = zip(*(encoder.forward_both(pixels) for encoder, pixels in inputs))
+            features = torch.cat(summaries, dim=-1)
+            if self.config.token_strategy == "cls+patch":
+                features = torch.cat([features, torch.cat(patches, dim=-1)], dim=1)
+        tokens = self.projector(features)
+        return self._pooled(features), self._pooled(tokens)
+
+    def _pooled(self, values: torch.Tensor) -> torch.Tensor:
+        """Averages k × k neighbouring patches; a summary in front stays as it is."""
+        k = self.config.pool
+        if k == 1:
+            return values
+        rows, columns = self.patch_grid
+        in_front = values.shape[1] - rows * columns
+        patches = values[:, in_front:].unflatten(1, (rows // k, k, columns // k, k)).mean((2, 4)).flatten(1, 2)
+        return torch.cat([values[:, :in_front], patches], dim=1)
 
 
 class VisualTokenizer:
     """Pictures → the visual tokens of a dual-encoder (DINOv2 + SigLIP) vision-language-action model.
 
     Computes what OpenVLA's vision backbone and projector compute (Kim et al., 2024, after Karamcheti et al.,
-    "Prismatic VLMs", 2024). Use `from_checkpoint`, `from_preset` or `load` to make one.
+    "Prismatic VLMs", 2024). Use `load`, `from_checkpoint` or `from_preset` to make one.
+
+    All three take the same choices, by keyword; `ModelConfig.choose` has their meaning: ``encoders``,
+    ``token_strategy``, ``projector``, ``pool``, ``image_size``, ``prepare``.
 
     Attributes:
-        config: the model's configuration.
+        config: the model's configuration, choices included.
         model: its name.
         weights: ``"checkpoint"`` or ``"random"``.
+        notes: sentences for the user about where the weights come from.
         device, compute_dtype: where and in what precision encoders and projector run.
-        grid: (rows, columns) of tokens.
+        grid: (rows, columns) of patch tokens, after pooling.
         channels: width of a token; `feature_channels` is the width before the projector.
-        fingerprint: SHA-256 (hex) over the tensors as stored and the preprocessing, the same on every machine
-            and whatever `device` and `compute_dtype` are.
+        fingerprint: SHA-256 (hex) over the tensors as stored and the settings that change tokens, the same on every
+            machine and whatever `device` and `compute_dtype` are.
     """
 
     def __init__(
-        self, config: ModelConfig, network: _Network, *, weights: str, weights_digest: str, compute_dtype: str
+        self,
+        config: ModelConfig,
+        network: _Network,
+        *,
+        weights: str,
+        weights_digest: str,
+        compute_dtype: str,
+        notes: Sequence[str] = (),
     ) -> None:
         self.config = config
         self.model = config.name
         self.weights = weights
+        self.notes = tuple(notes)
         self.compute_dtype = compute_dtype
         self.device = next(network.parameters()).device
         self._dtype = COMPUTE_DTYPES[compute_dtype]
         self._network = network
+        self._prepare = Prepare(config.prepare)
         self._preprocessor = Preprocessor(config.encoders)
         self._towers: list[PatchEncoder] = list(network.encoders.values())  # type: ignore[arg-type]
-        self.grid: tuple[int, int] = self._towers[0].grid
+        rows, columns = network.patch_grid
+        self.grid: tuple[int, int] = (rows // config.pool, columns // config.pool)
         self.feature_channels: int = sum(encoder.channels for encoder in self._towers)
         self.channels: int = network.projector.channels
-        self.fingerprint = fingerprint(
-            weights_digest,
-            {"pool": 1, "preprocessing": config.preprocessing(), "prepare": [], "token_strategy": "patch"},
-        )
+        self.fingerprint = fingerprint(weights_digest, config.settings())
 
     @classmethod
     def load(
-        cls, model: str | os.PathLike, *, device: str = "cpu", compute_dtype: str = "float32", seed: int = 0
+        cls,
+        model: str | os.PathLike,
+        *,
+        device: str = "cpu",
+        compute_dtype: str = "float32",
+        seed: int = 0,
+        adapter: str | os.PathLike | None = None,
+        **choices: object,
     ) -> VisualTokenizer:
-        """A checkpoint directory, or a preset's name for random weights.
+        """A preset's name for random weights (drawn from `seed`), or anything that `from_checkpoint` takes.
 
         Raises:
-            ValueError: neither of the two, or a wrong device or dtype; CheckpointError for unusable files.
+            ValueError: neither of the two, a wrong device or dtype, choices that make no sense; CheckpointError for
+                unusable files.
         """
         if str(model) in PRESETS and not Path(model).is_dir():
-            return cls.from_preset(str(model), seed=seed, device=device, compute_dtype=compute_dtype)
-        if not Path(model).expanduser().exists():
-            raise ValueError(
-                f"{str(model)!r} is neither a checkpoint directory nor a preset ({', '.join(PRESETS)}); "
-                "give the path of a checkpoint's folder"
-            )
-        return cls.from_checkpoint(model, device=device, compute_dtype=compute_dtype)
+            if adapter is not None:
+                raise ValueError(f"{model} is a preset with random weights; an adapter needs the checkpoint it is for")
+            return cls.from_preset(str(model), seed=seed, device=device, compute_dtype=compute_dtype, **choices)
+        return cls.from_checkpoint(model, adapter=adapter, device=device, compute_dtype=compute_dtype, **choices)
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | os.PathLike, *, device: str = "cpu", compute_dtype: str = "float32"
+        cls,
+        model: str | os.PathLike,
+        *,
+        adapter: str | os.PathLike | None = None,
+        device: str = "cpu",
+        compute_dtype: str = "float32",
+        **choices: object,
     ) -> VisualTokenizer:
-        """Vision backbone and projector of a checkpoint directory as OpenVLA publishes it.
+        """Vision backbone and projector of what people have on disk (docs/models.md).
 
         Only their tensors are read; host memory grows by them in the compute dtype, and little more.
 
+        Args:
+            model: directory as OpenVLA or OpenVLA-OFT publishes it; LoRA adapter that names its base model;
+                Prismatic's run directory or ``.pt``; Hugging Face id, ``org/name[@revision]``; timm's encoders,
+                ``timm:NAME[@SIZE][=FILE][+…]``.
+            adapter: directory of a LoRA adapter (peft) to add; ``"none"`` leaves out one that lies in ``lora_adapter/``.
+
         Raises:
             CheckpointError: files are missing, damaged, or do not fit; lists the tensors at fault.
+            ValueError: choices that make no sense; says why.
         """
         target, dtype = _check_device(device), _check_dtype(compute_dtype)
-        checkpoint = open_checkpoint(path)
-        network = _empty_network(checkpoint.config)
+        checkpoint, resizable = open_model(model, adapter, choices.get("image_size"))
+        if resizable:  # its position embeddings are resampled already
+            choices.pop("image_size", None)
+        config = checkpoint.config.choose(trained=True, **choices)
+        try:
+            network = empty_network(config)
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint.path}: {error}") from error
         names = network.canonical_tensors()
         shapes = {name: tuple(network.state_dict()[inner].shape) for name, inner in names.items()}
-        checkpoint.check(shapes, _is_unused(network))
+        checkpoint.check(shapes, _is_unused(network, checkpoint))
 
         cache = checkpoint.digest_cache(names)
         known = cache.read_text().strip() if cache is not None and cache.is_file() else ""
@@ -166,11 +225,25 @@ class VisualTokenizer:
                 partial.replace(cache)
             except OSError as error:
                 log.warning("the fingerprint is computed again next time: cannot write %s (%s)", cache, error)
-        return cls(checkpoint.config, network, weights="checkpoint", weights_digest=known, compute_dtype=compute_dtype)
+        return cls(
+            config,
+            network,
+            weights="checkpoint",
+            weights_digest=known,
+            compute_dtype=compute_dtype,
+            notes=checkpoint.notes,
+        )
 
     @classmethod
     def from_preset(
-        cls, name: str, *, weights: str = "random", seed: int = 0, device: str = "cpu", compute_dtype: str = "float32"
+        cls,
+        name: str,
+        *,
+        weights: str = "random",
+        seed: int = 0,
+        device: str = "cpu",
+        compute_dtype: str = "float32",
+        **choices: object,
     ) -> VisualTokenizer:
         """The architecture of a preset with random weights: right shapes and costs, meaningless tokens.
 
@@ -182,8 +255,8 @@ class VisualTokenizer:
         if weights != "random":
             raise ValueError(f"presets have random weights only, not {weights!r}; use from_checkpoint for trained ones")
         target, dtype = _check_device(device), _check_dtype(compute_dtype)
-        config = PRESETS[name]
-        network = _empty_network(config)
+        config = PRESETS[name].choose(trained=False, **choices)
+        network = empty_network(config)
         names = network.canonical_tensors()
         shapes = {canonical: tuple(network.state_dict()[inner].shape) for canonical, inner in names.items()}
         digest = WeightsDigest()
@@ -195,40 +268,67 @@ class VisualTokenizer:
 
     @property
     def tokens_per_view(self) -> int:
-        return self.grid[0] * self.grid[1]
+        patches = self.grid[0] * self.grid[1]
+        return {"patch": patches, "cls": 1, "cls+patch": 1 + patches}[self.config.token_strategy]
 
-    def preprocess(self, images: Sequence[np.ndarray] | np.ndarray) -> list[torch.Tensor]:
+    def preprocess(
+        self, images: Sequence[np.ndarray] | np.ndarray, cameras: Sequence[str] | None = None
+    ) -> list[torch.Tensor]:
         """uint8 RGB [height, width, 3] pictures of any sizes → per encoder float32 [views, 3, side, side], on the CPU.
 
-        Bit-identical to OpenVLA's image processor. ValueError for anything else.
+        Prepared as the configuration says, then bit-identical to OpenVLA's image processor.
+
+        Args:
+            cameras: which camera each picture comes from; needed where pictures are prepared differently per camera.
+
+        Raises:
+            ValueError: no such pictures, or one that cannot be prepared (smaller than its region of interest).
         """
+        if isinstance(images, np.ndarray) and images.ndim == 3:
+            images = [images]
+        if cameras is not None and len(cameras) != len(images):
+            raise ValueError(f"{len(images)} pictures need as many cameras, got {list(cameras)}")
+        if self._prepare:
+            images = [
+                self._prepare.image(image, camera) for image, camera in zip(images, cameras or [None] * len(images))
+            ]
         return self._preprocessor(images)
 
     @torch.inference_mode()
     def encode(self, pixel_values: Sequence[torch.Tensor], features: bool = False) -> TokenizerOutput:
-        """What `preprocess` gave → tokens; `features` also returns what went into the projector."""
+        """What `preprocess` gave → tokens; `features` also returns what went into the projector, pooled alike."""
         if len(pixel_values) != len(self._towers):
             raise ValueError(f"{len(self._towers)} tensors are needed, one per encoder, got {len(pixel_values)}")
         inputs = [pixels.to(self.device, self._dtype, non_blocking=True) for pixels in pixel_values]
         joined, tokens = self._network(inputs)
         return TokenizerOutput(tokens, joined if features else None, self.grid)
 
-    def __call__(self, images: Sequence[np.ndarray] | np.ndarray, features: bool = False) -> TokenizerOutput:
+    def __call__(
+        self,
+        images: Sequence[np.ndarray] | np.ndarray,
+        features: bool = False,
+        cameras: Sequence[str] | None = None,
+    ) -> TokenizerOutput:
         """`preprocess` and `encode` in one."""
-        return self.encode(self.preprocess(images), features)
+        return self.encode(self.preprocess(images, cameras), features)
 
     def warm_up(self, views: int = 1) -> None:
         """Runs once on black pictures, so that the first real frame does not pay for set-up."""
-        self([np.zeros((480, 640, 3), np.uint8)] * views)
+        self.encode(self._preprocessor([np.zeros((480, 640, 3), np.uint8)] * views))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def affine(self, height: int, width: int) -> tuple[float, ...]:
+    def affine(self, height: int, width: int, camera: str | None = None) -> tuple[float, ...]:
         """Map from a source picture's pixels to the token grid: six floats, a row-major 2 × 3 matrix.
 
         (x, y, 1), where pixel i covers [i, i + 1), goes to (column, row), where token j covers [j, j + 1).
+
+        Raises:
+            ValueError: a picture of that size cannot be prepared.
         """
-        return source_to_grid(height, width, self.config.encoders[0], self._towers[0].patch_size)
+        prepared, height, width = self._prepare.affine(height, width, camera)
+        to_patches = source_to_grid(height, width, self.config.encoders[0], self._towers[0].patch_size)
+        return tuple(value / self.config.pool for value in compose(to_patches, prepared))
 
     def metadata(self) -> dict:
         """What the token message says about the model (docs/wire_format.md)."""
@@ -251,8 +351,8 @@ class VisualTokenizer:
             "fingerprint": self.fingerprint,
             "compute_dtype": self.compute_dtype,
             "grid": list(self.grid),
-            "token_strategy": "patch",
-            "pool": 1,
+            "token_strategy": self.config.token_strategy,
+            "pool": self.config.pool,
             "encoders": encoders,
             "projector": self.config.projector,
         }
@@ -273,18 +373,25 @@ def random_weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return torch.from_numpy(noise)
 
 
-def _empty_network(config: ModelConfig) -> _Network:
+def empty_network(config: ModelConfig) -> _Network:
+    """Encoders and projector on the meta device: shapes without memory. ValueError if they do not go together."""
     with torch.device("meta"):
         return _Network(config).eval().requires_grad_(False)
 
 
-def _is_unused(network: _Network) -> Callable[[str], bool]:
-    """Tells the tensors of the last block, final norm and pooling head, which patch tokens do not need."""
-    patterns = [
-        rf"{re.escape(name)}\.(blocks\.{tower.layer + 1}\.|norm\.|fc_norm\.|attn_pool\.)"
-        for name, tower in network.encoders.items()
-    ]
-    return re.compile("|".join(patterns)).match  # type: ignore[return-value]
+def _is_unused(network: _Network, checkpoint: Checkpoint) -> Callable[[str], bool]:
+    """Tells tensors that may be there and are not read: encoders and projector that were not chosen, and for patch
+    tokens the last block, final norm and pooling head."""
+    patterns = []
+    for config in checkpoint.config.encoders:
+        name, tower = re.escape(config.name), network.encoders[config.name] if config.name in network.encoders else None
+        if tower is None:
+            patterns.append(rf"{name}\.")
+        elif not network.config.summary:
+            patterns.append(rf"{name}\.(blocks\.{tower.layer + 1}\.|norm\.|fc_norm\.|attn_pool\.)")
+    if network.config.projector != checkpoint.config.projector:
+        patterns.append(r"projector\.")
+    return re.compile("|".join(patterns) or r"(?!)").match  # type: ignore[return-value]
 
 
 def _fill(
