@@ -1,11 +1,13 @@
 """Tokens as a policy reads them: from the topic over DDS, and computed in its own process."""
 
 import math
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -199,6 +201,30 @@ def test_a_policy_loop_runs_on_local_tokens(tokenizer):
     assert source.fresh(60.0) is third
     with pytest.raises(FingerprintMismatch):
         LocalTokens(tokenizer, expect_fingerprint=OTHER).encode({"front": next(pictures)})
+
+
+def test_local_tokens_on_the_page(tokenizer, monkeypatch):
+    page = (ROOT / "docs" / "policy.md").read_text()
+    (code,) = (code for code in re.findall(r"```python\n(.*?)```", page, re.S) if "LocalTokens" in code)
+    monkeypatch.setattr("vla_perception.tokenizer.VisualTokenizer.load", lambda _model, device: tokenizer)
+    camera = SimpleNamespace(read=lambda: np.zeros((48, 64, 3), np.uint8))
+    exec(code, namespace := {"camera": camera})
+    assert namespace["visual"].cameras == ("front",) and namespace["visual"].shape == (1, 196, 256)
+
+
+def test_tokens_that_are_no_numbers_are_refused_in_process_too(tokenizer):
+    import torch
+
+    class Overflowing:
+        affine, metadata = tokenizer.affine, tokenizer.metadata
+
+        def __call__(self, images, features=False):
+            return SimpleNamespace(tokens=torch.full((1, 196, 256), 7e4), features=None)
+
+    image = {"front": np.zeros((48, 64, 3), np.uint8)}
+    assert tokenize(Overflowing(), image).float32().max() == 7e4
+    with pytest.raises(TokenFormatError, match="float16 ends at 65504"):
+        tokenize(Overflowing(), image, token_dtype="float16")
 
 
 @pytest.mark.parametrize("strategy", ["resize-naive", "resize-crop", "letterbox"])

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_tokenizer import MODEL, make_tokens
-from ros_domain import ROOT, RosProcess, free_domain, ros_environment
+from ros_domain import ROOT, RosProcess, free_domain, ros_environment, wait_until
 
 from vla_perception.messages.tokens import VisualTokens
 
@@ -145,11 +145,61 @@ def test_a_venv_with_nothing_but_the_ros_extra_receives_tokens(tmp_path):
     assert policy.returncode == 0, rest
 
 
+def code_on_the_page(words: str) -> str:
+    """The one program of docs/policy.md that has these words in it."""
+    page = (ROOT / "docs" / "policy.md").read_text()
+    (code,) = (code for code in re.findall(r"```python\n(.*?)```", page, re.S) if words in code)
+    return code
+
+
 @pytest.mark.ros
 def test_the_policy_on_the_page_works():
-    """The first code of docs/policy.md, as somebody would type it in."""
+    """As somebody would type it in."""
     pytest.importorskip("rclpy")
-    (code, *_others) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "policy.md").read_text(), re.S)
     domain = free_domain()
-    with RosProcess(["-c", code], domain) as policy, fake_tokenizer(domain):
+    with RosProcess(["-c", code_on_the_page("visual.float32().shape, tokens.age")], domain) as policy, fake_tokenizer(domain):
         policy.wait_for("('front', 'wrist') (2, 196, 256) 0.")
+
+
+@pytest.mark.ros
+def test_the_node_on_the_page_acts_on_two_frames():
+    pytest.importorskip("rclpy")
+    from ros_listener import Listener
+    from sensor_msgs.msg import JointState
+
+    domain = free_domain()
+    with (
+        Listener(domain) as listener,
+        RosProcess(["-c", code_on_the_page("class Policy(Node)")], domain) as policy,
+        fake_tokenizer(domain),
+    ):
+        actions = listener.collect(JointState, "action")
+        wait_until(lambda: actions, 30.0, "an action")
+        # Every value of a set is its sequence number: two that follow one another have their mean at a half.
+        assert len(actions[0].position) == 7 and set(actions[0].position) == {actions[0].position[0]}
+        assert actions[0].position[0] % 1 == 0.5
+        assert policy.stop() == 0, policy.output
+
+
+@pytest.mark.ros
+def test_the_loop_on_the_page_infers_once_and_holds_without_tokens():
+    pytest.importorskip("rclpy")
+    before = """
+import time, rclpy
+from vla_perception.policy import TokenSubscriber
+def say(*words): print(*words, flush=True)
+hold, follow = (lambda: say("hold")), (lambda chunk: say("follow", chunk))
+def act(visual): say("act", visual.sequence); return visual.sequence
+rclpy.init()
+tokens = TokenSubscriber(rclpy.create_node("policy"))
+"""
+    code, domain = before + code_on_the_page("max_age_sec=0.1").replace("0.1", "0.5"), free_domain()
+    with RosProcess(["-c", code], domain) as policy:
+        policy.wait_for("hold\n")
+        # Half of the 30 turns a second have no new set; then there are no more, and what there was gets old.
+        with RosProcess([str(ROOT / "test" / "fake_tokenizer.py"), "--rate", "10", "--count", "10"], domain):
+            policy.wait_for("follow 9\n")
+            policy.wait_for("follow 9\nhold\n")
+    said = [line for line in policy.output.splitlines() if line.startswith("act")]
+    assert said and len(said) == len(set(said)) and said[-1] == "act 9", policy.output
+    assert policy.output.count("follow 9\n") > 1
