@@ -13,6 +13,7 @@ pitch, yaw, gripper, and the de-normalised values as positions, in the units of 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbedding
 
 from vla_perception.policy import FingerprintMismatch, TokenFormatError, TokenSubscriber, VisualTokens
 
@@ -31,6 +32,8 @@ PROMPT = "In: What action should the robot take to {}?\nOut:"
 #: What Llama's tokenizer makes of the space between "Out:" and the first action in training.
 EMPTY_TOKEN = 29871
 PREFIX = "language_model."
+#: Its name in transformers 5, and before.
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 AXES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 
 
@@ -110,10 +113,9 @@ class LanguageModel:
     def act(self, visual: VisualTokens, instruction: str) -> Action:
         """One action, its tokens decoded greedily one by one."""
         inputs = {"inputs_embeds": self.embed(visual, instruction)}
-        cache, logits = None, []
+        cache, logits = {CACHE: DynamicCache()}, []
         for _ in self._low:
-            output = self._llama.model(**inputs, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = self._llama.model(**inputs, **cache, use_cache=True)
             logits.append(self._llama.lm_head(output.last_hidden_state[:, -1]).float())
             inputs = {"input_ids": logits[-1].argmax(-1, keepdim=True)}
         scores = torch.cat(logits).cpu()
