@@ -14,7 +14,7 @@ import pytest
 from fake_tokenizer import MODEL, make_tokens
 from ros_domain import ROOT, RosProcess, free_domain, ros_environment, wait_until
 
-from vla_perception.messages.tokens import FORMAT, TokenFormatError, VisualTokens, to_message
+from vla_perception.messages.tokens import FORMAT, TokenFormatError, View, VisualTokens, to_message
 from vla_perception.policy import FingerprintMismatch, LocalTokens, TokenSubscriber, tokenize
 
 OTHER = "cd" * 32
@@ -216,9 +216,9 @@ def test_tokens_that_are_no_numbers_are_refused_in_process_too(tokenizer):
     import torch
 
     class Overflowing:
-        affine, metadata = tokenizer.affine, tokenizer.metadata
+        affine, seen, metadata = tokenizer.affine, tokenizer.seen, tokenizer.metadata
 
-        def __call__(self, images, features=False):
+        def __call__(self, images, features=False, cameras=None):
             return SimpleNamespace(tokens=torch.full((1, 196, 256), 7e4), features=None)
 
     image = {"front": np.zeros((48, 64, 3), np.uint8)}
@@ -266,6 +266,54 @@ def test_places_through_resize_pooling_and_uncovered_pixels(strategy, pool):
     assert "covered" in seen
     if strategy == "resize-naive" and pool == 1:
         assert "uncovered" in seen
+
+
+@pytest.mark.parametrize(
+    "steps", [["rotate180"], ["region:100,60,300,400", "rotate180"], ["center_crop_pil"], ["lanczos3:224", "center_crop_tf:224"]]
+)
+@pytest.mark.parametrize("strategy", ["resize-naive", "resize-crop", "letterbox"])
+def test_places_through_everything_that_the_tokenizer_does(tokenizer, steps, strategy):
+    """A bright square goes through the tokenizer's own preparation and resizing, to the patch that it ends in."""
+    from dataclasses import replace
+
+    from vla_perception.tokenizer import VisualTokenizer
+    from vla_perception.tokenizer.tokenizer import empty_network
+
+    chosen = VisualTokenizer.from_preset("small", prepare=steps, token_strategy="cls+patch", pool=2).config
+    encoders = tuple(
+        replace(encoder, resize_strategy=strategy, letterbox_fill=(0, 0, 0)) for encoder in chosen.encoders
+    )
+    config = replace(chosen, encoders=encoders)
+    whole = VisualTokenizer(
+        config, empty_network(config), weights="random", weights_digest="", compute_dtype="float32"
+    )
+    height, width, side = 480, 640, config.encoders[0].image_size
+    view = View("front", "", 0, height, width, whole.affine(height, width), seen=whole.seen(height, width))
+    tokens = make_tokens(0, grid=whole.grid, token_strategy="cls+patch", pool=2, data=np.zeros((1, 50, 6), np.float32))
+    tokens = VisualTokens(**{**tokens.__dict__, "views": (view,)})
+    seen = set()
+    random = np.random.default_rng(0)
+    for x, y in [(320, 30), (320, 450), (30, 240), *random.integers((20, 20), (width - 20, height - 20), (40, 2))]:
+        image = np.zeros((height, width, 3), np.uint8)
+        image[y - 8 : y + 9, x - 8 : x + 9] = 255
+        light = whole.preprocess(image)[0][0, 0].numpy()
+        light -= light.min()
+        token = tokens.token_at(x + 0.5, y + 0.5)
+        if light.max() == 0:
+            assert token is None
+            seen.add("cut")
+            continue
+        row, column = (float(np.average(np.arange(side) + 0.5, weights=light.sum(axis))) / 28 for axis in (1, 0))
+        whole_spot = not any(edge.any() for edge in (light[0], light[-1], light[:, 0], light[:, -1]))
+        if not whole_spot:
+            continue
+        assert token is not None
+        if all(0.1 < value % 1 < 0.9 for value in (row, column)):
+            assert token == 1 + int(row) * 7 + int(column)
+            seen.add("covered")
+    assert "covered" in seen
+    if steps[0].startswith("region"):
+        assert "cut" in seen
 
 
 def test_reading_needs_neither_torch_nor_ros():
@@ -412,6 +460,27 @@ def test_request_tells_the_reason_of_a_refusal(ros):
         assert time.monotonic() - begin < 5.0
         with pytest.raises(RuntimeError, match="no picture from front yet"):
             tokens.request(3.0)
+
+
+@pytest.mark.ros
+def test_request_waits_for_the_set_that_was_named_and_takes_no_other(ros):
+    from std_srvs.srv import Trigger
+
+    publisher, server = ros.publisher(), ros.node("server")
+
+    def encode(_request, response):
+        publisher.publish(to_message(make_tokens(8)))  # not the one that is named, and before it
+        threading.Timer(0.3, lambda: publisher.publish(to_message(make_tokens(9)))).start()
+        response.success, response.message = True, "published as sequence 9, stamp 5 ns"
+        return response
+
+    server.create_service(Trigger, "encode", encode)
+    ros.spin(server)
+    with TokenSubscriber(ros.node()) as tokens:
+        matched(publisher)
+        publisher.publish(to_message(make_tokens(7)))
+        assert tokens.wait(20.0).sequence == 7
+        assert tokens.request(20.0).sequence == 9
 
 
 @pytest.mark.ros

@@ -229,8 +229,11 @@ def encoders(*ranges):
         (spoil_view(stamp={"sec": 1, "nanosec": 10**9}), "whole number"),
         (spoil_view(affine=[1e300, 0, 0, 0, 1e300, 0]), "finite"),
         (spoil_view(affine=[0, 0, 5, 0, 1, 0]), "inverted"),
-        (spoil_view(affine=[1, 0, 0, 0, 1]), "six numbers"),
-        (spoil_view(affine=["1", 0, 0, 0, 1, 0]), "six finite numbers"),
+        (spoil_view(affine=[1, 0, 0, 0, 1]), "6 numbers"),
+        (spoil_view(affine=["1", 0, 0, 0, 1, 0]), "6 finite numbers"),
+        (spoil_view(seen=[0, 0, 40]), "4 numbers"),
+        (spoil_view(seen=[30, 0, 10, 30]), "left, top, right, bottom"),
+        (spoil_view(seen=None), "4 numbers"),
         (spoil_metadata(encoders=encoders(("x", [5, 5]))), "channels"),
         (spoil_metadata(encoders=encoders(("x", ["0", "5"]))), "whole number"),
         (spoil_metadata(encoders=encoders(("x", [0, 6]), ("y", [5, 9]))), "ends at 6"),
@@ -323,6 +326,28 @@ def test_places():
         assert visual.token_at(*corners.mean(0)) == token
 
 
+def test_places_of_a_picture_that_was_turned():
+    _, visual = make()
+    turned = (-0.1, 0.0, 4.0, 0.0, -0.1, 3.0)
+    visual = replace(visual, views=(replace(VIEWS[0], affine=turned), VIEWS[1]))
+    assert visual.token_at(0, 0) == 11 and visual.token_at(39.9, 29.9) == 0
+    assert visual.token_at(10, 0) == 10  # a border belongs to the right of it in the picture, whichever way it is turned
+    np.testing.assert_allclose(visual.region(0), [(40, 30), (30, 30), (30, 20), (40, 20)])
+    sideways = replace(visual, grid=(4, 3), views=(replace(VIEWS[0], affine=(0, 0.1, 0, -0.1, 0, 4)), VIEWS[1]))
+    assert [sideways.token_at(x, y) for x, y in ((0, 0), (39, 0), (0, 29), (39, 29))] == [9, 0, 11, 2]
+    for token in range(12):
+        assert sideways.token_at(*np.mean(sideways.region(token), axis=0)) == token
+
+
+def test_pixels_that_were_cut_away_have_no_token():
+    _, visual = make()
+    visual = replace(visual, views=(replace(VIEWS[0], seen=(10.0, 5.0, 40.0, 20.5)), VIEWS[1]))
+    read = VisualTokens.from_bytes(visual.to_bytes())
+    assert read.views == visual.views and VisualTokens.from_bytes(make()[1].to_bytes()).views[0].seen is None
+    assert read.token_at(9.9, 7) is None and read.token_at(15, 4) is None and read.token_at(15, 21) is None
+    assert read.token_at(10, 5) == 1 and read.token_at(39, 20) == 11
+
+
 def test_slices():
     tokens, visual = make()
     wrist = visual.view("wrist")
@@ -348,8 +373,17 @@ def test_summary_token_stands_before_the_grid():
     with pytest.raises(ValueError, match="not on the grid"):
         both.region(0)
     alone = replace(visual, data=data[:, :1], token_strategy="cls")
-    with pytest.raises(ValueError, match="no place"):
-        alone.on_grid()
+    for read in (alone.on_grid, lambda: alone.token_at(0, 0)):
+        with pytest.raises(ValueError, match="no place"):
+            read()
+    with pytest.raises(ValueError, match="not on the grid"):
+        alone.region(0)
+    assert VisualTokens.from_bytes(alone.to_bytes()).shape == (2, 1, 6)
+    # Features have the summary in front, too.
+    features = np.concatenate([np.full((2, 1, 9), 7, np.float32), np.zeros((2, 12, 9), np.float32)], axis=1)
+    read = VisualTokens.from_bytes(replace(both, features=features).to_bytes())
+    assert (read.encoder("siglip")[:, 0] == 7).all() and read.encoder("dinov2").shape == (2, 13, 5)
+    assert (read.on_grid(read.encoder("siglip")) == 0).all()
 
 
 def test_reading_needs_no_torch(monkeypatch):

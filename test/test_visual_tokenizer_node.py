@@ -583,6 +583,9 @@ def test_an_encoding_that_fails_and_tokens_that_are_not_finite(monkeypatch):
         def affine(self, height, width, camera):
             return (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
+        def seen(self, height, width, camera):
+            return None
+
         def metadata(self):
             return dict(
                 model=self.model, weights=self.weights, fingerprint=self.fingerprint, compute_dtype="float32",

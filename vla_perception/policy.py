@@ -590,7 +590,10 @@ def tokenize(
 
     stamp_ns = time.time_ns() if stamp_ns is None else stamp_ns
     views = [
-        View(camera, camera, stamp_ns, *image.shape[:2], tokenizer.affine(*image.shape[:2], camera))
+        View(
+            camera, camera, stamp_ns, *image.shape[:2], tokenizer.affine(*image.shape[:2], camera),
+            seen=tokenizer.seen(*image.shape[:2], camera),
+        )  # fmt: skip
         for camera, image in images.items()
     ]
     output = tokenizer(list(images.values()), features=features, cameras=list(images))

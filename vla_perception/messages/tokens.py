@@ -68,6 +68,8 @@ class View:
         affine: six floats, row-major 2 × 3: source pixel (x, y, 1) → (column, row) on the grid. Pixel i covers
             [i, i + 1), token j covers [j, j + 1).
         valid: false where no image could be had and the tokens are to be ignored.
+        seen: (left, top, right, bottom) in pixels of the part of the source image that was left for the encoders when
+            it was cut; None: all of it.
     """
 
     camera: str
@@ -77,6 +79,7 @@ class View:
     width: int
     affine: tuple[float, ...]
     valid: bool = True
+    seen: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -296,7 +299,9 @@ class VisualTokens:
         # pixel's corner belongs to the pixel, and that whichever way the picture was turned.
         inside_x, inside_y = x + _WITHIN_PIXEL, y + _WITHIN_PIXEL
         column, row = math.floor(a * inside_x + b * inside_y + c), math.floor(d * inside_x + e * inside_y + f)
-        inside = 0 <= x < source.width and 0 <= y < source.height
+        # What was cut away may lie where a letterbox puts its padding: on the grid, and not in the picture.
+        left, top, right, bottom = source.seen or (0, 0, source.width, source.height)
+        inside = left <= x < right and top <= y < bottom
         if not inside or not (0 <= row < self.grid[0] and 0 <= column < self.grid[1]):
             return None
         return self._summaries + row * self.grid[1] + column
@@ -341,6 +346,7 @@ class VisualTokens:
                     "width": view.width,
                     "affine": list(view.affine),
                     "valid": view.valid,
+                    **({} if view.seen is None else {"seen": list(view.seen)}),
                 }
                 for view in self.views
             ],
@@ -397,6 +403,7 @@ class VisualTokens:
                     width=_whole(view["width"]),
                     affine=_affine(view["affine"]),
                     valid=_boolean(view["valid"]),
+                    seen=_rectangle(view["seen"]) if "seen" in view else None,
                 )
                 for view in metadata["views"]
             )
@@ -610,15 +617,26 @@ def _text(value: object) -> str:
 
 
 def _affine(values: object) -> tuple[float, ...]:
-    if not isinstance(values, (list, tuple)) or len(values) != 6:
-        raise ValueError(f"a view's affine map must be six numbers, got {_brief(values)}")
-    for value in values:
-        if type(value) not in (int, float) or not -_FAR < value < _FAR:
-            raise ValueError(f"a view's affine map must be six finite numbers, got {_brief(values)}")
-    a, b, c, d, e, f = map(float, values)
+    a, b, c, d, e, f = _numbers(values, 6, "a view's affine map")
     if abs(a * e - b * d) < 1 / _FAR**2:
         raise ValueError(f"a view's affine map cannot be inverted: {_brief(values)}")
     return a, b, c, d, e, f
+
+
+def _rectangle(values: object) -> tuple[float, ...]:
+    left, top, right, bottom = _numbers(values, 4, "the part of a picture that was seen")
+    if not (0 <= left < right and 0 <= top < bottom):
+        raise ValueError(f"the part of a picture that was seen must be left, top, right, bottom, got {_brief(values)}")
+    return left, top, right, bottom
+
+
+def _numbers(values: object, count: int, what: str) -> tuple[float, ...]:
+    if not isinstance(values, (list, tuple)) or len(values) != count:
+        raise ValueError(f"{what} must be {count} numbers, got {_brief(values)}")
+    for value in values:
+        if type(value) not in (int, float) or not -_FAR < value < _FAR:
+            raise ValueError(f"{what} must be {count} finite numbers, got {_brief(values)}")
+    return tuple(map(float, values))
 
 
 def _brief(value: object) -> str:

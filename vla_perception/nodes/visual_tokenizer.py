@@ -628,6 +628,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                     width=image.shape[1],
                     # ValueError where a picture of this size cannot be prepared.
                     affine=tokenizer.affine(image.shape[0], image.shape[1], frame.camera),
+                    seen=tokenizer.seen(image.shape[0], image.shape[1], frame.camera),
                 )
                 images.append(image)
                 views.append(view)

@@ -330,6 +330,15 @@ class VisualTokenizer:
         to_patches = source_to_grid(height, width, self.config.encoders[0], self._towers[0].patch_size)
         return tuple(value / self.config.pool for value in compose(to_patches, prepared))
 
+    def seen(self, height: int, width: int, camera: str | None = None) -> tuple[float, ...] | None:
+        """(left, top, right, bottom) of what `prepare` leaves of a source picture, in pixels; None: all of it."""
+        (a, _, c, _, e, f), new_height, new_width = self._prepare.affine(height, width, camera)
+        # Every step keeps the axes, so the prepared picture's corners are those of what was left.
+        (left, right), (top, bottom) = sorted((-c / a, (new_width - c) / a)), sorted((-f / e, (new_height - f) / e))
+        part = (max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height)))
+        whole = (0.0, 0.0, float(width), float(height))
+        return None if all(abs(edge - end) < 1e-6 for edge, end in zip(part, whole)) else part
+
     def metadata(self) -> dict:
         """What the token message says about the model (docs/wire_format.md)."""
         encoders, start = [], 0
