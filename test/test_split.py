@@ -8,6 +8,7 @@ import contextlib
 import json
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ import torch  # noqa: E402
 from miniature_openvla import EMPTY_TOKEN, STATISTICS, Miniature, prompt_ids  # noqa: E402
 from openvla_policy import LanguageModel  # noqa: E402
 
-from vla_perception.policy import FingerprintMismatch, LocalTokens, TokenSubscriber, tokenize  # noqa: E402
+from vla_perception.policy import FingerprintMismatch, LocalTokens, TokenSubscriber, VisualTokens, tokenize  # noqa: E402
 from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
 
 INSTRUCTION = "Put the Bowl on the plate"
@@ -79,6 +80,17 @@ def agree(action, whole) -> None:
     np.testing.assert_allclose(action.values, values, rtol=1e-6, atol=1e-9)
 
 
+def same(received, computed) -> None:
+    """What the node published, and what the tokenizer gives in this process: everything but the frame's name."""
+    np.testing.assert_allclose(received.float32(), computed.float32(), rtol=1e-4, atol=1e-5)
+    plain = {"data": None, "views": tuple(replace(view, frame_id="") for view in received.views)}
+    assert {**vars(received), **plain} == {
+        **vars(VisualTokens.from_bytes(computed.to_bytes())),
+        **plain,
+        "views": tuple(replace(view, frame_id="") for view in computed.views),
+    }
+
+
 def node_process(folder, cameras, domain) -> RosProcess:
     arguments = ["-m", "vla_perception.nodes.visual_tokenizer", "--ros-args"]
     for setting in (
@@ -119,6 +131,7 @@ def test_split_over_dds_acts_as_the_whole_with_one_view(miniature, folder, langu
     pytest.importorskip("rclpy")
     from sensor_msgs.msg import Image
 
+    tokenizer = VisualTokenizer.load(folder)
     domain, cameras = free_domain(), ("full",)
     with (
         node_process(folder, cameras, domain) as node,
@@ -135,6 +148,7 @@ def test_split_over_dds_acts_as_the_whole_with_one_view(miniature, folder, langu
             whole = miniature.act(shown, INSTRUCTION)
             agree(language_model.act(visual, INSTRUCTION), whole)
             chosen.add(tuple(whole[1]))
+            same(visual, tokenize(tokenizer, {"full": shown[0]}, stamp_ns=visual.stamp_ns, sequence=visual.sequence))
         assert len(chosen) > 1, "the pictures must matter"
         assert node.stop() == 0, node.output
 
