@@ -363,3 +363,12 @@ def test_tokens_are_those_of_the_whole_checkpoint(serve, tmp_path, monkeypatch):
     picture = checkpoints.picture()
     assert ours.fingerprint == expected.fingerprint
     np.testing.assert_array_equal(ours(picture).tokens.numpy(), expected(picture).tokens.numpy())
+
+
+def test_configuration_alone(serve):
+    server = serve(repository())
+    folder = hub.fetch_configuration(ID)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "preprocessor_config.json"]
+    assert server.sent() == 0
+    assert_vision_part(hub.fetch(ID))
+    assert (hub.fetch_configuration(ID) / "model.safetensors").is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_tokenize(commands)
+    _add_describe(commands)
     options = parser.parse_args(arguments)
+    # What takes long, as a download does, and what is assumed.
+    logging.basicConfig(format="vla-perception: %(message)s")
+    logging.getLogger("vla_perception").setLevel(logging.INFO)
     try:
         options.run(options)
     except ImportError as error:
@@ -27,6 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"vla-perception: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+MODEL_HELP = (
+    "checkpoint (docs/models.md), Hugging Face id, names of timm's encoders, or a preset's name for random weights"
+)
 
 
 def _add_tokenize(commands: argparse._SubParsersAction) -> None:
@@ -51,11 +61,13 @@ def _add_tokenize(commands: argparse._SubParsersAction) -> None:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The options that say which tokenizer; `choices` reads them."""
-    parser.add_argument(
-        "--model", required=True,
-        help="checkpoint (docs/models.md), names of timm's encoders, or a preset's name for random weights",
-    )  # fmt: skip
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
     parser.add_argument("--adapter", metavar="DIRECTORY", help="LoRA adapter to add; none: not even the model's own")
+    add_choices(parser)
+
+
+def add_choices(parser: argparse.ArgumentParser) -> None:
+    """The options that any model has."""
     parser.add_argument("--encoders", nargs="+", metavar="NAME", help="encoders to keep, such as dinov2; default: all")
     parser.add_argument("--image-size", nargs="+", type=int, metavar="PIXELS", help="one for all encoders, or for each")
     parser.add_argument(
@@ -73,9 +85,52 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def choices(options: argparse.Namespace) -> dict:
-    """What `add_model` read, as keywords of `VisualTokenizer.load`."""
+    """What `add_model` or `add_choices` read, as keywords of `VisualTokenizer.load`."""
     names = ("adapter", "encoders", "image_size", "token_strategy", "projector", "pool", "prepare")
-    return {name: getattr(options, name) for name in names}
+    return {name: value for name, value in vars(options).items() if name in names}
+
+
+def _add_describe(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "describe",
+        help="what a model's tokens are and cost, without loading it",
+        description="Patch grid, channels, projector, operations, memory, message and what tokens cost a language model. "
+        "No weights are read or fetched.",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_choices(parser)
+    parser.add_argument("--views", type=int, default=1, help="cameras in one message (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=30.0, metavar="HZ", help="messages per second (default: 30)")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"),
+        help="of weights, tokens and the language model's cache (default: %(default)s)",
+    )  # fmt: skip
+    model = parser.add_argument_group("the language model that reads the tokens", "by default Llama-2-7B, OpenVLA's")
+    model.add_argument("--llm-width", type=int, default=4096, metavar="N", help="hidden size (default: %(default)s)")
+    model.add_argument("--llm-layers", type=int, default=32, metavar="N", help="default: %(default)s")
+    model.add_argument("--llm-heads", type=int, default=32, metavar="N", help="default: %(default)s")
+    model.add_argument("--llm-kv-heads", type=int, metavar="N", help="default: as many as heads")
+    model.add_argument("--llm-mlp-width", type=int, metavar="N", help="default: Llama's rule, 11008 for 4096")
+    model.add_argument("--text-tokens", type=int, default=32, metavar="N", help="beside them (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="the same as JSON, in plain numbers")
+    parser.set_defaults(run=_describe)
+
+
+def _describe(options: argparse.Namespace) -> None:
+    from vla_perception.tokenizer.describe import LanguageModel, as_text, describe, model_config
+
+    language_model = LanguageModel(
+        options.llm_width, options.llm_layers, options.llm_heads, options.llm_kv_heads, options.llm_mlp_width
+    )
+    description = describe(
+        model_config(options.model, **choices(options)),
+        views=options.views,
+        rate_hz=options.rate,
+        dtype=options.dtype,
+        language_model=language_model,
+        text_tokens=options.text_tokens,
+    )
+    print(json.dumps(description, indent=2) if options.json else as_text(description), end="\n" if options.json else "")
 
 
 def _tokenize(options: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import os
 import sys
 import threading
@@ -878,6 +879,9 @@ def _checked(name: str, value: object) -> object:
 
 def main(args: list[str] | None = None) -> int:
     """Executable `visual_tokenizer`; returns its exit code."""
+    # What the tokenizer says while it loads: how far a download is, and what it assumes.
+    logging.basicConfig(format="%(name)s: %(message)s")
+    logging.getLogger("vla_perception").setLevel(logging.INFO)
     # Transitions, parameters and images, the service `encode`, and one to spare for the states.
     return run_node(VisualTokenizerNode, args, threads=4)
 

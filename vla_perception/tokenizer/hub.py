@@ -56,11 +56,7 @@ def fetch(name: str) -> Path:
     Raises:
         CheckpointError: there is no such model, it cannot be fetched, or it has no vision part; says what to do.
     """
-    match = _ID.fullmatch(name)
-    if match is None:
-        raise CheckpointError(f"{name!r} is no Hugging Face id; write org/name or org/name@revision")
-    repository, revision = match["repository"], match["revision"] or "main"
-    root = cache_directory() / "hub" / repository
+    repository, revision, root = _parse(name)
     if _COMMIT.fullmatch(revision) and (held := _held(root, revision)):
         return held
     with _explained(repository, revision):
@@ -69,6 +65,26 @@ def fetch(name: str) -> Path:
         if revision != commit:
             _write(_reference(root, revision), commit.encode())
     return folder
+
+
+def fetch_configuration(name: str) -> Path:
+    """As `fetch`, but a directory that may hold the configuration files alone: weights are not fetched for it.
+
+    Raises:
+        CheckpointError: as `fetch`.
+    """
+    repository, revision, root = _parse(name)
+    with _explained(repository, revision):
+        commit, files = _resolve(root, repository, revision)
+        return _held(root, commit) or _configuration(root, repository, commit, files)
+
+
+def _parse(name: str) -> tuple[str, str, Path]:
+    """Repository, revision, and its folder in the cache."""
+    match = _ID.fullmatch(name)
+    if match is None:
+        raise CheckpointError(f"{name!r} is no Hugging Face id; write org/name or org/name@revision")
+    return match["repository"], match["revision"] or "main", cache_directory() / "hub" / match["repository"]
 
 
 def _reference(root: Path, revision: str) -> Path:
@@ -112,7 +128,6 @@ def _resolve(root: Path, repository: str, revision: str) -> tuple[str, set[str]]
 def _fetch(root: Path, repository: str, commit: str, files: Collection[str]) -> Path:
     from filelock import FileLock, Timeout
 
-    _refuse(repository, files)
     root.mkdir(parents=True, exist_ok=True)
     lock = FileLock(root / f"{commit}.lock")
     try:
@@ -124,12 +139,7 @@ def _fetch(root: Path, repository: str, commit: str, files: Collection[str]) -> 
         held = _held(root, commit)
         if held:
             return held
-        # Only a whole directory gets the name that is looked for.
-        partial = root / f"{commit}.partial"
-        target = partial / root.name
-        for file in _SMALL_FILES:
-            _copy(repository, commit, file, files, target)
-        _check_config(repository, target)
+        target = _configuration(root, repository, commit, files)
         source = {"repository": repository, "commit": commit, "holds": "vision and projector tensors only"}
         shards = _shards(repository, commit, files)
         if shards:
@@ -140,10 +150,20 @@ def _fetch(root: Path, repository: str, commit: str, files: Collection[str]) -> 
         if not shards and beside in files:
             _copy(repository, commit, "lora_adapter/adapter_config.json", files, target)
             _assemble(target / beside, _sources(repository, commit, [beside]), source)
-        partial.rename(root / commit)
+        target.parent.rename(root / commit)
     finally:
         lock.release()
     return root / commit / root.name
+
+
+def _configuration(root: Path, repository: str, commit: str, files: Collection[str]) -> Path:
+    """The small files, checked, in a folder that gets the name that is looked for only when weights are there, too."""
+    _refuse(repository, files)
+    target = root / f"{commit}.partial" / root.name
+    for file in _SMALL_FILES:
+        _copy(repository, commit, file, files, target)
+    _check_config(repository, target)
+    return target
 
 
 def _refuse(repository: str, files: Collection[str]) -> None:

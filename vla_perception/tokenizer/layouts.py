@@ -139,7 +139,7 @@ def _refuse_film(directory: Path) -> None:
 
 
 def _open_openvla(directory: Path) -> Checkpoint:
-    config = _read_config(directory)
+    config = read_config(directory)
     tensors, surplus = {}, []
     for stored in _stored_tensors(directory):
         canonical = _canonical_name(stored.name, config)
@@ -256,7 +256,7 @@ def _lora_scale(settings: Mapping, module: str, rank: int) -> float:
     return scale
 
 
-def _read_config(directory: Path) -> ModelConfig:
+def read_config(directory: Path) -> ModelConfig:
     """Vision settings from ``config.json`` and ``preprocessor_config.json``.
 
     The ``tvf_*`` entries are what OpenVLA's processor really uses, so where they are there, they are in force
