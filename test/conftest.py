@@ -3,9 +3,10 @@
 import importlib.util
 import os
 import tempfile
+import threading
 
 import pytest
-from ros_domain import free_domain
+from ros_domain import ROOT, RosProcess, free_domain, in_domain
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,3 +38,49 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture
+def ros():
+    """A context on a domain of its own: `node()` makes nodes, `spin(node)` spins one in a thread."""
+    rclpy = pytest.importorskip("rclpy")
+    from rclpy.executors import SingleThreadedExecutor
+    from rclpy.signals import SignalHandlerOptions
+
+    class Ros:
+        domain = free_domain()
+        context = rclpy.Context()
+
+        def __init__(self):
+            self.nodes, self.spinning = [], []
+
+        def node(self, name="policy", **options):
+            self.nodes.append(rclpy.create_node(name, context=self.context, **options))
+            return self.nodes[-1]
+
+        def spin(self, node):
+            executor, stop = SingleThreadedExecutor(context=self.context), threading.Event()
+            executor.add_node(node)
+            thread = threading.Thread(target=lambda: [executor.spin_once(0.05) for _ in iter(stop.is_set, True)])
+            thread.start()
+            self.spinning.append((executor, stop, thread))
+
+        def publisher(self, topic="tokens"):
+            from sensor_msgs.msg import CompressedImage
+
+            return self.node("publisher").create_publisher(CompressedImage, topic, 20)
+
+        def fake(self, *arguments):
+            return RosProcess([str(ROOT / "test" / "fake_tokenizer.py"), *map(str, arguments)], self.domain)
+
+    ros = Ros()
+    with in_domain(ros.domain):
+        rclpy.init(context=ros.context, signal_handler_options=SignalHandlerOptions.NO)
+    yield ros
+    for executor, stop, thread in ros.spinning:
+        stop.set()
+        thread.join()
+        executor.shutdown()
+    for node in ros.nodes:
+        node.destroy_node()
+    rclpy.try_shutdown(context=ros.context)

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from vla_perception.messages.tokens import View, VisualTokens, to_message
+from vla_perception.messages.tokens import View, VisualTokens
 
 MODEL = {
     "model": "fake",
@@ -55,21 +55,24 @@ def main() -> int:
     parser.add_argument("--grid", type=int, nargs=2, default=(3, 4))
     parser.add_argument("--channels", type=int, default=6)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--wait", type=int, default=1, help="subscribers to wait for before the first message")
+    parser.add_argument("--shared-memory", action="store_true", help="beside the topic")
     options = parser.parse_args()
 
     import rclpy
     from rclpy.executors import SingleThreadedExecutor
     from rclpy.signals import SignalHandlerOptions
-    from sensor_msgs.msg import CompressedImage
     from std_srvs.srv import Trigger
+
+    from vla_perception.nodes.token_publisher import TokenPublisher
 
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
     node = rclpy.create_node("fake_tokenizer")
-    publisher = node.create_publisher(CompressedImage, "tokens", 20)
+    publisher = TokenPublisher(node)
+    if options.shared_memory:
+        publisher.open_shared_memory()
     lock = threading.Lock()
     state = {"sequence": options.first, "sent": 0}
 
@@ -86,7 +89,7 @@ def main() -> int:
                 words = (tokens.data.view(np.uint32) >> 16).astype(np.uint16)
                 tokens = VisualTokens(**{**tokens.__dict__, "data": words, "dtype": "bfloat16"})
             state["sequence"] += 1
-            publisher.publish(to_message(tokens))
+            publisher.publish(tokens)
             state["sent"] += 1
         return sequence
 
@@ -100,7 +103,7 @@ def main() -> int:
     spinner = threading.Thread(target=lambda: [executor.spin_once(0.1) for _ in iter(ended.is_set, True)])
     spinner.start()
     print("ready", flush=True)
-    while options.rate and publisher.get_subscription_count() < options.wait and not ended.wait(0.02):
+    while options.rate and not publisher.wanted() and not ended.wait(0.02):
         pass
     begin = time.monotonic()
     while options.rate and not ended.is_set() and not 0 < options.count <= state["sent"]:
@@ -109,6 +112,7 @@ def main() -> int:
     print(f"sent {state['sent']}", flush=True)
     ended.wait()
     spinner.join()
+    publisher.close_shared_memory()
     executor.shutdown()
     node.destroy_node()
     rclpy.shutdown()

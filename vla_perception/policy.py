@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from vla_perception.messages.shared_memory import WRITTEN, SharedMemoryError, TokenReader, missing
 from vla_perception.messages.tokens import TokenFormatError, View, VisualTokens, from_message
 
 if TYPE_CHECKING:
@@ -37,6 +38,12 @@ __all__ = ["FingerprintMismatch", "LocalTokens", "TokenFormatError", "TokenSubsc
 #: Seconds between two log lines of the same kind: what happens at every message is told, not shouted.
 _LOG_PERIOD = 5.0
 _POLL = 0.05
+#: Seconds of silence in shared memory after which it is looked whether the tokenizer is still there.
+_SILENCE = 1.0
+#: Seconds until shared memory is tried again after it failed.
+_RETRY = 5.0
+#: Seconds that what shared memory brings first waits for what the topic is still bringing.
+_HAND_OVER = 0.5
 _numbers = itertools.count(1)
 
 
@@ -266,12 +273,15 @@ class _Tokens:
 
 
 class TokenSubscriber(_Tokens):
-    """Visual tokens from the tokenizer's topic.
+    """Visual tokens from the tokenizer's topic, or from shared memory where the tokenizer runs on this machine.
 
     Messages are taken in by a thread of its own, so `newest`, `wait` and `request` work in a plain loop without any
     executor, and inside a callback of any executor, and a policy that computes for long loses nothing but what is
     too old to matter. `callback` is called by the executor that spins `node`, like a subscription's. (rclpy's
     experimental EventsExecutor refuses the guard condition that this takes: read without a callback there.)
+
+    It begins with the topic. As soon as shared memory brings sets, it leaves the topic, so that the tokenizer need not
+    serialise them; when the writer there has gone, it returns. Neither counts as a loss or gives a set twice.
 
     Args:
         node: whose context, namespace, remappings, clock and logger are used.
@@ -282,10 +292,12 @@ class TokenSubscriber(_Tokens):
         history: how many sets `history` keeps.
         expect_fingerprint: refuse tokens of another tokenizer. The 64 digits, or their first ones (8 at least).
         service: of `request`; ``encode`` beside the topic where not given.
-        qos: QoS profile, or a depth for reliable reception of the last so many.
+        qos: of the topic: QoS profile, or a depth for reliable reception of the last so many.
+        shared_memory: false: only the topic. Where iceoryx2 is not installed (the extra ``shm``), so it is anyway.
 
     Attributes:
         topic: the resolved name.
+        transport: where the sets come from now, ``topic`` or ``shared memory``.
         received, lost, gaps, restarts, refused: counters.
         passed_over: sets for which `callback` was not called because a newer one was there.
     """
@@ -301,6 +313,7 @@ class TokenSubscriber(_Tokens):
         expect_fingerprint: str | None = None,
         service: str | None = None,
         qos: QoSProfile | int = 10,
+        shared_memory: bool = True,
     ) -> None:
         import rclpy
         from rclpy.executors import SingleThreadedExecutor
@@ -331,9 +344,26 @@ class TokenSubscriber(_Tokens):
             enable_rosout=False,
             start_parameter_services=False,
         )
-        self._private.create_subscription(CompressedImage, self.topic, self._take, qos)
+        self._subscribe = lambda: self._private.create_subscription(CompressedImage, self.topic, self._take, qos)
+        self._subscription = self._subscribe()
+        self._resubscribe = self._private.create_guard_condition(self._follow_transport)
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self._private)
+
+        self._taking = threading.Lock()  # of the two threads that take sets in, and for what follows
+        self.transport = "topic"
+        self._taken_from_topic: deque[tuple] = deque(maxlen=32)
+        self._held: list[tuple[VisualTokens, int]] = []  # of shared memory, while the topic still brings sets
+        self._held_since = 0.0
+        self._writer: int | None = None  # of the last set; None: it came by the topic
+        self._new_writer = False
+        self._reader: TokenReader | None = None
+
+        self._reading: threading.Thread | None = None
+        if shared_memory and not missing():
+            name = f"shared memory of {self.topic}"
+            self._reading = threading.Thread(target=self._read, name=name, daemon=True)
+            self._reading.start()
         self._thread = threading.Thread(target=self._receive, name=f"tokens of {self.topic}", daemon=True)
         self._thread.start()
         # A daemon thread inside DDS while Python takes itself apart may crash: end it before.
@@ -418,7 +448,7 @@ class TokenSubscriber(_Tokens):
             self._node.destroy_guard_condition(self._guard)
             self._guard = None
 
-    # In the thread of its own
+    # In the thread of the topic
 
     def _receive(self) -> None:
         from rclpy.executors import ExternalShutdownException, ShutdownException
@@ -434,21 +464,131 @@ class TokenSubscriber(_Tokens):
         finally:
             self._closed = True
             self._notify()
+            if self._reading is not None:  # it uses what is destroyed now
+                if (reader := self._reader) is not None:
+                    reader.wake()
+                self._reading.join(2.0)
             self._executor.shutdown(timeout_sec=1.0)
             self._private.destroy_node()
 
+    def _follow_transport(self) -> None:
+        """Subscribes to the topic, or leaves it."""
+        if self.transport == "topic" and self._subscription is None:
+            self._subscription = self._subscribe()
+        elif self.transport != "topic" and self._subscription is not None:
+            self._private.destroy_subscription(self._subscription)
+            self._subscription = None
+
     def _take(self, message) -> None:
-        try:
-            tokens = from_message(message)
-        except TokenFormatError as error:
-            self._refuse(error)
+        with self._taking:
+            if self.transport != "topic":
+                return  # shared memory has it
+            try:
+                tokens = from_message(message)
+            except TokenFormatError as error:
+                self._refuse(error)
+                return
+            if self._held and tokens.sequence >= self._held[0][0].sequence:
+                self._hand_over(at_once=True)  # the topic has nothing before it any more, and shared memory has it
+                return
+            self._taken_from_topic.append(_identity(tokens))
+            self._give(tokens)
+            self._writer = None
+            self._hand_over()
+
+    # In the thread of shared memory
+
+    def _read(self) -> None:
+        domain = self._context.get_domain_id()
+        while not self._closed:
+            try:
+                with contextlib.closing(TokenReader(self.topic, domain)) as self._reader:
+                    while not self._closed:
+                        self._read_on(self._reader)
+            except SharedMemoryError as error:
+                self._tell("shared memory", f"tokens come by the topic: {error}", period=600)
+            self._use_topic()
+            with self._changed:
+                end = time.monotonic() + _RETRY
+                while not self._closed and (left := end - time.monotonic()) > 0:
+                    self._changed.wait(left)
+
+    def _read_on(self, reader: TokenReader) -> None:
+        """Waits for sets and takes them in."""
+        events = reader.wait(_HAND_OVER / 5 if self._held else _SILENCE)
+        self._take_written(reader)
+        if events == {WRITTEN}:
             return
-        if self._accept(tokens):
-            if self._callback is not None:
-                with self._changed:
-                    self.passed_over += self._waiting is not None
-                    self._waiting = tokens
-                self._guard.trigger()
+        if not events:
+            reader.tidy()
+        if not reader.writers() and self.transport != "topic":
+            self._take_written(reader)  # its last words
+            self._use_topic()
+
+    def _take_written(self, reader: TokenReader) -> None:
+        while (taken := reader.take()) is not None:
+            data, writer = taken
+            with self._taking:
+                try:
+                    tokens = VisualTokens.from_bytes(data)
+                except TokenFormatError as error:
+                    self._refuse(error)
+                    continue
+                if self.transport == "topic":
+                    self._held_since = self._held_since if self._held else time.monotonic()
+                    self._held.append((tokens, writer))
+                else:
+                    self._give_written(tokens, writer)
+        if self._held:
+            with self._taking:
+                self._hand_over()
+
+    def _hand_over(self, at_once: bool = False) -> None:
+        """From the topic to shared memory, when what it brought follows what the topic did; with `_taking` held.
+
+        A set may still be on its way through DDS while shared memory brings the next one. It is waited for, so that
+        sets stay in order and it is not counted as lost.
+        """
+        if not self._held:
+            return
+        (first, writer), last = self._held[0], self._last
+        behind = (
+            last is not None
+            and self._writer in (None, writer)  # otherwise another tokenizer, whose numbers say nothing about the last
+            and last.sequence < first.sequence - 1
+            and _identity(first) not in self._taken_from_topic
+        )
+        if behind and not at_once and time.monotonic() - self._held_since < _HAND_OVER:
+            return
+        self.transport = "shared memory"
+        held, self._held = self._held, []
+        for tokens, writer in held:
+            if _identity(tokens) not in self._taken_from_topic:
+                self._give_written(tokens, writer)
+        self._taken_from_topic.clear()
+        self._resubscribe.trigger()
+
+    def _give_written(self, tokens: VisualTokens, writer: int) -> None:
+        self._new_writer = self._writer is not None and writer != self._writer
+        if writer == self._writer and self._last is not None and tokens.sequence <= self._last.sequence:
+            return  # a writer that changed to a larger segment: its next set was there before its last one
+        self._give(tokens)
+        self._writer = writer
+
+    def _use_topic(self) -> None:
+        with self._taking:
+            self.transport = "topic"
+            if not self._closed:
+                self._resubscribe.trigger()
+
+    # In both
+
+    def _give(self, tokens: VisualTokens) -> None:
+        if self._accept(tokens) and self._callback is not None:
+            with self._changed:
+                self.passed_over += self._waiting is not None
+                self._waiting = tokens
+            self._guard.trigger()
 
     def _notify(self) -> None:
         with self._changed:
@@ -466,10 +606,16 @@ class TokenSubscriber(_Tokens):
         restarts = self.restarts
         accepted = super()._accept(tokens)
         if accepted and (not self._publishers or self.restarts != restarts):
-            self._another_publisher()
+            self._look_for_publishers()
         return accepted
 
     def _another_publisher(self) -> bool:
+        if self.transport != "topic" and self._writer is not None:
+            return self._new_writer
+        return self._look_for_publishers()
+
+    def _look_for_publishers(self) -> bool:
+        """Whether all of those that were known are gone."""
         known = self._publishers
         infos = self._private.get_publishers_info_by_topic(self.topic)
         self._publishers = frozenset(bytes(info.endpoint_gid) for info in infos)
@@ -603,6 +749,11 @@ def tokenize(
     )
     tokens.check_finite()
     return tokens
+
+
+def _identity(tokens: VisualTokens) -> tuple:
+    """The same for the same set from another transport."""
+    return tokens.fingerprint, tokens.sequence, tokens.stamps_ns
 
 
 def _sequence_in(text: str) -> int | None:

@@ -481,9 +481,8 @@ def from_message(message: CompressedImage) -> VisualTokens:
     return VisualTokens.from_bytes(message.data)
 
 
-def _json(value: object) -> str:
-    """Sorted and compact, so that the same content gives the same bytes; NaN and infinity are no JSON."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+#: Sorted and compact, so that the same content gives the same bytes; NaN and infinity are no JSON.
+_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 
 
 def _model_fields(model: Mapping[str, object]) -> dict[str, object]:
@@ -539,7 +538,7 @@ def _split(data: memoryview) -> tuple[dict, memoryview]:
 def _parse(text: str, what: str) -> dict:
     """A JSON object; TokenFormatError for anything else, and for what JSON readers read differently."""
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+        value = _DECODER.decode(text)
     except TokenFormatError:
         raise
     except (ValueError, RecursionError):
@@ -558,6 +557,9 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _no_constant(name: str) -> float:
     raise TokenFormatError(f"{name} is no JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
 
 
 def _check_layout(header: Mapping[str, object], size: int) -> None:

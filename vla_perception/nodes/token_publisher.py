@@ -1,12 +1,15 @@
-"""How the node's tokens leave it: the topic `tokens`."""
+"""How the node's tokens leave it: the topic `tokens` and, beside it, shared memory for policies on this machine."""
 
 from __future__ import annotations
+
+import contextlib
 
 from rclpy.node import Node
 from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from sensor_msgs.msg import CompressedImage
 
+from vla_perception.messages.shared_memory import SharedMemoryError, TokenWriter, missing
 from vla_perception.messages.tokens import VisualTokens, to_message
 
 #: Token messages kept for a reliable subscriber that is behind: 2 MiB each for openvla-7b.
@@ -14,19 +17,64 @@ DEPTH = 10
 
 
 class TokenPublisher:
-    """Publishes sets of tokens on the topic `tokens` of `node`, reliably; `qos_overrides` parameters come first."""
+    """Publishes sets of tokens on the topic `tokens` of `node`, reliably; `qos_overrides` parameters come first.
+
+    A set is only made into a message if somebody subscribes to the topic, and only written into shared memory if
+    somebody reads there. Whatever goes wrong with shared memory is logged, once, and leaves the topic alone.
+    """
 
     def __init__(self, node: Node) -> None:
+        self._node = node
         self._publisher = node.create_publisher(
             CompressedImage,
             "tokens",
             QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=DEPTH, reliability=ReliabilityPolicy.RELIABLE),
             qos_overriding_options=QoSOverridingOptions.with_default_policies(),
         )
+        self._writer: TokenWriter | None = None
+        self.messages = self.written = 0
+
+    def open_shared_memory(self) -> None:
+        """From here on policies of this machine may read there, if iceoryx2 is installed."""
+        if reason := missing():
+            self._node.get_logger().info(f"tokens go by the topic alone, without shared memory: {reason}")
+            return
+        try:
+            self._writer = TokenWriter(self._publisher.topic_name, self._node.context.get_domain_id())
+        except SharedMemoryError as error:
+            self._node.get_logger().warning(f"tokens go by the topic alone: {error}")
+
+    def close_shared_memory(self) -> None:
+        """Policies that read there return to the topic."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+
+    def readers(self) -> int:
+        """Policies that read from shared memory."""
+        writer = self._writer
+        return writer.readers() if writer is not None else 0
 
     def wanted(self) -> bool:
-        """Whether somebody reads."""
-        return self._publisher.get_subscription_count() > 0
+        """Whether somebody reads, from the topic or from shared memory."""
+        return self._publisher.get_subscription_count() > 0 or self.readers() > 0
 
     def publish(self, tokens: VisualTokens) -> None:
-        self._publisher.publish(to_message(tokens))
+        writer, reached = self._writer, 0
+        if writer is not None and writer.readers():
+            try:
+                reached = writer.write(tokens)
+            except SharedMemoryError as error:
+                self._node.get_logger().error(f"tokens go by the topic alone until the node is configured again: {error}")
+                self.close_shared_memory()
+        self.written += bool(reached)
+        if self._publisher.get_subscription_count() or not reached:
+            self._publisher.publish(to_message(tokens))
+            self.messages += 1
+
+    def tidy(self) -> None:
+        """Now and then: policies that were killed no longer count as readers."""
+        writer = self._writer
+        if writer is not None:
+            with contextlib.suppress(SharedMemoryError):  # the next time may do better
+                writer.tidy()

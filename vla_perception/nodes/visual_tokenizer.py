@@ -136,6 +136,9 @@ SETTINGS: dict[str, _Setting] = {
         choices=TRIGGERS,
         live=True,
     ),
+    "shared_memory": _Setting(
+        True, "Whether policies on this machine may read the tokens from shared memory, where iceoryx2 is installed."
+    ),
 }
 
 
@@ -278,6 +281,8 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             self._sync = SetSynchronizer(
                 settings["cameras"], settings["sync_policy"], settings["sync_slop_sec"], settings["max_age_sec"]
             )
+        if settings["shared_memory"]:
+            self._tokens.open_shared_memory()
         self._threads = [
             threading.Thread(target=loop, name=name, daemon=True)
             for name, loop in (("worker", self._work), ("publisher", self._publish_loop))
@@ -340,6 +345,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             self._changed.notify_all()
         for thread in self._threads:
             thread.join(2.0)
+        self._tokens.close_shared_memory()
 
     def _autostart(self) -> None:
         if self._closing.is_set() or self._state_machine.current_state[1] != "unconfigured":
@@ -442,6 +448,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         for thread in self._threads:
             thread.join()  # an encoding that runs uses the memory that is to be given back
         self._threads = []
+        self._tokens.close_shared_memory()
         with self._changed:
             if self._slot is not None:
                 self._give_up(self._slot)
@@ -735,6 +742,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
     def _watch(self) -> None:
         """Once a second: follows the publishers, notices what is missing, publishes diagnostics."""
         self._follow_publishers()
+        self._tokens.tidy()
         now = time.monotonic()
         for camera in tuple(self._cameras.values()):
             complaint = self._complaint(camera, now)
@@ -810,6 +818,9 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             timings = {stage: np.array(values) for stage, values in self._timings.items()}
             facts: dict[str, object] = {
                 "token_messages": self._sequence,
+                "on_topic": self._tokens.messages,
+                "in_shared_memory": self._tokens.written,
+                "shared_memory_readers": self._tokens.readers(),
                 "encode_errors": self._encode_errors,
                 "non_finite": self._non_finite,
             }

@@ -1,0 +1,258 @@
+"""Tokens through shared memory, between the processes of one machine: what a message's `data` holds, and no more.
+
+Per topic one iceoryx2 service carries the bytes and another one of the same name wakes the readers; docs/wire_format.md
+describes both. Nothing in here knows ROS. The `TokenWriter` belongs to the tokenizer's node, a `TokenReader` to each
+policy. None of them waits for another one: a reader that does not keep up loses its oldest sets, and what a killed
+process leaves is removed by any other one (`tidy`).
+
+iceoryx2 is optional (the extra `shm`; it has no wheels for aarch64). Whatever fails here is a `SharedMemoryError`, and
+then the topic does alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+
+from vla_perception.messages.tokens import SCHEMA, VisualTokens
+
+#: Sets that wait for a reader at most; then its oldest one makes room.
+DEPTH = 10
+#: Sets that a reader holds without having copied them at most.
+LENT = 4
+#: Readers of one topic. A reader that finds no place stays with the topic.
+READERS = 8
+#: Writers of one topic: one, its successor while sets grow, and a killed one whose remains were not removed yet.
+WRITERS = 4
+#: Event identifiers: a set was written; a writer has come, has gone, was found dead.
+WRITTEN, WRITER_CAME, WRITER_LEFT, WRITER_DIED = range(4)
+
+_FOLDER = "/dev/shm"
+
+
+class SharedMemoryError(RuntimeError):
+    """Shared memory cannot be used (any more); the text says why."""
+
+
+def service_name(topic: str, domain: int) -> str:
+    """The iceoryx2 services' name for a resolved topic of a ROS domain: ``vla_tokens/1/ros_domain_0/robot/tokens``."""
+    return f"{SCHEMA}/ros_domain_{domain}{topic}"
+
+
+def missing() -> str:
+    """Why iceoryx2 cannot be imported; empty if it can."""
+    try:
+        import iceoryx2  # noqa: F401
+    except ImportError as error:
+        return f"{error}; `pip install 'vla_perception[shm]'`"
+    return ""
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Makes a SharedMemoryError of whatever iceoryx2 raises."""
+    try:
+        yield
+    except SharedMemoryError:
+        raise
+    except BaseException as error:
+        # A panic in iceoryx2's Rust is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise SharedMemoryError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+class _Services:
+    """A process's hold of both services of a topic."""
+
+    def __init__(self, topic: str, domain: int) -> None:
+        if reason := missing():
+            raise SharedMemoryError(reason)
+        import iceoryx2
+
+        with _told(f"no shared memory for {topic}"):
+            # Its advice goes to stderr and is about what is handled here; IOX2_LOG_LEVEL brings it back.
+            iceoryx2.set_log_level_from_env_or(iceoryx2.LogLevel.Fatal)
+            # SIGINT and SIGTERM are the process's own.
+            mode = iceoryx2.SignalHandlingMode.Disabled
+            self._node = iceoryx2.NodeBuilder.new().signal_handling_mode(mode).create(iceoryx2.ServiceType.Ipc)
+            name = iceoryx2.ServiceName.new(service_name(topic, domain))
+            self._sets = (
+                self._node.service_builder(name)
+                .publish_subscribe(iceoryx2.Slice[ctypes.c_uint8])
+                .max_publishers(WRITERS)
+                .max_subscribers(READERS)
+                .max_nodes(2 * (WRITERS + READERS))
+                .history_size(0)
+                .subscriber_max_buffer_size(DEPTH)
+                .subscriber_max_borrowed_samples(LENT + 1)
+                .enable_safe_overflow(True)
+                .open_or_create()
+            )
+            self._events = (
+                self._node.service_builder(name)
+                .event()
+                .max_notifiers(WRITERS + READERS)
+                .max_listeners(READERS)
+                .max_nodes(2 * (WRITERS + READERS))
+                .event_id_max_value(WRITER_DIED)
+                .notifier_created_event(iceoryx2.EventId.new(WRITER_CAME))
+                .notifier_dropped_event(iceoryx2.EventId.new(WRITER_LEFT))
+                .notifier_dead_event(iceoryx2.EventId.new(WRITER_DIED))
+                .open_or_create()
+            )
+
+    def tidy(self) -> None:
+        """Removes what killed processes have left. Until then they still count as readers and writers."""
+        with _told("killed processes cannot be cleaned up after"):
+            if (node := self._node) is not None:
+                node.try_cleanup_dead_nodes()
+
+    def close(self) -> None:
+        """Gives everything back."""
+        self._sets = self._events = self._node = None
+
+
+class TokenWriter(_Services):
+    """The tokenizer's end. All of it may be called by any thread."""
+
+    def __init__(self, topic: str, domain: int) -> None:
+        super().__init__(topic, domain)
+        self._writing = threading.Lock()
+        self._publisher = None
+        self._capacity = 0
+        self._filled: dict[int, int] = {}  # address → bytes: pages that are there already
+        with _told(f"no place for a writer of {topic}"):
+            import iceoryx2
+
+            self._notifier = self._events.notifier_builder().create()
+            self._discard = iceoryx2.BackpressureStrategy.DiscardData
+
+    def readers(self) -> int:
+        """How many read, or did when they were killed: see `tidy`."""
+        sets = self._sets
+        return sets.dynamic_config.number_of_subscribers if sets is not None else 0
+
+    def write(self, tokens: VisualTokens) -> int:
+        """Writes one set and wakes the readers; how many it reached. Never waits for one."""
+        parts = tokens.to_parts()
+        size = sum(map(len, parts))
+        with self._writing, _told("tokens could not be put into shared memory"):
+            if self._sets is None:
+                raise SharedMemoryError("this writer is closed")
+            if size > self._capacity:
+                self._grow(size)
+            loan = self._publisher.loan_slice_uninit(size)
+            if size > self._filled.get(loan.payload_ptr, 0):
+                _make_sure_of_room(size)
+                self._filled[loan.payload_ptr] = size
+            # Straight into what the readers map: the only copy on this side.
+            target = memoryview((ctypes.c_uint8 * size).from_address(loan.payload_ptr)).cast("B")
+            start = 0
+            for part in parts:
+                target[start : start + len(part)] = part
+                start += len(part)
+            reached = loan.assume_init().send()
+            self._notifier.notify()
+        return reached
+
+    def _grow(self, size: int) -> None:
+        # The header's length varies by some digits. A set that is larger by more means other settings.
+        capacity = size + 4096
+        successor = (
+            self._sets.publisher_builder()
+            .initial_max_slice_len(capacity)
+            .max_loaned_samples(1)
+            .backpressure_strategy(self._discard)
+            .create()
+        )
+        # Only now does the old one go: a reader that sees none returns to the topic.
+        if self._publisher is not None:
+            self._publisher.delete()
+        self._publisher, self._capacity, self._filled = successor, capacity, {}
+
+    def close(self) -> None:
+        with self._writing:
+            for port in (self._publisher, self._notifier):
+                if port is not None:
+                    port.delete()
+            self._publisher = self._notifier = None
+            self._capacity = 0
+            super().close()
+
+
+class _Loan:
+    """Holds what iceoryx2 lends; it is given back when this is collected."""
+
+    def __init__(self, sample: object) -> None:
+        self.sample = sample
+
+
+class TokenReader(_Services):
+    """A policy's end. One thread reads; `wake` is for the others."""
+
+    def __init__(self, topic: str, domain: int) -> None:
+        super().__init__(topic, domain)
+        with _told(f"no place for a reader of {topic}"):
+            self._listener = self._events.listener_builder().create()
+            self._subscriber = self._sets.subscriber_builder().create()
+        self._lent: weakref.WeakSet[_Loan] = weakref.WeakSet()
+
+    def writers(self) -> int:
+        """How many write, or did when they were killed: see `tidy`."""
+        return self._sets.dynamic_config.number_of_publishers
+
+    def wait(self, timeout_sec: float) -> set[int]:
+        """Sleeps until something happens to the topic, at most so long; which kinds of events did."""
+        import iceoryx2
+
+        with _told("waiting for tokens"):
+            events = self._listener.timed_wait(iceoryx2.Duration.from_nanos(int(timeout_sec * 1e9)))
+            return {event.id.as_value for event in events}
+
+    def take(self) -> tuple[memoryview | bytes, int] | None:
+        """The next set that waits, and a number that its writer alone has; None if none waits.
+
+        The bytes lie in shared memory for as long as anything refers to them, also when writer or reader are gone;
+        nobody writes there meanwhile. Who keeps more than `LENT` sets gets copies of the further ones.
+        """
+        with _told("taking tokens"):
+            sample = self._subscriber.receive()
+            if sample is None:
+                return None
+            header = sample.header
+            size, writer = header.number_of_elements, header.node_id.value
+            if len(self._lent) >= LENT:
+                data = ctypes.string_at(sample.payload_ptr, size)
+                sample.delete()
+                return data, writer
+            array = (ctypes.c_uint8 * size).from_address(sample.payload_ptr)
+            array.loan = _Loan(sample)  # given back with the last array that looks into it
+            self._lent.add(array.loan)
+        return memoryview(array).cast("B").toreadonly(), writer
+
+    def wake(self) -> None:
+        """Ends the `wait` of another thread (and, for nothing, those of other readers)."""
+        with contextlib.suppress(SharedMemoryError), _told("waking"):
+            self._events.notifier_builder().create().delete()
+
+    def close(self) -> None:
+        self._subscriber.delete()
+        self._listener.delete()
+        super().close()
+
+
+def _make_sure_of_room(size: int) -> None:
+    """SharedMemoryError if `size` more bytes might not fit: Linux would end the process with SIGBUS where it writes."""
+    with contextlib.suppress(FileNotFoundError):
+        state = os.statvfs(_FOLDER)
+        free = state.f_bavail * state.f_frsize
+        if free < size + 2**20:
+            raise SharedMemoryError(
+                f"{_FOLDER} has {free / 2**20:.0f} MiB left, a set of tokens takes {size / 2**20:.0f} (containers: "
+                "--shm-size)"
+            )
