@@ -5,11 +5,12 @@ ros2 launch vla_perception real_camera.launch.py cameras:=front=rtsp://192.168.0
 ros2 launch vla_perception real_camera.launch.py driver:=realsense2_camera cameras:="front=123456789012,wrist="
 """
 
-from launch.actions import DeclareLaunchArgument, OpaqueFunction, Shutdown
+from launch.actions import DeclareLaunchArgument, OpaqueFunction
 
 from launch import LaunchDescription
 from vla_perception.launch_parts import (
     argument,
+    ends_everything,
     fastdds_profile,
     node,
     number,
@@ -117,9 +118,9 @@ def start(context):
     def ended(name):
         """One camera less goes on, with a complaint of the tokenizer; none at all does not."""
 
-        def on_exit(event, _context):
+        def on_exit(event, context):
             left.discard(name)
-            return None if left else [Shutdown(reason="no camera is left")]
+            return None if left else ends_everything("the last camera")(event, context)
 
         return on_exit
 
@@ -141,9 +142,11 @@ def start(context):
     return [
         *fastdds_profile(context),
         *drivers,
-        *tokenizer(context, topics, image_transport=argument(context, "image_transport")),
+        *tokenizer(context, topics, image_transport=argument(context, "image_transport"), use_sim_time=False),
     ]
 
 
 def generate_launch_description():
-    return LaunchDescription([*ARGUMENTS, *tokenizer_arguments(cameras=None), OpaqueFunction(function=start)])
+    return LaunchDescription(
+        [*ARGUMENTS, *tokenizer_arguments(cameras=None, use_sim_time=None), OpaqueFunction(function=start)]
+    )

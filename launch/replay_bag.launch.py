@@ -6,13 +6,14 @@ ros2 launch vla_perception replay_bag.launch.py bag:=drive.mcap loop:=true rate:
 
 import re
 
-from launch.actions import DeclareLaunchArgument, LogInfo, OpaqueFunction, Shutdown, TimerAction
+from launch.actions import DeclareLaunchArgument, LogInfo, OpaqueFunction, TimerAction
 
 from launch import LaunchDescription
 from vla_perception.launch_parts import (
     BOOLEANS,
     argument,
     bag_camera_topics,
+    ends_everything,
     fastdds_profile,
     is_true,
     node,
@@ -24,6 +25,8 @@ from vla_perception.launch_parts import (
 )
 
 IMAGES = {"sensor_msgs/msg/Image": "raw", "sensor_msgs/msg/CompressedImage": "compressed"}
+#: What other image transports send as CompressedImage.
+NO_PICTURES = ("/compressedDepth", "/zstd")
 #: Seconds that the last frames get to become tokens, when the bag is over.
 LINGER_SEC = 3.0
 #: Seconds that the player waits for the tokenizer: a large checkpoint takes a while to load.
@@ -37,6 +40,13 @@ ARGUMENTS = [
         description="Cameras, comma-separated, in the order of the views: name=<topic in the bag, without "
         "/compressed>; a name alone means /<name>/image_raw. Empty: every image topic of the bag that is not depth or "
         "infrared, by name.",
+    ),
+    DeclareLaunchArgument(
+        "image_transport",
+        default_value="",
+        choices=["", *IMAGES.values()],
+        description="raw or compressed: which recorded topics are played. Empty: as the cameras were recorded, raw "
+        "where both are there.",
     ),
     DeclareLaunchArgument("rate", default_value="1.0", description="Speed: 2.0 plays twice as fast."),
     DeclareLaunchArgument(
@@ -57,7 +67,7 @@ def find_cameras(bag, wanted):
     found = {}
     topics = bag_camera_topics(bag)
     for topic, kind in topics.items():
-        if kind in IMAGES:
+        if kind in IMAGES and not topic.endswith(NO_PICTURES):
             base = topic.removesuffix("/compressed") if IMAGES[kind] == "compressed" else topic
             found.setdefault(base, {})[IMAGES[kind]] = topic
     if not found:
@@ -66,7 +76,7 @@ def find_cameras(bag, wanted):
         wanted = {}
         for base in sorted(found):
             name = re.sub(r"\W", "_", re.sub(r"/image(_raw|_color|_rect|_rect_color)?$", "", base).strip("/")) or "camera"
-            if not re.search("depth|infra", base) and name not in wanted:
+            if not re.search("depth|infra", base, re.IGNORECASE) and name not in wanted:
                 wanted[name if not name[0].isdigit() else f"camera_{name}"] = base
         if not wanted:
             raise ValueError(f"bag:={bag} has only depth or infrared images: {', '.join(found)}; name cameras:=…")
@@ -91,10 +101,15 @@ def start(context):
         raise ValueError(f"the cameras are recorded partly raw, partly compressed ({listed}): choose with cameras:=…")
     transport = transport or shared[0]
     images = [kinds[transport] for _, kinds in cameras.values()]
+    # A camera that sends nothing but JPEG may leave out the suffix that the tokenizer expects.
+    suffixes = {topic: f"{topic}/compressed" for topic in images if not topic.endswith("/compressed")}
     infos = [f"{base.rpartition('/')[0]}/camera_info" for base, _ in cameras.values()]
 
     sim = is_true(context, "use_sim_time")
-    ended = [Shutdown(reason="the bag is over")]
+
+    def on_exit(event, context):
+        return [TimerAction(period=LINGER_SEC, actions=ends_everything("bag_player")(event, context))]
+
     player = node(
         context,
         "vla_perception",
@@ -111,7 +126,8 @@ def start(context):
                 wait_timeout_sec=LOADING_SEC,
             )
         ],
-        on_exit=lambda event, _: ended if event.returncode else [TimerAction(period=LINGER_SEC, actions=ended)],
+        remappings=list(suffixes.items()) if transport == "compressed" else [],
+        on_exit=on_exit,
     )
     listed = ", ".join(f"{name} ({topic})" for name, topic in zip(cameras, images, strict=True))
     # Absolute topics, as they are in the bag, whatever the namespace.
@@ -125,6 +141,5 @@ def start(context):
 
 
 def generate_launch_description():
-    return LaunchDescription(
-        [*ARGUMENTS, *tokenizer_arguments(cameras=None, use_sim_time=None), OpaqueFunction(function=start)]
-    )
+    common = tokenizer_arguments(cameras=None, image_transport=None, use_sim_time=None)
+    return LaunchDescription([*ARGUMENTS, *common, OpaqueFunction(function=start)])

@@ -5,15 +5,17 @@ ros2 launch vla_perception sim_camera.launch.py scene:=robot/scene.xml cameras:=
 ros2 launch vla_perception sim_camera.launch.py simulator:=gazebo
 """
 
+import shlex
 from pathlib import Path
 
-from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription, OpaqueFunction, Shutdown
+from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription, OpaqueFunction
 from launch.launch_description_sources import PythonLaunchDescriptionSource
 
 from launch import LaunchDescription
 from vla_perception.launch_parts import (
     BOOLEANS,
     argument,
+    ends_everything,
     fastdds_profile,
     is_true,
     node,
@@ -76,7 +78,7 @@ def mujoco(context, cameras):
             "vla_perception",
             "mujoco_camera",
             parameters=[typed(**options)],
-            on_exit=Shutdown(reason="the simulation has ended"),
+            on_exit=ends_everything("the simulation"),
         )
     ]
 
@@ -90,8 +92,8 @@ def gazebo(context, cameras):
     if not world.is_file():
         raise ValueError(f"scene:={world}: there is no such file")
     simulator = Path(get_package_share_directory("ros_gz_sim"), "launch", "gz_sim.launch.py")
-    # Sensors are rendered by the server; without a window it needs no display.
-    arguments = f"-r {'' if is_true(context, 'gui') else '-s --headless-rendering '}{world}"
+    # Sensors are rendered by the server; without a window it needs no display. A shell reads this.
+    arguments = f"-r {'' if is_true(context, 'gui') else '-s --headless-rendering '}{shlex.quote(str(world))}"
     bridged = ["/clock@rosgraph_msgs/msg/Clock[gz.msgs.Clock"]
     remappings = []
     namespace = argument(context, "namespace").strip("/")
@@ -112,6 +114,7 @@ def gazebo(context, cameras):
             name="camera_bridge",
             arguments=bridged,
             remappings=remappings,
+            on_exit=ends_everything("the bridge"),
         ),
     ]
 

@@ -191,7 +191,10 @@ def test_cameras_and_remappings(launch_file):
     assert node.namespace == "/robot1"
     assert node.ros_arguments == ["--log-level", "robot1.visual_tokenizer:=info"]
     assert "cameras" not in parameters_of(*kinds(module.run(), "Node"))  # as the file says
-    for wrong in ("front,front", "front camera", "1=a"):
+    for wrong in ("front,front", "front=/a,front=/b"):
+        with pytest.raises(ValueError, match="front is there twice"):
+            module.run(cameras=wrong)
+    for wrong in ("front camera", "1=a"):
         with pytest.raises(ValueError, match="cameras:="):
             module.run(cameras=wrong)
     with pytest.raises(ValueError, match="no such file"):
@@ -201,6 +204,9 @@ def test_cameras_and_remappings(launch_file):
 def test_the_fast_dds_profile_can_be_left_out_and_is_not_replaced(launch_file):
     module = launch_file("tokenizer.launch.py")
     assert not kinds(module.run(fastdds_profile="false"), "SetEnvironmentVariable")
+    for distro, old in (("jazzy", True), ("kilted", False), ("lyrical", False)):  # later ones warn of Jazzy's variable
+        names = [action.args[0] for action in kinds(module.run({"ROS_DISTRO": distro}), "SetEnvironmentVariable")]
+        assert names == ["FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE"][: 2 if old else 1]
     own = {"FASTRTPS_DEFAULT_PROFILES_FILE": "/own.xml"}
     actions = module.run(environment=own)
     assert not kinds(actions, "SetEnvironmentVariable") and "/own.xml" in kinds(actions, "LogInfo")[0].msg
@@ -219,9 +225,15 @@ def test_real_cameras(launch_file, monkeypatch):
     camera, tokenizer = kinds(module.run(cameras="front=0", namespace="arm"), "Node")
     assert camera.namespace == "/arm/front" and parameters_of(camera)["source"] == "0"
     # One camera may end, the last one ends the rest.
+    failed, over = types.SimpleNamespace(returncode=1), types.SimpleNamespace(returncode=0)
     first, second, _ = kinds(module.run(cameras="a=0,b=1"), "Node")
-    assert first.on_exit(None, None) is None
-    assert type(second.on_exit(None, None)[0]).__name__ == "Shutdown"
+    assert first.on_exit(failed, None) is None
+    assert type(second.on_exit(over, None)[0]).__name__ == "Shutdown"
+    first, second, tokenizer = kinds(module.run(cameras="a=0,b=1"), "Node")
+    assert second.on_exit(over, None) is None
+    for node in (first, tokenizer):
+        with pytest.raises(RuntimeError, match="exit code 1"):
+            node.on_exit(failed, None)
 
     monkeypatch.setattr(module, "require_package", lambda *_: None)
     for driver, topic in (("v4l2_camera", None), ("usb_cam", None), ("realsense2_camera", "front/camera/color/image_raw")):
@@ -285,6 +297,22 @@ def test_bag_topics(launch_file):
     mixed.pop("/top/image_raw")
     with pytest.raises(ValueError, match="partly raw, partly compressed"):
         module.run(bag="mixed")
+
+    others = {"/cam/jpeg": compressed, "/cam/image_raw/zstd": compressed, "/cam/image_raw/compressedDepth": compressed}
+    module.bag_camera_topics = lambda _: others
+    player, tokenizer = kinds(module.run(bag="others"), "Node")
+    assert parameters_of(player)["topics"] == ["/cam/jpeg"]
+    assert player.remappings == [("/cam/jpeg", "/cam/jpeg/compressed")]
+    assert tokenizer.remappings == [("cam_jpeg/image_raw", "/cam/jpeg")]
+
+
+def test_bags_need_rosbags(launch_file, tmp_path, monkeypatch):
+    """Where the nodes' Python lacks it: one sentence, with what to install."""
+    (tmp_path / "rosbags.py").write_text("raise ModuleNotFoundError(\"No module named 'rosbags'\")")
+    module = launch_file("replay_bag.launch.py")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    with pytest.raises(RuntimeError, match="No module named 'rosbags' in .*: pip install rosbags"):
+        module.run(bag=str(BAG))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.yaml")), ids=lambda path: path.name)
@@ -422,3 +450,4 @@ def test_a_model_that_is_not_there_ends_everything(ros2):
         capture_output=True, text=True, timeout=90, env=ros_environment(free_domain()),
     )  # fmt: skip
     assert "neither a checkpoint directory nor a preset" in result.stdout + result.stderr
+    assert result.returncode == 1  # for a service manager that restarts what failed

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ from launch_ros.parameter_descriptions import ParameterValue
 from launch import LaunchContext
 
 BOOLEANS = ["true", "false"]
+#: Later distributions read the first one, and warn in every process where they find the second one.
 PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
+#: These read the second one. So may a distribution whose name is not known.
+OLD_PROFILE_DISTROS = ("humble", "iron", "jazzy", "")
 
 
 def share(*parts: str) -> Path:
@@ -119,20 +123,24 @@ def parse_cameras(text: str) -> dict[str, str]:
     cameras: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, value = part.partition("=")
-        if not (name.isidentifier() and name.isascii()) or name in cameras:
+        if not (name.isidentifier() and name.isascii()):
             raise ValueError(f"cameras:={text}: {part!r} is not understood; expected front,wrist or front=…,wrist=…")
+        if name in cameras:
+            raise ValueError(f"cameras:={text}: {name} is there twice; each camera needs a name of its own")
         cameras[name] = value.strip()
     return cameras
 
 
 def fastdds_profile(context: LaunchContext) -> list:
-    """Sets the profile for all that is started after it: in Jazzy's variable and in Kilted's, unless one is set."""
+    """Sets the profile for all that is started after it, in the variable that the distribution reads, unless one is set."""
     if not is_true(context, "fastdds_profile"):
         return []
     for name in PROFILE_VARIABLES:
         if own := context.environment.get(name):
             return [LogInfo(msg=f"{name}={own} is kept; docs/transport.md says what it should contain")]
-    return [SetEnvironmentVariable(name, str(share("config", "fastdds.xml"))) for name in PROFILE_VARIABLES]
+    old = context.environment.get("ROS_DISTRO", "") in OLD_PROFILE_DISTROS
+    names = PROFILE_VARIABLES if old else PROFILE_VARIABLES[:1]
+    return [SetEnvironmentVariable(name, str(share("config", "fastdds.xml"))) for name in names]
 
 
 def node(
@@ -151,6 +159,17 @@ def node(
         ros_arguments=["--log-level", f"{logger}:={argument(context, 'log_level')}"],
         **options,
     )
+
+
+def ends_everything(what: str) -> Callable:
+    """For a node's `on_exit`: when it ends, so does the rest; `ros2 launch` ends with 1 if it failed, as a raise does."""
+
+    def on_exit(event, _context) -> list:
+        if event.returncode:
+            raise RuntimeError(f"{what} has ended with exit code {event.returncode}; what it printed above says why")
+        return [Shutdown(reason=f"{what} has ended")]
+
+    return on_exit
 
 
 def typed(**values: Any) -> dict[str, ParameterValue]:
@@ -185,7 +204,7 @@ def tokenizer(
             ],
             remappings=remappings,
             # Without it nothing here is of use.
-            on_exit=Shutdown(reason="the tokenizer has ended"),
+            on_exit=ends_everything("visual_tokenizer"),
         )
     ]
     if is_true(context, "view"):
@@ -215,7 +234,10 @@ def require_package(package: str, why: str, debian: str = "") -> None:
 
 _LIST_TOPICS = """
 import json, sys
-from vla_perception.bags import Bag, BagError
+try:
+    from vla_perception.bags import Bag, BagError
+except ImportError as error:
+    sys.exit(f"{error} in {sys.executable}; bags are read with the package rosbags: pip install rosbags")
 try:
     with Bag(sys.argv[1]) as bag:
         print(json.dumps({name: bag.topics[name].type for name in bag.camera_topics()}))
