@@ -56,7 +56,8 @@ def tokenizer_arguments(**replaced: DeclareLaunchArgument | None) -> list[Declar
         "model": DeclareLaunchArgument(
             "model",
             default_value="",
-            description="Checkpoint directory, or a preset's name for random weights. Empty: as in params_file.",
+            description="Checkpoint directory, Hugging Face id (openvla/openvla-7b), or a preset's name for random "
+            "weights. Empty: as in params_file.",
         ),
         "device": DeclareLaunchArgument(
             "device", default_value="", description="cpu, cuda or cuda:N. Empty: as in params_file."
