@@ -58,7 +58,7 @@ class _Tokens:
         received: sets that were accepted.
         lost: sets that were published and never arrived here, told by gaps in the sequence numbers.
         gaps: how often some were lost.
-        restarts: how often the sequence began anew: the tokenizer was configured again. Not a loss.
+        restarts: how often the sequence began anew or the fingerprint changed: another tokenizer. Not a loss.
         refused: messages that were not accepted: another schema, damaged, or of other weights.
     """
 
