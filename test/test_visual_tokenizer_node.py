@@ -555,7 +555,7 @@ def test_model_and_timing_are_told(robot):
     assert (found["model"]["model"], found["model"]["weights"]) == ("small", "random")
     assert found["model"]["fingerprint"] == robot.tokens[0].fingerprint
     assert found["model"]["message"] == "active" and int(found["model"]["token_messages"]) > 0
-    for stage in ("decode", "preprocess", "encode", "publish"):
+    for stage in ("decode", "preprocess", "encode", "publish", "overhead"):
         p50, p95, p99 = (float(found["timing"][f"{stage}_p{percent}_ms"]) for percent in (50, 95, 99))
         assert 0 < p50 <= p95 <= p99
 

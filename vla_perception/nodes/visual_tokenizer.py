@@ -49,7 +49,9 @@ if TYPE_CHECKING:
 TRANSPORTS = ("raw", "compressed")
 TRIGGERS = ("continuous", "on_request")
 DTYPES = ("float32", "bfloat16", "float16")
-STAGES = ("decode", "preprocess", "encode", "publish")
+#: What is timed per set. overhead: from the callback of its last frame until it is published, less what the tokenizer
+#: takes, preprocess and encode.
+STAGES = ("decode", "preprocess", "encode", "publish", "overhead")
 
 #: Seconds without a frame, or without a set, after which something is wrong.
 QUIET_SEC = 5.0
@@ -188,6 +190,8 @@ class _Job:
     tokens: VisualTokens
     request: _Request | None
     run: int
+    arrived: float  # when its last frame did, or was asked for; seconds of the performance counter
+    tokenizing: float  # seconds that preprocess and encode took
 
 
 def _guarded(transition: Callable[..., TransitionCallbackReturn]):
@@ -224,6 +228,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         self._run = 0  # counts activations: work that was begun in an earlier one is not published
         self._ended = False  # the worker and the publisher are to end
         self._fresh = False  # a set has come that was not looked at yet
+        self._set_arrived = 0.0  # when the callback of its last frame began, seconds of the performance counter
         self._sync: SetSynchronizer | None = None
         self._slot: _Job | None = None
         self._request: _Request | None = None
@@ -539,6 +544,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                     self._subscribe(camera, wanted)
 
     def _on_image(self, camera: _Camera, message: Image | CompressedImage) -> None:
+        begun = time.perf_counter()
         stamp = message.header.stamp
         with self._changed:
             if not self._active or self._sync is None:
@@ -546,6 +552,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             camera.arrivals.append(time.monotonic())
             if self._sync.add(camera.name, stamp.sec * 10**9 + stamp.nanosec, message):
                 self._fresh = True
+                self._set_arrived = begun
                 self._changed.notify_all()
 
     # Encoding
@@ -591,9 +598,10 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                     if frames is None:
                         self._changed.wait(wait)
                 rate, run = self._settings["max_rate_hz"], self._run
+                arrived = self._set_arrived if request is None else time.perf_counter()
             not_before = time.monotonic() + (1 / rate if rate > 0 else 0.0)
             try:
-                self._encode(frames, request, run)
+                self._encode(frames, request, run, arrived)
             except Exception as error:
                 # Out of memory, a device that went away: the next frame may do better, and says so if not.
                 with self._changed:
@@ -620,7 +628,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         self._fresh = False
         return self._sync.take(), None, None
 
-    def _encode(self, frames: FrameSet, request: _Request | None, run: int) -> None:
+    def _encode(self, frames: FrameSet, request: _Request | None, run: int, arrived: float) -> None:
         clock = time.perf_counter
         begun = clock()
         tokenizer = self._tokenizer
@@ -686,7 +694,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             self._timings["encode"].append(encoded - preprocessed)
             if self._slot is not None:
                 self._give_up(self._slot)
-            self._slot = _Job(frames, result, request, run)
+            self._slot = _Job(frames, result, request, run, arrived, encoded - decoded)
             self._changed.notify_all()
 
     def _decode(self, frame: Frame) -> np.ndarray:
@@ -725,7 +733,9 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                 success = True
             with self._changed:
                 self._sequence += success
-                self._timings["publish"].append(time.perf_counter() - begun)
+                ended = time.perf_counter()
+                self._timings["publish"].append(ended - begun)
+                self._timings["overhead"].append(ended - job.arrived - job.tokenizing)
                 self._sync.encoded(job.frames)
             if job.request is not None:
                 job.request.answer(success, text)

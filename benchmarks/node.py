@@ -1,0 +1,311 @@
+"""Pictures published → tokens at a policy, through the real node, each in a process of its own; and what receiving costs.
+
+    python benchmarks/node.py --json node.json                                # two 640 × 480 cameras
+    python benchmarks/node.py --sizes 1920x1080 --encodings rgb8 jpeg --views 1 2 --rates 2 --seconds 20
+    python benchmarks/node.py --reception --json reception.json               # a picture as message, raw bytes, JPEG
+
+The node runs the preset `small` (random weights) on the CPU unless --model and --device say otherwise. Pictures are
+noise-free gradients with the sensor's noise on top, stamped with the monotonic clock, which the processes of one
+machine share: age is from just before a set's first picture is published until `TokenSubscriber.wait` returns its
+tokens. Stages are the node's own figures, from /diagnostics; `overhead` is from the callback of the set's last picture
+until it is published, less what the tokenizer takes (preprocess and encode). Where encoding takes longer than the
+cameras' period, sets wait for it, which is overhead, too: ask for a rate that the machine keeps up with. Everything
+runs with config/fastdds.xml. The first --warm-up sets count for nothing, but for the stages' medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import array
+import itertools
+import json
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "test"), str(ROOT / "benchmarks")]
+
+from ros_domain import free_domain, ros_environment  # noqa: E402
+from transport import PROFILE, PROFILE_VARIABLES, percentile, processor  # noqa: E402
+
+CAMERAS = ("front", "wrist", "left", "right")
+ENCODINGS = ("rgb8", "bgr8", "mono8", "yuv422_yuy2", "jpeg")
+KINDS = ("message", "raw", "jpeg")
+
+
+def environment(domain: int) -> dict[str, str]:
+    return ros_environment(domain, dict.fromkeys(PROFILE_VARIABLES, PROFILE))
+
+
+def start(domain: int, command: list[str], **options) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, *command], env=environment(domain), text=True, **options)
+
+
+def run(size: str, encoding: str, views: int, rate: float, transport: str, options: argparse.Namespace) -> dict:
+    domain, cameras, processes = free_domain(), CAMERAS[:views], []
+    settings = {
+        "model": options.model,
+        "device": options.device,
+        "cameras": f"[{','.join(cameras)}]",
+        "image_transport": "compressed" if encoding == "jpeg" else "raw",
+        "shared_memory": "true" if transport == "shared_memory" else "false",
+        "autostart": "true",
+    }
+    words = [word for name, value in settings.items() for word in ("-p", f"{name}:={value}")]
+    inner = [str(Path(__file__).resolve()), "--role"]
+    try:
+        policy = start(domain, [*inner, "policy"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        processes.append(policy)
+        node = ["-m", "vla_perception.nodes.visual_tokenizer", "--ros-args", *words]
+        processes.append(start(domain, node, stderr=None if options.verbose else subprocess.DEVNULL))
+        camera = start(
+            domain,
+            [*inner, "camera", "--sizes", size, "--encodings", encoding, "--views", str(views), "--rates", str(rate),
+             "--seconds", str(options.seconds), "--warm-up", str(options.warm_up)],
+            stdout=subprocess.PIPE,
+        )  # fmt: skip
+        processes.append(camera)
+        first = json.loads(camera.stdout.readline())["first"]  # stamp of the first set that counts
+        published = json.loads(camera.stdout.readline())["published"]
+        camera.wait(60)
+        print(first, file=policy.stdin, flush=True)
+        found = json.loads(policy.stdout.readline())
+    finally:
+        for process in reversed(processes):
+            process.terminate()
+        for process in processes:
+            process.wait(60)
+    case = {"size": size, "encoding": encoding, "views": views, "rate_hz": rate, "transport": transport}
+    return case | {"sets_published": published} | found
+
+
+def pictures(size: str, count: int = 8) -> list[np.ndarray]:
+    """uint8 [height, width, 3], as compressible as a camera's."""
+    width, height = map(int, size.split("x"))
+    random, y, x = np.random.default_rng(0), *np.mgrid[:height, :width]
+    base = np.stack([x * 255 // width, y * 255 // height, (x + y) % 256], axis=2)
+    return [np.clip(base + random.normal(0, 4, base.shape), 0, 255).astype(np.uint8) for _ in range(count)]
+
+
+def to_messages(size: str, encoding: str) -> list:
+    """sensor_msgs/Image or CompressedImage, filled."""
+    from sensor_msgs.msg import CompressedImage, Image
+
+    messages = []
+    for picture in pictures(size):
+        height, width = picture.shape[:2]
+        if encoding == "jpeg":
+            import cv2
+
+            data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+            messages.append(CompressedImage(format="bgr8; jpeg compressed bgr8", data=array.array("B", data)))
+            continue
+        pixels = {"mono8": picture[..., :1], "yuv422_yuy2": picture[..., :2]}.get(encoding, picture)
+        data = array.array("B", np.ascontiguousarray(pixels).tobytes())
+        step = width * pixels.shape[2]
+        messages.append(Image(height=height, width=width, step=step, encoding=encoding, data=data))
+    return messages
+
+
+def publish_pictures(options: argparse.Namespace) -> None:
+    """One camera process for all views: a set's pictures share a stamp."""
+    import rclpy
+
+    rclpy.init()
+    node = rclpy.create_node("cameras")
+    encoding, rate = options.encodings[0], options.rates[0]
+    messages = to_messages(options.sizes[0], encoding)
+    suffix = "/compressed" if encoding == "jpeg" else ""
+    publishers = [
+        node.create_publisher(type(messages[0]), f"{camera}/image_raw{suffix}", 10) for camera in CAMERAS[: options.views[0]]
+    ]
+    while not all(publisher.get_subscription_count() for publisher in publishers):
+        time.sleep(0.05)
+    time.sleep(1.0)
+    count, begin = options.warm_up + round(options.seconds * rate), time.monotonic()
+    for index in range(count):
+        time.sleep(max(0.0, begin + index / rate - time.monotonic()))
+        message, stamp = messages[index % len(messages)], time.monotonic_ns()
+        message.header.stamp.sec, message.header.stamp.nanosec = divmod(stamp, 10**9)
+        if index == options.warm_up:
+            print(json.dumps({"first": stamp}), flush=True)
+        for publisher in publishers:
+            publisher.publish(message)
+    time.sleep(2.0)
+    print(json.dumps({"published": count - options.warm_up}), flush=True)
+
+
+def receive_tokens(_options: argparse.Namespace) -> None:
+    import rclpy
+    from diagnostic_msgs.msg import DiagnosticArray
+    from rclpy.executors import SingleThreadedExecutor
+
+    from vla_perception.policy import TokenSubscriber
+
+    rclpy.init()
+    node, said, last = rclpy.create_node("policy"), [], {}
+    threading.Thread(target=lambda: said.append(sys.stdin.readline()), daemon=True).start()
+    watcher = rclpy.create_node("watcher")
+    watcher.create_subscription(
+        DiagnosticArray,
+        "/diagnostics",
+        lambda array: last.update({s.name.split(": ")[1]: {v.key: v.value for v in s.values} for s in array.status}),
+        10,
+    )
+    executor = SingleThreadedExecutor()
+    executor.add_node(watcher)
+    watching = threading.Thread(target=lambda: [executor.spin_once(0.1) for _ in iter(lambda: not said, False)])
+    watching.start()
+    ages = {}
+    with TokenSubscriber(node) as tokens:
+        while not said:
+            try:
+                visual = tokens.wait(0.2)
+                ages[visual.stamp_ns] = (time.monotonic_ns() - visual.stamp_ns) / 1e6
+            except TimeoutError:
+                pass
+        counted = [age for stamp, age in ages.items() if stamp >= int(said[0])]
+        timing, cameras = last["timing"], [values for name, values in last.items() if name.startswith("camera ")]
+        result = {
+            "sets_received": len(counted),
+            "lost_on_the_way": tokens.lost,
+            "frames_received": [int(camera["received"]) for camera in cameras],
+            "frames_replaced": [int(camera["replaced"]) for camera in cameras],
+            "age_p50_ms": percentile(counted, 50),
+            "age_p99_ms": percentile(counted, 99),
+            **{f"{stage}_p50_ms": float(timing[f"{stage}_p50_ms"])
+               for stage in ("decode", "preprocess", "encode", "publish", "overhead")},
+            "transport_in_use": tokens.transport,
+        }  # fmt: skip
+    watching.join()
+    executor.shutdown()
+    print(json.dumps(result), flush=True)
+
+
+def image_from_cdr(data: bytes):
+    """A sensor_msgs/Image from its little-endian CDR bytes, its data as a view of them."""
+    from types import SimpleNamespace
+
+    def string(at: int) -> tuple[str, int]:
+        (length,) = struct.unpack_from("<I", data, at)
+        return data[at + 4 : at + 3 + length].decode(), at + 4 + length
+
+    def aligned(at: int) -> int:  # to 4 bytes, counted from behind the 4 of the encapsulation
+        return at + -at % 4
+
+    seconds, nanoseconds = struct.unpack_from("<iI", data, 4)
+    _frame_id, at = string(12)
+    at = aligned(at)
+    height, width = struct.unpack_from("<II", data, at)
+    encoding, at = string(at + 8)
+    is_bigendian, at = data[at], aligned(at + 1)
+    step, length = struct.unpack_from("<II", data, at)
+    return SimpleNamespace(
+        stamp_ns=seconds * 10**9 + nanoseconds, height=height, width=width, encoding=encoding, step=step,
+        is_bigendian=is_bigendian, data=memoryview(data)[at + 8 : at + 8 + length],
+    )  # fmt: skip
+
+
+def receive_pictures(options: argparse.Namespace) -> None:
+    """What the node does with a frame up to its RGB array, by kind of subscription."""
+    import rclpy
+    from rclpy.executors import SingleThreadedExecutor
+    from sensor_msgs.msg import CompressedImage, Image
+
+    from vla_perception.messages.images import compressed_to_rgb, image_to_rgb
+
+    rclpy.init()
+    node, ages, kind = rclpy.create_node("receiver"), [], options.kind
+
+    def take(message) -> None:
+        if kind == "raw":
+            message = image_from_cdr(message)
+            stamp = message.stamp_ns
+        else:
+            stamp = message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
+        picture = compressed_to_rgb(message) if kind == "jpeg" else image_to_rgb(message)
+        assert picture.ndim == 3
+        ages.append((time.monotonic_ns() - stamp) / 1e6)
+
+    topic = "front/image_raw" + ("/compressed" if kind == "jpeg" else "")
+    node.create_subscription(CompressedImage if kind == "jpeg" else Image, topic, take, 8, raw=kind == "raw")
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    end = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.readline(), end.set()), daemon=True).start()
+    begun = None
+    while not end.is_set():
+        executor.spin_once(0.1)
+        if begun is None and len(ages) >= options.warm_up:
+            ages.clear()
+            begun = time.process_time()
+    cpu = 1e3 * (time.process_time() - begun) / max(len(ages), 1)
+    result = {"received": len(ages), "age_p50_ms": percentile(ages, 50), "age_p99_ms": percentile(ages, 99)}
+    print(json.dumps(result | {"cpu_ms_per_picture": round(cpu, 2)}), flush=True)
+
+
+def reception(size: str, kind: str, rate: float, options: argparse.Namespace) -> dict:
+    domain, inner = free_domain(), [str(Path(__file__).resolve()), "--role"]
+    warm_up = ["--warm-up", str(options.warm_up)]
+    receiver = start(domain, [*inner, "pictures", "--kind", kind, *warm_up], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    camera = start(
+        domain,
+        [*inner, "camera", "--sizes", size, "--encodings", "jpeg" if kind == "jpeg" else "rgb8", "--views", "1",
+         "--rates", str(rate), "--seconds", str(options.seconds), *warm_up],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    camera.stdout.readline()
+    published = json.loads(camera.stdout.readline())["published"]
+    camera.wait(60)
+    print(file=receiver.stdin, flush=True)
+    found = json.loads(receiver.stdout.readline())
+    receiver.wait(60)
+    return {"size": size, "kind": kind, "rate_hz": rate, "published": published} | found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", default=["640x480"], metavar="WxH")
+    parser.add_argument("--encodings", nargs="+", default=["rgb8"], choices=ENCODINGS)
+    parser.add_argument("--views", nargs="+", type=int, default=[2], choices=range(1, len(CAMERAS) + 1))
+    parser.add_argument("--rates", nargs="+", type=float, default=[2.0], help="sets per second")
+    parser.add_argument("--transports", nargs="+", default=["topic", "shared_memory"], choices=("topic", "shared_memory"))
+    parser.add_argument("--model", default="small")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seconds", type=float, default=10.0, help="per case")
+    parser.add_argument("--warm-up", type=int, default=5, help="sets before those that count")
+    parser.add_argument("--reception", action="store_true", help="measure subscriptions to pictures, without the node")
+    parser.add_argument("--verbose", action="store_true", help="show what the node logs")
+    parser.add_argument("--json", type=Path, help="write the result here as well")
+    parser.add_argument("--role", choices=("camera", "policy", "pictures"), help=argparse.SUPPRESS)
+    parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    roles = {"camera": publish_pictures, "policy": receive_tokens, "pictures": receive_pictures}
+    if options.role:
+        return roles[options.role](options)
+    if options.reception:
+        cases = itertools.product(options.sizes, KINDS, options.rates)
+        results = (reception(*case, options) for case in cases)
+    else:
+        cases = itertools.product(options.sizes, options.encodings, options.views, options.rates, options.transports)
+        results = (run(*case, options) for case in cases)
+    rows = []
+    for row in results:
+        shown = {key: value for key, value in row.items() if not isinstance(value, list)}
+        if not rows:
+            print("| " + " | ".join(shown) + " |\n|" + " --- |" * len(shown))
+        print("| " + " | ".join(map(str, shown.values())) + " |", flush=True)
+        rows.append(row)
+    if options.json:
+        result = {"machine": processor(), "model": options.model, "device": options.device, "cases": rows}
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
