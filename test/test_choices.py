@@ -110,7 +110,7 @@ def test_pooling_is_torchs_average_of_projected_patches(strategy):
 ])  # fmt: skip
 def test_projectors(kind, widths):
     tokenizer = VisualTokenizer.from_preset("small", projector=kind)
-    layers = [module for module in tokenizer._network.projector.modules() if isinstance(module, torch.nn.Linear)]
+    layers = [module for module in tokenizer.network.projector.modules() if isinstance(module, torch.nn.Linear)]
     chain = []
     for layer in layers:
         chain += [layer, torch.nn.GELU(approximate="none")]
@@ -217,7 +217,7 @@ def test_the_affine_map_follows_every_step(model, steps, strategy):
         loaded.config, encoders=tuple(replace(encoder, resize_strategy=strategy) for encoder in loaded.config.encoders)
     )
     tokenizer = VisualTokenizer(
-        config, loaded._network, weights="checkpoint", weights_digest="", compute_dtype="float32"
+        config, loaded.network, weights="checkpoint", weights_digest="", compute_dtype="float32"
     )
     height, width, found = 240, 320, 0
     for y, x in np.random.default_rng(0).uniform((40, 50), (140, 230), (12, 2)):

@@ -40,7 +40,7 @@ def counted(function) -> int:
     ids=str,
 )
 def test_operations_parameters_and_bytes_are_those_of_a_real_forward_pass(choices):
-    tokenizer = VisualTokenizer.load("small", **choices)
+    tokenizer = VisualTokenizer.load("small", runtime="eager", **choices)
     it = describe(model_config("small", **choices), views=2, dtype="float32")
     pixels = tokenizer.preprocess([checkpoints.picture(), checkpoints.picture()])
     flops = counted(lambda: tokenizer.encode(pixels))
@@ -49,7 +49,7 @@ def test_operations_parameters_and_bytes_are_those_of_a_real_forward_pass(choice
     assert it["bytes"]["message"] == output.tokens.nbytes
     assert [it["tokens_per_view"], it["token_width"]] == list(output.tokens.shape[1:])
     assert tuple(it["grid"]) == output.grid
-    network = tokenizer._network
+    network = tokenizer.network
     assert it["parameters"] == sum(parameter.numel() for parameter in network.parameters())
     assert it["bytes"]["weights"] == sum(parameter.nbytes for parameter in network.parameters())
     assert it["projector"]["parameters"] == sum(parameter.numel() for parameter in network.projector.parameters())

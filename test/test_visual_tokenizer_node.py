@@ -569,7 +569,7 @@ def test_an_encoding_that_fails_and_tokens_that_are_not_finite(monkeypatch):
 
     class Model:
         model, weights, fingerprint, compute_dtype = "odd", "checkpoint", "0" * 64, "float32"
-        device, results = torch.device("cpu"), []
+        device, runtime, results = torch.device("cpu"), "eager", []
 
         def preprocess(self, images, cameras):
             return images

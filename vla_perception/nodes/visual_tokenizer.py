@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 TRANSPORTS = ("raw", "compressed")
 TRIGGERS = ("continuous", "on_request")
 DTYPES = ("float32", "bfloat16", "float16")
+RUNTIMES = ("auto", "eager", "onednn", "graph", "compile")
 #: What is timed per set. overhead: from the callback of its last frame until it is published, less what the tokenizer
 #: takes, preprocess and encode.
 STAGES = ("decode", "preprocess", "encode", "publish", "overhead")
@@ -106,6 +107,12 @@ SETTINGS: dict[str, _Setting] = {
     "pool": _Setting(1, "k: k × k neighbouring patch tokens are averaged into one.", 1, 64),
     "device": _Setting("cpu", "Where encoders and projector run: cpu, cuda or cuda:N."),
     "compute_dtype": _Setting("float32", "Precision of encoders and projector.", choices=DTYPES),
+    "runtime": _Setting(
+        "auto",
+        "How the network runs: auto; eager; onednn (CPU); graph (CUDA graphs); compile (torch.compile, which takes a "
+        "minute or more when the node is configured).",
+        choices=RUNTIMES,
+    ),
     "cameras": _Setting(
         ["front"], "Names of the cameras, in the order of the views; each is subscribed to as <name>/image_raw."
     ),
@@ -370,8 +377,8 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         self.get_logger().info(
             f"loading {settings['model']} on {settings['device']} in {settings['compute_dtype']}, {views} camera(s)"
         )
-        begun = time.monotonic()
         result: list[VisualTokenizer | BaseException] = []
+        took: list[float] = []
         finished = threading.Event()
 
         # Read by OpenMP when torch is imported. Threads that spin while they wait make encoding four times as long
@@ -381,11 +388,15 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         def load() -> None:
             try:
                 from vla_perception.tokenizer import VisualTokenizer
+                from vla_perception.tokenizer.runtime import limit_threads
 
+                limit_threads()
+                begun = time.monotonic()
                 tokenizer = VisualTokenizer.load(
                     settings["model"],
                     device=settings["device"],
                     compute_dtype=settings["compute_dtype"],
+                    runtime=settings["runtime"],
                     adapter=settings["adapter"] or None,
                     # A parameter cannot be an empty list of strings: what is empty within it is left out.
                     encoders=list(filter(None, settings["encoders"])),
@@ -401,7 +412,9 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                         f"prepare names {', '.join(sorted(strangers))}, which is not among the cameras "
                         f"({', '.join(settings['cameras'])})"
                     )
+                loaded = time.monotonic()
                 tokenizer.warm_up(views)
+                took.extend((loaded - begun, time.monotonic() - loaded))
                 result.append(tokenizer)
             except ImportError as error:
                 result.append(ValueError(f"{error}; the tokenizer needs `pip install 'vla_perception[tokenizer]'`"))
@@ -424,10 +437,12 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             )
         for note in tokenizer.notes:
             self.get_logger().info(note)
+        if tokenizer.runtime_fallback:
+            self.get_logger().warning(f"runs eagerly, which is slower: {tokenizer.runtime_fallback}")
         self.get_logger().info(
-            f"ready after {time.monotonic() - begun:.1f} s: {tokenizer.model} ({tokenizer.weights} weights), "
-            f"{tokenizer.tokens_per_view} tokens × {tokenizer.channels} channels per view, "
-            f"fingerprint {tokenizer.fingerprint[:12]}"
+            f"ready after {sum(took):.1f} s ({took[0]:.1f} s loading, {took[1]:.1f} s warm-up): {tokenizer.model} "
+            f"({tokenizer.weights} weights), {tokenizer.tokens_per_view} tokens × {tokenizer.channels} channels per "
+            f"view, fingerprint {tokenizer.fingerprint[:12]}, runtime {tokenizer.runtime}"
         )
         return tokenizer
 
@@ -843,7 +858,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         if tokenizer is None:
             facts = {"model": self._settings["model"]} | facts
         else:
-            keys = ("model", "weights", "fingerprint", "compute_dtype", "device")
+            keys = ("model", "weights", "fingerprint", "compute_dtype", "device", "runtime")
             facts = {key: getattr(tokenizer, key) for key in keys} | facts
             if tokenizer.device.type == "cuda":
                 import torch

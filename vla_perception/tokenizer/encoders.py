@@ -75,3 +75,7 @@ class PatchEncoder(nn.Module):
         )
         # Without a classifier the head is pooling alone, and fc_norm where the architecture has one.
         return patches, self.vit.forward_head(final).unsqueeze(1)
+
+    def parts(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[views, 3, side, side] → patch features, and the summary where it is built."""
+        return self.forward_both(pixel_values) if self.summary else (self(pixel_values),)

@@ -15,12 +15,14 @@ import torch
 from torch import nn
 
 from vla_perception.tokenizer.checkpoint import Checkpoint, CheckpointError, WeightsDigest, fingerprint, merged
+from vla_perception.tokenizer.device_preprocess import FILTERS, DevicePreprocessor
 from vla_perception.tokenizer.encoders import PatchEncoder
 from vla_perception.tokenizer.layouts import open_model
 from vla_perception.tokenizer.prepare import Prepare, compose
 from vla_perception.tokenizer.preprocess import Preprocessor, source_to_grid
 from vla_perception.tokenizer.presets import PRESETS, ModelConfig
 from vla_perception.tokenizer.projector import Projector
+from vla_perception.tokenizer.runtime import make_runtime
 
 log = logging.getLogger(__name__)
 
@@ -81,14 +83,20 @@ class _Network(nn.Module):
 
     def forward(self, pixel_values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """One [views, 3, side, side] per encoder → features and tokens, [views, tokens, channels] each."""
-        inputs = list(zip(self.encoders.values(), pixel_values))
-        if not self.config.summary:
-            features = torch.cat([encoder(pixels) for encoder, pixels in inputs], dim=-1)
+        return self.join([branch(pixels) for branch, pixels in zip(self.branches(), pixel_values)])
+
+    def branches(self) -> list[Callable[[torch.Tensor], tuple[torch.Tensor, ...]]]:
+        """What can run side by side, in the order of the encoders: pixel values → `PatchEncoder.parts`."""
+        return [encoder.parts for encoder in self.encoders.values()]
+
+    def join(self, parts: Sequence[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The branches' results → features and tokens."""
+        if self.config.token_strategy == "cls":
+            features = torch.cat([summary for _, summary in parts], dim=-1)
         else:
-            patches, summaries = zip(*(encoder.forward_both(pixels) for encoder, pixels in inputs))
-            features = torch.cat(summaries, dim=-1)
-            if self.config.token_strategy == "cls+patch":
-                features = torch.cat([features, torch.cat(patches, dim=-1)], dim=1)
+            # [patches], or [patches, summary], of all encoders; the summary goes in front.
+            joined = [torch.cat(values, dim=-1) for values in zip(*parts)]
+            features = joined[0] if len(joined) == 1 else torch.cat(joined[::-1], dim=1)
         tokens = self.projector(features)
         return self._pooled(features), self._pooled(tokens)
 
@@ -118,6 +126,7 @@ class VisualTokenizer:
         weights: ``"checkpoint"`` or ``"random"``.
         notes: sentences for the user about where the weights come from.
         device, compute_dtype: where and in what precision encoders and projector run.
+        network: encoders and projector. The runtime may change its modules when it first runs.
         grid: (rows, columns) of patch tokens, after pooling.
         channels: width of a token; `feature_channels` is the width before the projector.
         fingerprint: SHA-256 (hex) over the tensors as stored and the settings that change tokens, the same on every
@@ -132,6 +141,7 @@ class VisualTokenizer:
         weights: str,
         weights_digest: str,
         compute_dtype: str,
+        runtime: str = "auto",
         notes: Sequence[str] = (),
     ) -> None:
         self.config = config
@@ -141,9 +151,13 @@ class VisualTokenizer:
         self.compute_dtype = compute_dtype
         self.device = next(network.parameters()).device
         self._dtype = COMPUTE_DTYPES[compute_dtype]
-        self._network = network
+        self.network = network
+        self._runtime = make_runtime(runtime, network, self.device, self._dtype)
         self._prepare = Prepare(config.prepare)
-        self._preprocessor = Preprocessor(config.encoders)
+        on_device = self.device.type == "cuda" and all(encoder.interpolation in FILTERS for encoder in config.encoders)
+        self._preprocessor = (
+            DevicePreprocessor(config.encoders, self.device) if on_device else Preprocessor(config.encoders)
+        )
         self._towers: list[PatchEncoder] = list(network.encoders.values())  # type: ignore[arg-type]
         rows, columns = network.patch_grid
         self.grid: tuple[int, int] = (rows // config.pool, columns // config.pool)
@@ -158,21 +172,29 @@ class VisualTokenizer:
         *,
         device: str = "cpu",
         compute_dtype: str = "float32",
+        runtime: str = "auto",
         seed: int = 0,
         adapter: str | os.PathLike | None = None,
         **choices: object,
     ) -> VisualTokenizer:
         """A preset's name for random weights (drawn from `seed`), or anything that `from_checkpoint` takes.
 
+        Args:
+            runtime: how the network runs on the device, one of `runtime.RUNTIMES`.
+
         Raises:
-            ValueError: neither of the two, a wrong device or dtype, choices that make no sense; CheckpointError for
-                unusable files.
+            ValueError: neither of the two, a wrong device, dtype or runtime, choices that make no sense;
+                CheckpointError for unusable files.
         """
         if str(model) in PRESETS and not Path(model).is_dir():
             if adapter is not None:
                 raise ValueError(f"{model} is a preset with random weights; an adapter needs the checkpoint it is for")
-            return cls.from_preset(str(model), seed=seed, device=device, compute_dtype=compute_dtype, **choices)
-        return cls.from_checkpoint(model, adapter=adapter, device=device, compute_dtype=compute_dtype, **choices)
+            return cls.from_preset(
+                str(model), seed=seed, device=device, compute_dtype=compute_dtype, runtime=runtime, **choices
+            )
+        return cls.from_checkpoint(
+            model, adapter=adapter, device=device, compute_dtype=compute_dtype, runtime=runtime, **choices
+        )
 
     @classmethod
     def from_checkpoint(
@@ -182,6 +204,7 @@ class VisualTokenizer:
         adapter: str | os.PathLike | None = None,
         device: str = "cpu",
         compute_dtype: str = "float32",
+        runtime: str = "auto",
         **choices: object,
     ) -> VisualTokenizer:
         """Vision backbone and projector of what people have on disk (docs/models.md).
@@ -208,7 +231,8 @@ class VisualTokenizer:
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.path}: {error}") from error
         names = network.canonical_tensors()
-        shapes = {name: tuple(network.state_dict()[inner].shape) for name, inner in names.items()}
+        state = network.state_dict()
+        shapes = {name: tuple(state[inner].shape) for name, inner in names.items()}
         checkpoint.check(shapes, _is_unused(network, checkpoint))
 
         cache = checkpoint.digest_cache(names)
@@ -231,6 +255,7 @@ class VisualTokenizer:
             weights="checkpoint",
             weights_digest=known,
             compute_dtype=compute_dtype,
+            runtime=runtime,
             notes=checkpoint.notes,
         )
 
@@ -243,6 +268,7 @@ class VisualTokenizer:
         seed: int = 0,
         device: str = "cpu",
         compute_dtype: str = "float32",
+        runtime: str = "auto",
         **choices: object,
     ) -> VisualTokenizer:
         """The architecture of a preset with random weights: right shapes and costs, meaningless tokens.
@@ -258,13 +284,29 @@ class VisualTokenizer:
         config = PRESETS[name].choose(trained=False, **choices)
         network = empty_network(config)
         names = network.canonical_tensors()
-        shapes = {canonical: tuple(network.state_dict()[inner].shape) for canonical, inner in names.items()}
+        state = network.state_dict()
+        shapes = {canonical: tuple(state[inner].shape) for canonical, inner in names.items()}
         digest = WeightsDigest()
         drawn = ((canonical, {"": random_weight(canonical, shapes[canonical], seed)}) for canonical in sorted(names))
         _fill(network, names, drawn, digest, target, dtype)
         return cls(
-            config, network, weights="random", weights_digest=digest.hexdigest(), compute_dtype=compute_dtype
+            config,
+            network,
+            weights="random",
+            weights_digest=digest.hexdigest(),
+            compute_dtype=compute_dtype,
+            runtime=runtime,
         )
+
+    @property
+    def runtime(self) -> str:
+        """How the network runs, one of `runtime.RUNTIMES`; ``eager`` also after a CUDA graph could not be captured."""
+        return self._runtime.name
+
+    @property
+    def runtime_fallback(self) -> str:
+        """Why `runtime` is not what was asked for; empty if it is."""
+        return self._runtime.fallback
 
     @property
     def tokens_per_view(self) -> int:
@@ -274,9 +316,10 @@ class VisualTokenizer:
     def preprocess(
         self, images: Sequence[np.ndarray] | np.ndarray, cameras: Sequence[str] | None = None
     ) -> list[torch.Tensor]:
-        """uint8 RGB [height, width, 3] pictures of any sizes → per encoder float32 [views, 3, side, side], on the CPU.
+        """uint8 RGB [height, width, 3] pictures of any sizes → per encoder float32 [views, 3, side, side].
 
-        Prepared as the configuration says, then bit-identical to OpenVLA's image processor.
+        Prepared as the configuration says, then bit-identical to OpenVLA's image processor. On the CPU, or on the GPU
+        that encodes; there it may still be being computed on the current stream.
 
         Args:
             cameras: which camera each picture comes from; needed where pictures are prepared differently per camera.
@@ -299,8 +342,7 @@ class VisualTokenizer:
         """What `preprocess` gave → tokens; `features` also returns what went into the projector, pooled alike."""
         if len(pixel_values) != len(self._towers):
             raise ValueError(f"{len(self._towers)} tensors are needed, one per encoder, got {len(pixel_values)}")
-        inputs = [pixels.to(self.device, self._dtype, non_blocking=True) for pixels in pixel_values]
-        joined, tokens = self._network(inputs)
+        joined, tokens = self._runtime(pixel_values)
         return TokenizerOutput(tokens, joined if features else None, self.grid)
 
     def __call__(
@@ -313,7 +355,10 @@ class VisualTokenizer:
         return self.encode(self.preprocess(images, cameras), features)
 
     def warm_up(self, views: int = 1) -> None:
-        """Runs once on black pictures, so that the first real frame does not pay for set-up."""
+        """Runs once on black pictures, so that the first real frame does not pay for set-up.
+
+        Weights are packed, code is compiled and the CUDA graph for this number of views is captured here.
+        """
         self.encode(self._preprocessor([np.zeros((480, 640, 3), np.uint8)] * views))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

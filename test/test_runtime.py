@@ -1,0 +1,311 @@
+"""Every runtime computes what eager PyTorch computes; the logic of CUDA graphs is tested with a recorder on the CPU."""
+
+import contextlib
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("timm")
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
+from vla_perception.tokenizer import runtime as runtimes  # noqa: E402
+from vla_perception.tokenizer.runtime import CudaGraphs, limit_threads, onednn_gains  # noqa: E402
+
+
+def load(**choices):
+    """The preset `small` on a grid of 4 × 4, which is quick."""
+    return VisualTokenizer.load("small", **{"image_size": [56, 64]} | choices)
+
+
+def pictures(views, seed=0):
+    random = np.random.default_rng(seed)
+    return [random.integers(0, 256, (120, 160, 3), dtype=np.uint8) for _ in range(views)]
+
+
+def distance(found, expected):
+    """Relative L2, and the lowest cosine of any token."""
+    found, expected = found.double().cpu(), expected.double().cpu()
+    cosine = torch.nn.functional.cosine_similarity(found, expected, dim=-1).min()
+    return float((found - expected).norm() / expected.norm()), float(cosine)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Tokens and features of three views in float32, eager."""
+    return load(runtime="eager")(pictures(3), features=True)
+
+
+@pytest.mark.parametrize("runtime", ["eager", "onednn"])
+@pytest.mark.parametrize("compute_dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_runtimes_of_a_cpu_agree_with_float32_eager(expected, runtime, compute_dtype, tolerance):
+    if runtime == "onednn" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN")
+    tokenizer = load(runtime=runtime, compute_dtype=compute_dtype)
+    assert tokenizer.runtime == runtime
+    for _ in range(2):  # the first call may change the modules
+        output = tokenizer(pictures(3), features=True)
+        for found, exact in ((output.tokens, expected.tokens), (output.features, expected.features)):
+            error, cosine = distance(found, exact)
+            assert error < tolerance and cosine > 1 - tolerance
+    one = tokenizer(pictures(3)[1:2])
+    assert distance(one.tokens, expected.tokens[1:2])[0] < tolerance
+
+
+def test_packing_frees_the_weights_as_they_were():
+    tokenizer = load(runtime="onednn")
+    linear = {name for name, module in tokenizer.network.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert len(linear) == 3 + 2 * 2 * 4  # projector; two blocks of two encoders: qkv, proj, fc1, fc2
+    tokenizer.warm_up()
+    assert not [module for module in tokenizer.network.modules() if isinstance(module, torch.nn.Linear)]
+
+
+def test_operations_on_packed_weights_are_counted():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counts = []
+    for runtime in ("eager", "onednn"):
+        tokenizer = load(runtime=runtime)
+        tokenizer.warm_up()
+        with FlopCounterMode(display=False) as counter:
+            tokenizer(pictures(2))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_auto_is_the_same_runtime_every_time(monkeypatch):
+    """The choice follows a rule, so that tokens do not differ from one start to the next."""
+    names = {load().runtime for _ in range(3)}
+    assert names == {"onednn" if onednn_gains(torch.float32) else "eager"}
+    monkeypatch.setattr(runtimes, "_processor_vendor", lambda: "GenuineIntel")
+    assert not onednn_gains(torch.float32)
+
+
+@pytest.mark.parametrize("name, words", [("fast", "choose one of auto, eager"), ("graph", "needs a CUDA device")])
+def test_a_runtime_that_cannot_be_is_refused(name, words):
+    with pytest.raises(ValueError, match=words):
+        load(runtime=name)
+
+
+def test_patch_embedding_as_a_product_equals_the_convolution():
+    convolution = torch.nn.Conv2d(3, 20, 14, stride=14)
+    for height, width in ((28, 42), (33, 55)):  # the second has pixels beyond the last whole patch
+        pixels = torch.randn(2, 3, height, width)
+        torch.testing.assert_close(runtimes.PatchProduct(convolution)(pixels), convolution(pixels))
+
+
+@pytest.mark.parametrize(
+    "quota, cores", [("200000 100000", 2), ("150000 100000", 2), ("50000 100000", 1), ("max 100000", 3), (None, 3)]
+)
+def test_threads_follow_the_quota_of_a_container(monkeypatch, tmp_path, quota, cores):
+    file = tmp_path / "cpu.max"
+    if quota is not None:
+        file.write_text(quota + "\n")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert limit_threads(file) == cores == torch.get_num_threads()
+        torch.set_num_threads(3)
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")  # what the user has set stays
+        assert limit_threads(file) == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+class Recorder(TorchDispatchMode):
+    """What a CUDA graph is, on the CPU: operations on fixed memory, recorded once, run again on what it holds then."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+        self.replays = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        self.replays += 1
+        for function, args, kwargs, result in self.operations:
+            again = function(*args, **kwargs)
+            for target, value in zip(tree_leaves(result), tree_leaves(again)):
+                if isinstance(target, torch.Tensor) and target.data_ptr() != value.data_ptr():
+                    target.copy_(value)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """`torch.cuda` replaced by recorders; yields what happened: captures, and the streams' waiting for each other."""
+
+    class Happened:
+        captures, order, failure = [], [], None
+
+    happened = Happened()
+    happened.captures, happened.order = [], []
+    current = []
+
+    class Stream:
+        def __init__(self, device=None, name="default"):
+            self.name = name if name == "default" else f"stream {len(happened.order)}"
+
+        def wait_stream(self, other):
+            happened.order.append(("wait", id(self), id(other)))
+
+        def wait_event(self, event):
+            happened.order.append(("wait event", id(self), id(event)))
+
+        def synchronize(self):
+            pass
+
+    class Event:
+        def record(self, stream):
+            happened.order.append(("record", id(stream), id(self)))
+
+    default = Stream()
+    current.append(default)
+
+    @contextlib.contextmanager
+    def stream(chosen):
+        current.append(chosen)
+        yield
+        current.pop()
+
+    @contextlib.contextmanager
+    def graph(recorder, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        current.append(stream)  # left current if the capture breaks off, as torch leaves it
+        happened.captures.append(recorder)
+        if happened.failure is not None:
+            raise happened.failure
+        with recorder:
+            yield
+        current.pop()
+
+    def set_stream(chosen):
+        current[:] = [chosen]
+
+    for name, fake in {
+        "Stream": Stream, "Event": Event, "CUDAGraph": Recorder, "graph": graph, "stream": stream,
+        "set_stream": set_stream, "current_stream": lambda device=None: current[-1],
+        "device": lambda device: contextlib.nullcontext(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    happened.current = current
+    return happened
+
+
+@pytest.fixture
+def graphs(cuda):
+    """CUDA graphs, recorded on the CPU, of a network whose eager results are known."""
+    tokenizer = load(runtime="eager")
+    return CudaGraphs(tokenizer.network, torch.device("cpu"), torch.float32), tokenizer
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        {"token_strategy": "cls+patch", "pool": 2},
+        {"token_strategy": "cls", "encoders": ["siglip"], "image_size": 64},
+    ],
+)
+@torch.inference_mode()
+def test_graphs_give_eager_results_and_never_write_into_them_again(cuda, choices):
+    tokenizer = load(runtime="eager", **choices)
+    run = CudaGraphs(tokenizer.network, torch.device("cpu"), torch.float32)
+    inputs = [tokenizer.preprocess(pictures(2, seed)) for seed in range(4)]
+    exact = [tokenizer.network(pixel_values) for pixel_values in inputs]
+    results = [run(pixel_values) for pixel_values in inputs]
+    for found, expected in zip(results, exact):  # after all of them ran
+        for values, truth in zip(found, expected):
+            torch.testing.assert_close(values, truth)
+    assert len(cuda.captures) == 1 and cuda.captures[0].replays == 4
+    assert run.name == "graph" and not run.fallback
+
+
+@torch.inference_mode()
+def test_there_is_a_graph_for_each_number_of_views(cuda, graphs):
+    run, tokenizer = graphs
+    for views in (1, 3, 1, 3, 2):
+        pixel_values = tokenizer.preprocess(pictures(views, views))
+        torch.testing.assert_close(run(pixel_values)[1], tokenizer.network(pixel_values)[1])
+    assert [recorder.replays for recorder in cuda.captures] == [2, 2, 1]
+
+
+@torch.inference_mode()
+def test_encoders_run_on_streams_that_fork_and_join(cuda, graphs):
+    run, tokenizer = graphs
+    run(tokenizer.preprocess(pictures(1)))
+    side, main = id(run._sides[0]), id(run._main)
+    waits = [(waiting, other) for kind, waiting, other in cuda.order if kind == "wait" and side in (waiting, other)]
+    runs = runtimes._RUNS_BEFORE_CAPTURE + 1
+    assert waits == [(side, main), (main, side)] * runs
+
+
+@torch.inference_mode()
+def test_a_replay_waits_until_the_last_result_was_copied(cuda, graphs):
+    run, tokenizer = graphs
+    pixel_values = tokenizer.preprocess(pictures(1))
+    run(tokenizer.preprocess(pictures(2)))  # graphs of other numbers of views wait, too: they share workspaces
+    run(pixel_values)
+    run(tokenizer.preprocess(pictures(2)))
+    del cuda.order[:]
+    run(pixel_values)
+    (first, _, waited), (last, _, recorded) = cuda.order
+    assert (first, last) == ("wait event", "record") and waited == recorded
+
+
+@torch.inference_mode()
+def test_a_capture_that_fails_is_told_and_everything_runs_without(cuda, graphs, caplog):
+    run, tokenizer = graphs
+    before = cuda.current[-1]
+    one, two = (tokenizer.preprocess(pictures(views)) for views in (1, 2))
+    run(one)
+    cuda.failure = RuntimeError("operation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA")
+    for pixel_values in (two, one, two):
+        torch.testing.assert_close(run(pixel_values)[1], tokenizer.network(pixel_values)[1])
+    assert run.name == "eager"
+    assert run.fallback == "no CUDA graph: RuntimeError: operation not permitted when stream is capturing"
+    assert len(cuda.captures) == 2  # it is not tried with every frame
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and run.fallback in caplog.text
+    assert cuda.current == [before]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("runtime", ["eager", "graph", "compile"])
+@pytest.mark.parametrize("compute_dtype, tolerance", [("float32", 1e-4), ("bfloat16", 2e-2), ("float16", 5e-3)])
+def test_runtimes_of_a_gpu_agree_with_float32_eager(expected, runtime, compute_dtype, tolerance):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    tokenizer = load(device="cuda", runtime=runtime, compute_dtype=compute_dtype)
+    tokenizer.warm_up(3)
+    assert tokenizer.runtime == runtime, tokenizer.runtime_fallback
+    outputs = [tokenizer(pictures(3, seed), features=True) for seed in (0, 1, 2)]
+    for found, exact in ((outputs[0].tokens, expected.tokens), (outputs[0].features, expected.features)):
+        error, cosine = distance(found, exact)
+        assert error < tolerance and cosine > 1 - tolerance
+    assert not torch.equal(outputs[0].tokens, outputs[1].tokens)
+
+
+@pytest.mark.gpu
+def test_results_of_a_gpu_stay_when_other_threads_and_numbers_of_views_follow():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    from concurrent.futures import ThreadPoolExecutor
+
+    tokenizer = load(device="cuda", runtime="graph", compute_dtype="bfloat16")
+    eager = load(device="cuda", runtime="eager", compute_dtype="bfloat16")
+
+    def encode(seed):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            tokens = tokenizer(pictures(1 + seed % 3, seed)).tokens
+            torch.cuda.current_stream().synchronize()
+            return tokens
+
+    with ThreadPoolExecutor(4) as pool:
+        for seed, tokens in enumerate(pool.map(encode, range(24))):
+            assert distance(tokens, eager(pictures(1 + seed % 3, seed)).tokens)[0] < 2e-2

@@ -1,0 +1,312 @@
+"""How a tokenizer's network runs on its device; the numbers stay the same within rounding (docs/performance.md).
+
+``eager``
+    PyTorch, operation by operation.
+``onednn``
+    CPU: linear layers on oneDNN, whose weights are laid out once for the processor.
+``graph``
+    CUDA: the whole network is captured once per number of views and then launched as one; encoders run on a stream
+    each, so that one's small products fill what the other's leave idle.
+``compile``
+    `torch.compile` fuses what lies between the matrix products; on CUDA the result is captured as for ``graph``.
+``auto``
+    ``graph`` on CUDA; on a CPU ``onednn`` where it is known to gain, ``eager`` elsewhere. Compiling is left to whoever
+    wants it: it takes a minute or more at every start.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.flop_counter import register_flop_formula
+
+log = logging.getLogger(__name__)
+
+RUNTIMES = ("auto", "eager", "onednn", "graph", "compile")
+#: Runs before a capture: libraries choose their kernels and allocate their workspaces in these.
+_RUNS_BEFORE_CAPTURE = 3
+
+Branch = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+
+
+class Network(Protocol):
+    """What is run: independent branches, one per encoder, and what joins their results."""
+
+    def branches(self) -> list[Branch]: ...
+
+    def join(self, parts: Sequence[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def modules(self): ...
+
+
+class Runtime:
+    """Runs the network as it is: ``eager``.
+
+    Attributes:
+        name: what runs, one of `RUNTIMES` without ``auto``.
+        fallback: why that is not what was asked for; empty if it is.
+    """
+
+    def __init__(self, network: Network, device: torch.device, dtype: torch.dtype) -> None:
+        self.name = "eager"
+        self.fallback = ""
+        self._network = network
+        self._device = device
+        self._dtype = dtype
+
+    def __call__(self, pixel_values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """One [views, 3, side, side] per encoder, of any dtype, anywhere → features and tokens on the device.
+
+        Both are the caller's: no later call writes into them. To be called in `torch.inference_mode`.
+        """
+        return self._run([pixels.to(self._device, self._dtype, non_blocking=True) for pixels in pixel_values])
+
+    def _run(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._network.join([branch(pixels) for branch, pixels in zip(self._network.branches(), inputs)])
+
+
+class OneDnn(Runtime):
+    """Linear layers with packed weights on a CPU. The network's own weights are given up for them at the first call."""
+
+    def __init__(self, network: Network, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(network, device, dtype)
+        self.name = "onednn"
+        self._lock = threading.Lock()
+        self._packed = False
+
+    def __call__(self, pixel_values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        with self._lock:
+            if not self._packed:
+                _replace(self._network, nn.Linear, PackedLinear)
+                self._packed = True
+        return super().__call__(pixel_values)
+
+
+class Compiled(Runtime):
+    """Branches and projector compiled, one by one, for each number of views anew."""
+
+    def __init__(self, network: Network, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(network, device, dtype)
+        self.name = "compile"
+        self._branches = [torch.compile(branch, dynamic=False) for branch in network.branches()]
+        self._join = torch.compile(network.join, dynamic=False)
+
+    def _run(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._join([branch(pixels) for branch, pixels in zip(self._branches, inputs)])
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """One graph and the memory that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[torch.Tensor]
+    features: torch.Tensor
+    tokens: torch.Tensor
+
+
+class CudaGraphs(Runtime):
+    """The network as CUDA graphs, one per number of views, captured when that number first comes.
+
+    If a capture fails, everything runs as it would without graphs from then on, and `name` and `fallback` say so.
+
+    Args:
+        compiled: capture what `torch.compile` makes of the network.
+    """
+
+    def __init__(
+        self, network: Network, device: torch.device, dtype: torch.dtype, *, compiled: bool = False
+    ) -> None:
+        super().__init__(network, device, dtype)
+        self.name = "compile" if compiled else "graph"
+        # One product by cuBLAS, where cuDNN would choose among kernels that are not made for 3 channels.
+        _replace(network, nn.Conv2d, PatchProduct)
+        self._branches, self._join = network.branches(), network.join
+        if compiled:
+            # Without Inductor's own graphs: they would end where ours has to go on.
+            self._branches = [torch.compile(branch, dynamic=False) for branch in self._branches]
+            self._join = torch.compile(self._join, dynamic=False)
+        self._main = torch.cuda.Stream(device)
+        self._sides = [torch.cuda.Stream(device) for _ in self._branches[1:]]
+        self._captured: dict[int, _Captured] = {}
+        # One at a time, in the calling threads and on the device: the graphs share their streams' workspaces.
+        self._lock = threading.Lock()
+        self._free = torch.cuda.Event()
+
+    def __call__(self, pixel_values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        with self._lock, torch.cuda.device(self._device):
+            captured = None if self.fallback else self._captured_for(pixel_values)
+            if captured is None:
+                return super().__call__(pixel_values)
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(self._free)  # whoever called last may have used another stream
+            for static, pixels in zip(captured.inputs, pixel_values, strict=True):
+                static.copy_(pixels, non_blocking=True)
+            captured.graph.replay()
+            # Copies, because the next replay writes where this one did: 2 MiB take some microseconds on the device.
+            result = captured.features.clone(), captured.tokens.clone()
+            self._free.record(stream)
+            return result
+
+    def _captured_for(self, pixel_values: Sequence[torch.Tensor]) -> _Captured | None:
+        """The graph for this number of views; None, and the reason in `fallback`, if there cannot be one."""
+        views = len(pixel_values[0])
+        if views not in self._captured:
+            before = torch.cuda.current_stream(self._device)
+            try:
+                self._captured[views] = self._capture(pixel_values)
+            except Exception as error:
+                # A capture that breaks off leaves its stream the current one.
+                torch.cuda.set_stream(before)
+                self.fallback = f"no CUDA graph: {type(error).__name__}: {str(error).splitlines()[0][:300]}"
+                self.name = "eager"
+                self._captured.clear()
+                log.warning("runs eagerly, which is slower: %s", self.fallback)
+                return None
+        return self._captured[views]
+
+    def _capture(self, pixel_values: Sequence[torch.Tensor]) -> _Captured:
+        inputs = [pixels.to(self._device, self._dtype, copy=True) for pixels in pixel_values]
+        self._main.wait_event(self._free)
+        self._main.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._main):
+            for _ in range(_RUNS_BEFORE_CAPTURE):
+                self._run_side_by_side(inputs)
+        self._main.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: what other threads do with CUDA meanwhile (a policy in the same process) is their business.
+        with torch.cuda.graph(graph, stream=self._main, capture_error_mode="thread_local"):
+            features, tokens = self._run_side_by_side(inputs)
+        return _Captured(graph, inputs, features, tokens)
+
+    def _run_side_by_side(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The branches on a stream each: forked from the current stream, and joined to it again."""
+        main = torch.cuda.current_stream(self._device)
+        parts: list[tuple[torch.Tensor, ...]] = [()] * len(self._branches)
+        for index, side in enumerate(self._sides, start=1):
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                parts[index] = self._branches[index](inputs[index])
+        parts[0] = self._branches[0](inputs[0])
+        for side in self._sides:
+            main.wait_stream(side)
+        # `parts` lives until its last reader is queued: a side stream's memory could be given out again before.
+        return self._join(parts)
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` on oneDNN with the weight in the layout that oneDNN likes best on this processor.
+
+    The two operations are those that Inductor calls when it freezes a model for a CPU.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self._bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(values, self._weight, self._bias, "none", [], "")
+
+
+if torch.backends.mkldnn.is_available():
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _packed_linear_flops(values_shape, weight_shape, *_, **__) -> int:
+        """For `FlopCounterMode`, which does not know the operation."""
+        return 2 * math.prod(values_shape) * weight_shape[0]
+
+
+class PatchProduct(nn.Module):
+    """A convolution whose stride is its kernel, as the matrix product that it is."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = convolution.weight, convolution.bias
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[views, 3, height, width] → [views, channels, rows, columns]; what no whole patch covers is not seen."""
+        side = self.weight.shape[-1]
+        rows, columns = pixels.shape[2] // side, pixels.shape[3] // side
+        pixels = pixels[:, :, : rows * side, : columns * side]
+        patches = pixels.unflatten(3, (columns, side)).unflatten(2, (rows, side)).permute(0, 2, 4, 1, 3, 5)
+        values = functional.linear(patches.flatten(3), self.weight.flatten(1), self.bias)
+        return values.permute(0, 3, 1, 2)
+
+
+def make_runtime(name: str, network: Network, device: torch.device, dtype: torch.dtype) -> Runtime:
+    """The runtime called `name`; it may change the network's modules for its purpose.
+
+    Raises:
+        ValueError: there is no such runtime, or not on this device.
+    """
+    if name not in RUNTIMES:
+        raise ValueError(f"unknown runtime {name!r}; choose one of {', '.join(RUNTIMES)}")
+    if name == "auto":
+        on_cpu = "onednn" if device.type == "cpu" and onednn_gains(dtype) else "eager"
+        name = "graph" if device.type == "cuda" else on_cpu
+    if name == "graph" and device.type != "cuda":
+        raise ValueError(f"runtime graph needs a CUDA device, not {device}; choose auto")
+    if name == "onednn" and (device.type != "cpu" or not torch.backends.mkldnn.is_available()):
+        raise ValueError(f"runtime onednn needs a CPU, and a PyTorch with oneDNN, not {device}; choose auto")
+    if device.type == "cuda" and name != "eager":
+        return CudaGraphs(network, device, dtype, compiled=name == "compile")
+    return {"eager": Runtime, "onednn": OneDnn, "compile": Compiled}[name](network, device, dtype)
+
+
+def onednn_gains(dtype: torch.dtype) -> bool:
+    """Whether packed weights are known to be faster on this processor.
+
+    A rule and no trial run: a choice by the clock would make the last bits of tokens differ from one start to the
+    next. Measured on AVX-512 of AMD's (Zen 4), where PyTorch's float32 products go to an MKL that keeps its best
+    kernels for Intel: 1.3 to 1.6 times as fast in float32, 1.1 in bfloat16.
+    """
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 and _processor_vendor() == "AuthenticAMD"
+
+
+def _processor_vendor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+def limit_threads(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Lets torch use no more threads than a container's CPU quota has cores; returns how many it uses.
+
+    torch counts the machine's cores. With 64 threads on a quota of 4 cores all of them are stopped for most of the
+    time. Leaves a number that the user has set (``OMP_NUM_THREADS``) alone. It is for programs: a library should not
+    change a process's settings.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        try:
+            quota, period = cpu_max.read_text().split()
+            cores = max(1, -(-int(quota) // int(period)))
+        except (OSError, ValueError):  # no control group of version 2, or "max": no quota
+            cores = torch.get_num_threads()
+        if cores < torch.get_num_threads():
+            torch.set_num_threads(cores)
+    return torch.get_num_threads()
+
+
+def _replace(network: Network, kind: type[nn.Module], replacement: Callable[[nn.Module], nn.Module]) -> None:
+    """Puts `replacement(module)` in the place of every module of exactly that kind, freeing one after the other."""
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is kind:
+                setattr(parent, name, replacement(child))
