@@ -19,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_tokenize(commands)
     _add_describe(commands)
+    _add_bench(commands)
     options = parser.parse_args(arguments)
     # What takes long, as a download does, and what is assumed.
     logging.basicConfig(format="vla-perception: %(message)s")
@@ -168,6 +169,54 @@ def _tokenize(options: argparse.Namespace) -> None:
         f"{options.out}: {options.output} {list(result.shape)} {options.compute_dtype}, "
         f"{tokenizer.model} ({tokenizer.weights} weights), fingerprint {tokenizer.fingerprint[:12]}"
     )
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="how fast a model encodes on this machine",
+        description="Times preprocessing, encoders and projector on fresh random pictures of 640 × 480, in "
+        "milliseconds, and checks that the tokens are those of the plain way: PIL and torchvision, both timm towers "
+        "with all blocks, one after the other, eager, then the projector.",
+        epilog="The JSON has ratio_to_baseline, end_to_end_ratio, agreement, stages_ms, floor_ms and more at its top "
+        "level for the first number of views, and all of that under by_views for every one; device, versions and what "
+        "else does not depend on it only at the top level. docs/performance.md says what the keys mean.",
+    )
+    parser.add_argument("--model", required=True, help="whatever `tokenize` takes; presets have random weights")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument(
+        "--compute-dtype", choices=("float32", "bfloat16", "float16"),
+        help="default: float32 on a CPU, bfloat16 on a GPU",
+    )  # fmt: skip
+    parser.add_argument(
+        "--runtime", default="auto", help="auto, eager, onednn, graph or compile (docs/performance.md)"
+    )
+    parser.add_argument(
+        "--views", default=[1], type=_numbers, metavar="N[,N…]", help="pictures in a batch, e.g. 1,2,4 (default: 1)"
+    )
+    parser.add_argument("--baseline", action="store_true", help="also time the plain way, alternating, in the same run")
+    parser.add_argument(
+        "--seconds", default=30.0, type=float, help="of measuring for each number of views (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    parser.set_defaults(run=_bench)
+
+
+def _numbers(text: str) -> list[int]:
+    """``1,2,4`` → [1, 2, 4]."""
+    numbers = [int(part) for part in text.split(",")]
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text} holds a number below 1")
+    return numbers
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from vla_perception import bench
+
+    bench.run(
+        options.model, device=options.device, compute_dtype=options.compute_dtype, runtime=options.runtime,
+        views=options.views, baseline=options.baseline, seconds=options.seconds, json_file=options.json,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
