@@ -63,10 +63,11 @@ def test_the_plain_way_is_what_prismatic_computes(tmp_path):
     """Against the tests' own reference, which knows nothing of this package."""
     models, weights = checkpoints.towers(), checkpoints.projector(384 + 96)
     path = checkpoints.write(tmp_path / "model", checkpoints.openvla_tensors(models, weights))
-    plain = bench.PlainModel(VisualTokenizer.load(path), torch.float32)
-    pixel_values = plain.preprocess([checkpoints.picture(), checkpoints.picture(1)])
-    assert [len(tower.blocks) for tower in plain._towers] == [len(model.blocks) for model in models]
-    torch.testing.assert_close(plain.encode(pixel_values), checkpoints.reference(models, weights, pixel_values)[1])
+    for exact in (False, True):
+        plain = bench.PlainModel(VisualTokenizer.load(path), torch.float32, exact=exact)
+        pixel_values = plain.preprocess([checkpoints.picture(), checkpoints.picture(1)])
+        assert [len(tower.blocks) for tower in plain._towers] == [len(model.blocks) for model in models]
+        torch.testing.assert_close(plain.encode(pixel_values), checkpoints.reference(models, weights, pixel_values)[1])
 
 
 def test_tokens_that_differ_are_an_error(tmp_path, capsys, monkeypatch):

@@ -94,6 +94,13 @@ def test_patch_embedding_as_a_product_equals_the_convolution():
     for height, width in ((28, 42), (33, 55)):  # the second has pixels beyond the last whole patch
         pixels = torch.randn(2, 3, height, width)
         torch.testing.assert_close(runtimes.PatchProduct(convolution)(pixels), convolution(pixels))
+    tokenizer = load(runtime="eager")
+    names = set(tokenizer.network.state_dict())
+    expected = tokenizer(pictures(2)).tokens
+    runtimes.patches_as_products(tokenizer.network)
+    assert not [module for module in tokenizer.network.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert set(tokenizer.network.state_dict()) == names
+    torch.testing.assert_close(tokenizer(pictures(2)).tokens, expected)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +223,7 @@ def graphs(cuda):
 @torch.inference_mode()
 def test_graphs_give_eager_results_and_never_write_into_them_again(cuda, choices):
     tokenizer = load(runtime="eager", **choices)
+    runtimes.patches_as_products(tokenizer.network)
     run = CudaGraphs(tokenizer.network, torch.device("cpu"), torch.float32)
     inputs = [tokenizer.preprocess(pictures(2, seed)) for seed in range(4)]
     exact = [tokenizer.network(pixel_values) for pixel_values in inputs]

@@ -141,7 +141,9 @@ def _tokenize(options: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
     from vla_perception.tokenizer import VisualTokenizer
+    from vla_perception.tokenizer.runtime import limit_threads
 
+    limit_threads()
     images = []
     for path in options.images:
         try:

@@ -129,8 +129,6 @@ class CudaGraphs(Runtime):
     ) -> None:
         super().__init__(network, device, dtype)
         self.name = "compile" if compiled else "graph"
-        # One product by cuBLAS, where cuDNN would choose among kernels that are not made for 3 channels.
-        _replace(network, nn.Conv2d, PatchProduct)
         self._branches, self._join = network.branches(), network.join
         if compiled:
             # Without Inductor's own graphs: they would end where ours has to go on.
@@ -259,9 +257,16 @@ def make_runtime(name: str, network: Network, device: torch.device, dtype: torch
         raise ValueError(f"runtime graph needs a CUDA device, not {device}; choose auto")
     if name == "onednn" and (device.type != "cpu" or not torch.backends.mkldnn.is_available()):
         raise ValueError(f"runtime onednn needs a CPU, and a PyTorch with oneDNN, not {device}; choose auto")
+    if device.type == "cuda":
+        patches_as_products(network)
     if device.type == "cuda" and name != "eager":
         return CudaGraphs(network, device, dtype, compiled=name == "compile")
     return {"eager": Runtime, "onednn": OneDnn, "compile": Compiled}[name](network, device, dtype)
+
+
+def patches_as_products(network: nn.Module | Network) -> None:
+    """Patch embeddings by cuBLAS: cuDNN would run float32 convolutions in TF32, and has no kernel for 3 channels."""
+    _replace(network, nn.Conv2d, PatchProduct)
 
 
 def onednn_gains(dtype: torch.dtype) -> bool:
@@ -304,7 +309,7 @@ def limit_threads(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     return torch.get_num_threads()
 
 
-def _replace(network: Network, kind: type[nn.Module], replacement: Callable[[nn.Module], nn.Module]) -> None:
+def _replace(network: nn.Module | Network, kind: type[nn.Module], replacement: Callable[[nn.Module], nn.Module]) -> None:
     """Puts `replacement(module)` in the place of every module of exactly that kind, freeing one after the other."""
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
