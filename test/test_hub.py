@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +140,25 @@ def test_only_the_vision_part_is_fetched(serve):
     ]  # fmt: skip
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert file.metadata()["commit"] == COMMIT
+
+
+def test_progress_is_told(serve, caplog, monkeypatch):
+    monkeypatch.setattr(hub, "_TELL", -1.0)
+    serve(repository())
+    with caplog.at_level("INFO", logger="vla_perception"):
+        hub.fetch(ID)
+    assert f"fetching the vision part, {VISION_BYTES / 1e6:.0f} MB" in caplog.text
+    parts = [int(part) for part in re.findall(r"some-vla: (\d+) of \d+ MB", caplog.text)]
+    assert parts == sorted(parts) and parts[-1] == round(VISION_BYTES / 1e6)
+
+
+def test_two_that_fetch_at_once_fetch_once(serve):
+    server = serve(repository())
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(hub.fetch, [ID, ID])
+    assert first == second
+    assert_vision_part(first)
+    assert server.sent() < VISION_BYTES + BESIDE
 
 
 def test_neighbours_come_in_one_request(serve):
@@ -292,6 +313,7 @@ def test_offline_without_it(monkeypatch):
         ({"config.json": b'{"model_type": "llama"}'}, "no timm_model_ids"),
         ({"vision_backbone--10000_checkpoint.pt": b""}, "FiLM"),
         ({"model-00002-of-00003.safetensors": None}, "lacks files that its index names"),
+        ({"model.safetensors.index.json": b'{"weight_map": {"a": "../b"}}', "../b": b""}, "lacks files"),
     ],
 )
 def test_what_cannot_become_tokens_is_refused_before_weights_are_fetched(serve, changes, reason):
@@ -350,6 +372,7 @@ def test_environment_of_a_new_process(serve, tmp_path):
 
 def test_tokens_are_those_of_the_whole_checkpoint(serve, tmp_path, monkeypatch):
     from vla_perception.tokenizer import VisualTokenizer
+    from vla_perception.tokenizer.describe import describe, model_config
 
     timm_ids, sizes = ("test_vit.r160_in1k", "test_vit3.r160_in1k"), (160, 160)
     models = checkpoints.towers(timm_ids, sizes)
@@ -357,7 +380,10 @@ def test_tokens_are_those_of_the_whole_checkpoint(serve, tmp_path, monkeypatch):
     tensors["language_model.lm_head.weight"] = torch.zeros(4 * MIB)
     whole = checkpoints.write(tmp_path / "whole", tensors, timm_ids=timm_ids, sizes=sizes)
     server = serve({path.name: path.read_bytes() for path in whole.iterdir()})
-    ours = VisualTokenizer.from_checkpoint(hub.fetch(ID))
+    described = describe(model_config(ID))
+    assert described["model"] == "some-vla" and server.sent() == 0
+    ours = VisualTokenizer.load(ID)
+    assert described["parameters"] == sum(value.numel() for value in ours._network.parameters())
     assert server.sent() < sum(value.nbytes for value in tensors.values()) - 15 * MIB + 2 * BESIDE
     expected = VisualTokenizer.from_checkpoint(whole)
     picture = checkpoints.picture()

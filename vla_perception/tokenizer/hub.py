@@ -36,6 +36,8 @@ _SMALL_FILES = ("config.json", "preprocessor_config.json", "dataset_statistics.j
 _ADAPTER = "adapter_model.safetensors"
 #: Bytes after which what was written is made to last a power failure, and counted as fetched.
 _STEP = 64 << 20
+#: Seconds between two lines about the progress, where there is no terminal.
+_TELL = 10.0
 #: Free space that is left over, for small files and everybody else.
 _SPARE = 64 << 20
 
@@ -207,7 +209,7 @@ def _shards(repository: str, commit: str, files: Collection[str]) -> list[str]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{repository}: {_INDEX} has no weight_map")
         shards = {str(file) for name, file in weight_map.items() if _wanted(name)}
-        lacking = sorted(shards - set(files))
+        lacking = sorted(file for file in shards if file not in files or Path(file).name != file)
         if lacking:
             raise CheckpointError(f"{repository} lacks files that its index names: {', '.join(lacking[:8])}")
         return sorted(shards)
@@ -369,7 +371,7 @@ def _left(pieces: Sequence[_Piece], done: int) -> Iterator[bytes]:
 
 @contextmanager
 def _progress(what: str, total: int, done: int):
-    """A bar on a terminal, otherwise a line in the log every ten seconds; yields what is called with each number of bytes."""
+    """A bar on a terminal, otherwise a line in the log now and then; yields what is called with each number of bytes."""
     from huggingface_hub.utils import tqdm
 
     begun = f"{done / 1e6:.0f} MB of them are there" if done > _STEP else "kept for the next time"
@@ -381,7 +383,7 @@ def _progress(what: str, total: int, done: int):
             nonlocal shown, told
             shown += count
             bar.update(count)
-            if bar.disable and time.monotonic() - told > 10:
+            if bar.disable and time.monotonic() - told > _TELL:
                 told = time.monotonic()
                 log.info("%s: %.0f of %.0f MB", what, shown / 1e6, total / 1e6)
 
