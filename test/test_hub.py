@@ -383,7 +383,7 @@ def test_tokens_are_those_of_the_whole_checkpoint(serve, tmp_path, monkeypatch):
     described = describe(model_config(ID))
     assert described["model"] == "some-vla" and server.sent() == 0
     ours = VisualTokenizer.load(ID)
-    assert described["parameters"] == sum(value.numel() for value in ours._network.parameters())
+    assert described["parameters"] == sum(value.numel() for value in ours.network.parameters())
     assert server.sent() < sum(value.nbytes for value in tensors.values()) - 15 * MIB + 2 * BESIDE
     expected = VisualTokenizer.from_checkpoint(whole)
     picture = checkpoints.picture()
