@@ -67,7 +67,8 @@ def test_the_plain_way_is_what_prismatic_computes(tmp_path):
         plain = bench.PlainModel(VisualTokenizer.load(path), torch.float32, exact=exact)
         pixel_values = plain.preprocess([checkpoints.picture(), checkpoints.picture(1)])
         assert [len(tower.blocks) for tower in plain._towers] == [len(model.blocks) for model in models]
-        torch.testing.assert_close(plain.encode(pixel_values), checkpoints.reference(models, weights, pixel_values)[1])
+        expected = checkpoints.reference(models, weights, pixel_values)[1]
+        torch.testing.assert_close(plain.encode(pixel_values), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_tokens_that_differ_are_an_error(tmp_path, capsys, monkeypatch):
