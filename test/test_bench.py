@@ -85,6 +85,16 @@ def test_tokens_that_differ_are_an_error(tmp_path, capsys, monkeypatch):
     assert "not those of the plain way" in capsys.readouterr().err
 
 
+def test_pixel_values_that_differ_are_an_error(capsys, monkeypatch):
+    exact = bench._torchvision_pixels
+    monkeypatch.setattr(bench, "_torchvision_pixels", lambda *arguments: exact(*arguments).index_fill_(
+        2, torch.tensor([0]), 0.5
+    ))  # fmt: skip
+    monkeypatch.setitem(bench.TOLERANCES, "float32", 10.0)
+    assert cli.main(["bench", "--model", "small", "--seconds", "0", "--baseline"]) == 1
+    assert "not those of PIL and torchvision" in capsys.readouterr().err
+
+
 def test_distance_is_relative_and_finds_the_worst_token():
     exact = torch.tensor([[[3.0, 4.0], [0.0, 5.0]]])
     found = torch.tensor([[[3.0, 4.0], [5.0, 0.0]]])

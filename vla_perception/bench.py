@@ -163,7 +163,7 @@ def run(
         seconds: for each number of views.
 
     Raises:
-        ValueError: the model cannot be loaded, or its tokens are not those of the plain way.
+        ValueError: the model cannot be loaded, or its tokens or pixel values are not those of the plain way.
     """
     limit_threads()
     compute_dtype = compute_dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
@@ -214,6 +214,8 @@ def run(
                 f"the tokens of {number} view(s) are not those of the plain way in float32: relative L2 "
                 f"{result['agreement']['relative_l2']:.1e} where {compute_dtype} allows {TOLERANCES[compute_dtype]:g}"
             )
+        if not result["preprocess"].get("identical", True):
+            raise ValueError(f"the pixel values of {number} view(s) are not those of PIL and torchvision")
     return report
 
 
