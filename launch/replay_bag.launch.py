@@ -27,8 +27,9 @@ from vla_perception.launch_parts import (
 IMAGES = {"sensor_msgs/msg/Image": "raw", "sensor_msgs/msg/CompressedImage": "compressed"}
 #: What other image transports send as CompressedImage.
 NO_PICTURES = ("/compressedDepth", "/zstd")
-#: Seconds that the last frames get to become tokens, when the bag is over.
-LINGER_SEC = 3.0
+#: Seconds that the last frames get to become tokens, when the player has ended, which waits for acknowledgements first.
+#: Not so many that the tokenizer begins to complain of silent cameras.
+LINGER_SEC = 2.0
 #: Seconds that the player waits for the tokenizer: a large checkpoint takes a while to load.
 LOADING_SEC = 900.0
 

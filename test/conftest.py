@@ -6,7 +6,7 @@ import tempfile
 import threading
 
 import pytest
-from ros_domain import ROOT, RosProcess, free_domain, in_domain
+from ros_domain import ROOT, RosProcess, domains_of_a_module, free_domain, in_domain
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -17,6 +17,12 @@ def pytest_configure(config: pytest.Config) -> None:
     logs = tempfile.TemporaryDirectory(prefix="vla_perception-logs-")
     os.environ["ROS_LOG_DIR"] = logs.name
     config.add_cleanup(logs.cleanup)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ros_domains():
+    with domains_of_a_module():
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

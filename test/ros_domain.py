@@ -20,7 +20,7 @@ _LOCKS: dict[int, socket.socket] = {}
 
 
 def free_domain() -> int:
-    """A ROS_DOMAIN_ID that no other test process of this machine holds; kept until this process ends.
+    """A ROS_DOMAIN_ID that no other test process of this machine holds; kept until `domains_of_a_module` ends.
 
     The lock is a socket name in Linux's abstract namespace: exclusive, without a file, and given back by the kernel
     however the process ends. The discovery port tells of participants that do not take part in this.
@@ -39,6 +39,15 @@ def free_domain() -> int:
         _LOCKS[domain] = lock
         return domain
     raise RuntimeError(f"all ROS domains {_DOMAINS.start}–{_DOMAINS.stop - 1} are in use on this machine")
+
+
+@contextlib.contextmanager
+def domains_of_a_module() -> Iterator[None]:
+    """Gives back what was taken inside: there are fewer domains than tests, and other runs need some as well."""
+    before = set(_LOCKS)
+    yield
+    for domain in set(_LOCKS) - before:
+        _LOCKS.pop(domain).close()
 
 
 def _discovery_port_taken(domain: int) -> bool:
