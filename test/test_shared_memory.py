@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -68,6 +69,25 @@ def test_what_is_kept_stays_as_it_was(ends):
     reader.close()
     assert [tokens.sequence for tokens in kept] == list(range(3 * LENT))
     assert all((tokens.data == tokens.sequence).all() for tokens in kept)
+
+
+@needs_iceoryx2
+def test_a_signal_is_no_failure(ends):
+    """As after SIGSTOP and SIGCONT, or with a profiler's timer: the wait ends early, and the next one goes on."""
+    writer, reader = ends(TokenWriter), ends(TokenReader)
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    results = []
+    thread = threading.Thread(target=lambda: results.append(reader.wait(60.0)))
+    try:
+        thread.start()
+        while thread.is_alive():  # the first ones may come before it waits
+            signal.pthread_kill(thread.ident, signal.SIGUSR1)
+            thread.join(0.05)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert results == [set()]
+    writer.write(make_tokens(1))
+    assert reader.wait(20.0) and [tokens.sequence for tokens in taken(reader)] == [1]
 
 
 @needs_iceoryx2

@@ -207,11 +207,19 @@ class TokenReader(_Services):
         return self._sets.dynamic_config.number_of_publishers
 
     def wait(self, timeout_sec: float) -> set[int]:
-        """Sleeps until something happens to the topic, at most so long; which kinds of events did."""
+        """Sleeps until something happens to the topic, at most so long; which kinds of events did.
+
+        A signal that the process lives on after (SIGCONT, SIGCHLD, a debugger's) may end it early, with none.
+        """
         import iceoryx2
 
         with _told("waiting for tokens"):
-            events = self._listener.timed_wait(iceoryx2.Duration.from_nanos(int(timeout_sec * 1e9)))
+            try:
+                events = self._listener.timed_wait(iceoryx2.Duration.from_nanos(int(timeout_sec * 1e9)))
+            except iceoryx2.ListenerWaitError as error:
+                if str(error) != "InterruptSignal":
+                    raise
+                return set()
             return {event.id.as_value for event in events}
 
     def take(self) -> tuple[memoryview | bytes, int] | None:
