@@ -8,7 +8,9 @@ operations and therefore exact.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -100,6 +102,12 @@ class Preprocessor:
     def __init__(self, encoders: Sequence[EncoderConfig]) -> None:
         self._encoders = tuple(encoders)
         self._tables = [normalisation_table(config) for config in encoders]
+        geometries = [config.geometry for config in encoders]
+        # Encoders that share a resize, by their indices.
+        self._sharing = [
+            [index for index, other in enumerate(geometries) if other == geometry] for geometry in dict.fromkeys(geometries)
+        ]
+        self._threads = ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0))), thread_name_prefix="preprocess")
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """uint8 [height, width, 3] pictures of any sizes → per encoder float32 [views, 3, side, side]."""
@@ -112,12 +120,18 @@ class Preprocessor:
         outputs = [
             np.empty((len(images), 3, config.image_size, config.image_size), np.float32) for config in self._encoders
         ]
-        for view, image in enumerate(images):
-            shared: dict[tuple, np.ndarray] = {}
-            for config, table, output in zip(self._encoders, self._tables, outputs):
-                if config.geometry not in shared:
-                    shared[config.geometry] = resize(image, config)
-                pixels = shared[config.geometry]
+
+        def fill(task: tuple[int, list[int]]) -> None:
+            view, sharing = task
+            pixels = resize(images[view], self._encoders[sharing[0]])
+            for encoder in sharing:
                 for channel in range(3):
-                    np.take(table[channel], pixels[:, :, channel], out=output[view, channel], mode="clip")
+                    table, output = self._tables[encoder][channel], outputs[encoder][view, channel]
+                    np.take(table, pixels[:, :, channel], out=output, mode="clip")
+
+        tasks = [(view, sharing) for view in range(len(images)) for sharing in self._sharing]
+        if len(tasks) == 1:
+            fill(tasks[0])
+        else:
+            list(self._threads.map(fill, tasks))  # PIL and NumPy let go of the interpreter while they compute
         return [torch.from_numpy(output) for output in outputs]
