@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from vla_perception.tokenizer.checkpoint import Checkpoint, listing
@@ -40,16 +41,12 @@ def open_run(path: Path) -> Checkpoint:
     prefixes = {"featurizer.": encoders[0].name} if len(encoders) == 1 else {
         f"{short}_featurizer.": encoder.name for short, encoder in zip(("dino", "siglip"), encoders)
     }  # fmt: skip
-    tensors: dict[str, StoredTensor] = {}
-    surplus = []
-    for name, stored in vision.items():
+
+    def canonical(name: str) -> str | None:
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
-        if prefix is None:
-            surplus.append(name)
-        else:
-            tensors[f"{prefixes[prefix]}.{name.removeprefix(prefix)}"] = stored
-    if surplus:
-        raise CheckpointError(f"{file}: {listing('tensors that belong to no known part', surplus)}")
+        return None if prefix is None else f"{prefixes[prefix]}.{name.removeprefix(prefix)}"
+
+    tensors = _renamed(vision, canonical, file)
     grids: dict[str, tuple[int, int, int]] = {}
     notes: tuple[str, ...] = ()
     if not vision:
@@ -118,13 +115,19 @@ def _projector(stored: dict[str, StoredTensor], file: Path) -> dict[str, StoredT
     """``projector.0``, ``.2``, ``.4`` (or one ``projector`` alone) → ``fc1``, ``fc2``, ``fc3``."""
     if not stored:
         raise CheckpointError(f"{file} holds no model.projector; is it a checkpoint of prismatic-vlms?")
-    result, surplus = {}, []
-    for name, tensor in stored.items():
+
+    def canonical(name: str) -> str | None:
         match = re.fullmatch(r"projector(?:\.([024]))?\.(weight|bias)", name)
-        if match is None:
-            surplus.append(name)
-        else:
-            result[f"projector.fc{int(match.group(1) or 0) // 2 + 1}.{match.group(2)}"] = tensor
+        return None if match is None else f"projector.fc{int(match.group(1) or 0) // 2 + 1}.{match.group(2)}"
+
+    return _renamed(stored, canonical, file)
+
+
+def _renamed(
+    stored: dict[str, StoredTensor], canonical: Callable[[str], str | None], file: Path
+) -> dict[str, StoredTensor]:
+    """The tensors by their canonical names; CheckpointError that lists those that have none."""
+    surplus = [name for name in stored if canonical(name) is None]
     if surplus:
         raise CheckpointError(f"{file}: {listing('tensors that belong to no known part', surplus)}")
-    return result
+    return {canonical(name): tensor for name, tensor in stored.items()}  # type: ignore[misc]
