@@ -1,7 +1,10 @@
 """Node `visual_tokenizer`: camera topics in, one topic of visual tokens out. A lifecycle node (docs/nodes.md).
 
-A frame's way: subscription (executor) → set of frames (synchronizer.py) → decode, preprocess, encode (worker thread)
-→ message (publisher thread). Between two steps there is one place, and what is newer takes it; nothing queues up.
+A frame's way: subscription (executor) → set of frames (synchronizer.py) → decode, preprocess (worker thread) → encode
+(encoder thread) → message (publisher thread). Between two steps there is one place, and what is newer takes it; nothing
+queues up. On a GPU each of these threads has a CUDA stream, so that the next set is decoded and copied there, and the
+last one's tokens are copied back, while one is encoded. On a CPU the worker encodes, too: what it decoded meanwhile
+would take the cores from encoding, and would be old by the time it is done.
 torch is imported when the node is configured, so that the node is up at once and tells what it is doing.
 """
 
@@ -17,7 +20,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,6 +47,8 @@ from vla_perception.nodes.synchronizer import HISTORY, POLICIES, Frame, FrameSet
 from vla_perception.nodes.token_publisher import TokenPublisher
 
 if TYPE_CHECKING:
+    import torch
+
     from vla_perception.tokenizer import VisualTokenizer
 
 TRANSPORTS = ("raw", "compressed")
@@ -189,16 +194,19 @@ class _Request:
             self.done.set()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Job:
-    """Encoded tokens on their way to the publisher."""
+    """A set on its way through the threads. Durations and `arrived` are seconds of the performance counter."""
 
     frames: FrameSet
-    tokens: VisualTokens
     request: _Request | None
     run: int
-    arrived: float  # when its last frame did, or was asked for; seconds of the performance counter
-    tokenizing: float  # seconds that preprocess and encode took
+    arrived: float  # when the set's last frame did, or when it was asked for
+    views: list[View] = field(default_factory=list)
+    pixel_values: list[torch.Tensor] = field(default_factory=list)
+    tokens: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+    tokenizing: float = 0.0  # what preprocess and encode took
 
 
 def _guarded(transition: Callable[..., TransitionCallbackReturn]):
@@ -223,6 +231,9 @@ def _guarded(transition: Callable[..., TransitionCallbackReturn]):
 class VisualTokenizerNode(LifecycleNodeMixin, Node):
     """The node. `stop` ends the process; it is called if autostart fails."""
 
+    #: Devices that compute while the processor's cores do something else.
+    OVERLAPPING = ("cuda",)
+
     def __init__(self, stop: Stop, **node_options: object) -> None:
         Node.__init__(self, "visual_tokenizer", **node_options)
         # A group of its own: the states are told while a model is loading.
@@ -237,7 +248,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         self._fresh = False  # a set has come that was not looked at yet
         self._set_arrived = 0.0  # when the callback of its last frame began, seconds of the performance counter
         self._sync: SetSynchronizer | None = None
-        self._slot: _Job | None = None
+        self._places: dict[str, _Job | None] = {}  # what waits for the thread of that name
         self._request: _Request | None = None
         self._sequence = 0
         self._encode_errors = 0
@@ -295,9 +306,13 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             )
         if settings["shared_memory"]:
             self._tokens.open_shared_memory()
+        loops = {"worker": self._work, "encoder": self._encode_loop, "publisher": self._publish_loop}
+        if tokenizer.device.type not in self.OVERLAPPING:
+            del loops["encoder"]
+        self._places = {name: None for name in loops if name != "worker"}
         self._threads = [
-            threading.Thread(target=loop, name=name, daemon=True)
-            for name, loop in (("worker", self._work), ("publisher", self._publish_loop))
+            threading.Thread(target=self._on_stream, args=(loop,), name=name, daemon=True)
+            for name, loop in loops.items()
         ]
         for thread in self._threads:
             thread.start()
@@ -470,9 +485,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         self._threads = []
         self._tokens.close_shared_memory()
         with self._changed:
-            if self._slot is not None:
-                self._give_up(self._slot)
-            self._tokenizer = self._sync = self._slot = None
+            self._tokenizer = self._sync = None
         gc.collect()
         if "torch" in sys.modules and (torch := sys.modules["torch"]).cuda.is_initialized():
             torch.cuda.empty_cache()
@@ -601,6 +614,15 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             for camera in self._cameras.values()
         )
 
+    def _on_stream(self, loop: Callable[[], None]) -> None:
+        """Runs a thread's loop; what it does on a GPU goes to a stream of its own."""
+        device = self._tokenizer.device
+        if device.type == "cuda":
+            import torch
+
+            torch.cuda.set_stream(torch.cuda.Stream(device))
+        loop()
+
     def _work(self) -> None:
         not_before = 0.0
         while True:
@@ -612,19 +634,64 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                     frames, request, wait = self._next_set(not_before)
                     if frames is None:
                         self._changed.wait(wait)
-                rate, run = self._settings["max_rate_hz"], self._run
+                rate = self._settings["max_rate_hz"]
                 arrived = self._set_arrived if request is None else time.perf_counter()
+                job = _Job(frames, request, self._run, arrived)
             not_before = time.monotonic() + (1 / rate if rate > 0 else 0.0)
-            try:
-                self._encode(frames, request, run, arrived)
-            except Exception as error:
-                # Out of memory, a device that went away: the next frame may do better, and says so if not.
-                with self._changed:
-                    self._encode_errors += 1
-                    self._sync.encoded(frames)
-                self._complain("encode", f"a set could not be encoded: {type(error).__name__}: {error}")
-                if request is not None:
-                    request.answer(False, f"{type(error).__name__}: {error}")
+            if self._succeeds(self._prepare, job):
+                if "encoder" in self._places:
+                    self._hand_on(job, "encoder")
+                elif self._succeeds(self._encode, job):
+                    self._hand_on(job, "publisher")
+
+    def _encode_loop(self) -> None:
+        while (job := self._receive("encoder")) is not None:
+            if self._succeeds(self._encode, job):
+                self._hand_on(job, "publisher")
+
+    def _succeeds(self, step: Callable[[_Job], bool], job: _Job) -> bool:
+        """Whether `step` did what it is to do with a job; if not, its frames are accounted for."""
+        try:
+            return step(job)
+        except Exception as error:
+            # Out of memory, a device that went away: the next frame may do better, and says so if not.
+            with self._changed:
+                self._encode_errors += 1
+                self._sync.encoded(job.frames)
+            self._complain("encode", f"a set could not be encoded: {type(error).__name__}: {error}")
+            if job.request is not None:
+                job.request.answer(False, f"{type(error).__name__}: {error}")
+            return False
+
+    def _hand_on(self, job: _Job, thread: str) -> None:
+        """Puts a job into the thread's place; one that still waits there is given up."""
+        with self._changed:
+            if self._ended:
+                self._give_up(job)
+                return
+            waiting, self._places[thread] = self._places[thread], job
+            if waiting is not None:
+                self._give_up(waiting)
+            self._changed.notify_all()
+
+    def _receive(self, thread: str) -> _Job | None:
+        """Waits for what is put into the thread's place; None when the thread is to end."""
+        with self._changed:
+            while True:
+                job, self._places[thread] = self._places[thread], None
+                if job is not None:
+                    if self._active and not self._ended and job.run == self._run:
+                        return job
+                    self._give_up(job)
+                elif self._ended:
+                    return None
+                else:
+                    self._changed.wait()
+
+    def _give_up(self, job: _Job) -> None:
+        self._sync.replaced(job.frames)
+        if job.request is not None:
+            job.request.answer(False, "a newer set was there first")
 
     def _next_set(self, not_before: float) -> tuple[FrameSet | None, _Request | None, float | None]:
         """The set to encode now, if there is one, and the request for it; otherwise how long to wait at most."""
@@ -643,12 +710,12 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         self._fresh = False
         return self._sync.take(), None, None
 
-    def _encode(self, frames: FrameSet, request: _Request | None, run: int, arrived: float) -> None:
+    def _prepare(self, job: _Job) -> bool:
+        """Pictures of a set → what the encoders take, on their device; False if a picture cannot be read."""
         clock = time.perf_counter
         begun = clock()
-        tokenizer = self._tokenizer
-        images, views, bad = [], [], []
-        for frame in frames:
+        tokenizer, images, bad = self._tokenizer, [], []
+        for frame in job.frames:
             try:
                 image = self._decode(frame)
                 view = View(
@@ -662,89 +729,85 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                     seen=tokenizer.seen(image.shape[0], image.shape[1], frame.camera),
                 )
                 images.append(image)
-                views.append(view)
+                job.views.append(view)
             except Exception as error:
                 bad.append(frame)
                 reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
                 self._complain(f"decode {frame.camera}", f"camera {frame.camera}: a frame is skipped: {reason}")
         if bad:
             with self._changed:
-                self._sync.undecodable(frames, bad)
-            if request is not None:
-                request.answer(False, f"no readable picture from {', '.join(frame.camera for frame in bad)}")
-            return
+                self._sync.undecodable(job.frames, bad)
+            if job.request is not None:
+                job.request.answer(False, f"no readable picture from {', '.join(frame.camera for frame in bad)}")
+            return False
         decoded = clock()
-        pixel_values = tokenizer.preprocess(images, [frame.camera for frame in frames])
+        job.pixel_values = tokenizer.preprocess(images, [frame.camera for frame in job.frames])
+        if tokenizer.device.type == "cuda":
+            import torch
+
+            torch.cuda.current_stream(tokenizer.device).synchronize()  # the encoder's stream does not wait for this one
         preprocessed = clock()
+        job.tokenizing = preprocessed - decoded
+        with self._changed:
+            self._timings["decode"].append(decoded - begun)
+            self._timings["preprocess"].append(preprocessed - decoded)
+        return True
+
+    def _encode(self, job: _Job) -> bool:
+        """→ tokens on the device, which has finished them; False if they are not finite."""
         import torch
 
-        features = bool(self._settings["publish_features"])
-        output = tokenizer.encode(pixel_values, features=features)
+        begun = time.perf_counter()
+        tokenizer = self._tokenizer
+        output = tokenizer.encode(job.pixel_values, features=bool(self._settings["publish_features"]))
         dtype = getattr(torch, self._settings["token_dtype"])
-        tokens = output.tokens.to(dtype)
-        parts = [tokens] if output.features is None else [tokens, output.features.to(dtype)]
-        if not all(bool(torch.isfinite(part).all()) for part in parts):
+        parts = [part.to(dtype) for part in (output.tokens, output.features) if part is not None]
+        job.tokens, job.features = parts[0], parts[1] if len(parts) > 1 else None
+        finite = all(bool(torch.isfinite(part).all()) for part in parts)
+        # That has waited for the device: only now may what it read be given to the next set.
+        job.pixel_values = []
+        if not finite:
             with self._changed:
                 self._non_finite += 1
-                self._sync.encoded(frames)
+                self._sync.encoded(job.frames)
             text = (
                 f"tokens that are not finite were not published; compute_dtype {tokenizer.compute_dtype} or token_dtype "
                 f"{self._settings['token_dtype']} may be too narrow for this model: try bfloat16 or float32"
             )
             self._complain("non-finite", text)
-            if request is not None:
-                request.answer(False, text)
-            return
-        result = VisualTokens.from_torch(
-            tokens,
-            sequence=0,  # given when it is published: a gap in the numbers is then a lost message
-            views=views,
-            features=parts[1] if features else None,
-            **tokenizer.metadata(),
-        )
-        encoded = clock()
+            if job.request is not None:
+                job.request.answer(False, text)
+            return False
+        seconds = time.perf_counter() - begun
+        job.tokenizing += seconds
         with self._changed:
-            self._timings["decode"].append(decoded - begun)
-            self._timings["preprocess"].append(preprocessed - decoded)
-            self._timings["encode"].append(encoded - preprocessed)
-            if self._slot is not None:
-                self._give_up(self._slot)
-            self._slot = _Job(frames, result, request, run, arrived, encoded - decoded)
-            self._changed.notify_all()
+            self._timings["encode"].append(seconds)
+        return True
 
     def _decode(self, frame: Frame) -> np.ndarray:
         compressed = isinstance(frame.image, CompressedImage)
         return compressed_to_rgb(frame.image) if compressed else image_to_rgb(frame.image)
 
-    def _give_up(self, job: _Job) -> None:
-        self._sync.replaced(job.frames)
-        if job.request is not None:
-            job.request.answer(False, "a newer set was there first")
-
     def _publish_loop(self) -> None:
-        while True:
-            with self._changed:
-                while self._slot is None and not self._ended:
-                    self._changed.wait()
-                if self._slot is None or self._ended:
-                    if self._slot is not None:
-                        self._give_up(self._slot)
-                        self._slot = None
-                    return
-                job, self._slot = self._slot, None
-                if not self._active or job.run != self._run:
-                    self._give_up(job)
-                    continue
+        while (job := self._receive("publisher")) is not None:
             begun = time.perf_counter()
             try:
-                self._tokens.publish(replace(job.tokens, sequence=self._sequence))
+                self._tokens.publish(
+                    VisualTokens.from_torch(
+                        job.tokens,
+                        sequence=self._sequence,  # given here: a gap in the numbers is then a lost message
+                        views=job.views,
+                        features=job.features,
+                        **self._tokenizer.metadata(),
+                    )
+                )
             except Exception as error:
                 text = f"tokens could not be published: {type(error).__name__}: {error}"
                 if not self._closing.is_set():
                     self._complain("publish", text)
                 success = False
             else:
-                text = f"published as sequence {self._sequence}, stamp {job.tokens.stamp_ns} ns"
+                text = f"published as sequence {self._sequence}, stamp {job.views[0].stamp_ns} ns"
                 success = True
             with self._changed:
                 self._sequence += success
