@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("rclpy")
-torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 from ros_domain import RosProcess, free_domain, wait_until  # noqa: E402
 from test_visual_tokenizer_node import DEFAULTS, Robot, assert_same_tokens, image_message, picture  # noqa: E402
@@ -19,8 +18,6 @@ pytestmark = pytest.mark.ros
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_next_set_is_prepared_during_an_encoding_and_none_is_mixed_up(device):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     domain, tokenizer = free_domain(), VisualTokenizer.load("small")
     pictures, ended = {}, threading.Event()
     command = [str(Path(__file__).with_name("overlapping_node.py")), "--ros-args", "-p", "token_dtype:=float32"]
