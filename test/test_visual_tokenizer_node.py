@@ -16,7 +16,7 @@ import pytest
 
 rclpy = pytest.importorskip("rclpy")
 
-from diagnostic_msgs.msg import DiagnosticArray  # noqa: E402
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus  # noqa: E402
 from lifecycle_msgs.msg import Transition  # noqa: E402
 from lifecycle_msgs.srv import ChangeState, GetState  # noqa: E402
 from rcl_interfaces.srv import GetParameters, SetParameters  # noqa: E402
@@ -598,7 +598,7 @@ def test_an_encoding_that_fails_and_tokens_that_are_not_finite(monkeypatch):
                 grid=[2, 2], token_strategy="patch", pool=1, encoders=[], projector="linear",
             )  # fmt: skip
 
-    domain, context, model, received = free_domain(), rclpy.Context(), Model(), []
+    domain, context, model, received, told = free_domain(), rclpy.Context(), Model(), [], []
     with in_domain(domain):
         rclpy.init(context=context, domain_id=domain)
         node = VisualTokenizerNode(lambda _code: None, context=context)
@@ -606,22 +606,29 @@ def test_an_encoding_that_fails_and_tokens_that_are_not_finite(monkeypatch):
     executor = SingleThreadedExecutor(context=context)
     executor.add_node(policy)
     policy.create_subscription(CompressedImage, "tokens", lambda message: received.append(from_message(message)), 10)
+    policy.create_subscription(DiagnosticArray, "/diagnostics", told.append, 10)
     try:
         monkeypatch.setattr(node, "_load", lambda: model)
         node.trigger_configure()
         node.trigger_activate()
         wait_until(node._tokens.wanted, 10, "the policy is known")
-        counts = node._sync.counts["front"]
         # 70000 is beyond float16's range, infinity after the conversion; the third frame shows that it goes on.
         assert node.set_parameters([Parameter("token_dtype", value="float16")])[0].successful
         for i, result in enumerate([RuntimeError("CUDA out of memory"), float("nan"), 70000.0, 1.5]):
             model.results.append(result)
             node._on_image(node._cameras["front"], image_message(picture(i), i + 1))
-            wait_until(lambda n=i: counts.encoded == n + 1, 10, f"frame {i} is done with")
+            wait_until(lambda n=i: node._pipeline.report()[0]["front"]["encoded"] == n + 1, 10, f"frame {i} is done with")
         wait_until(lambda: executor.spin_once(timeout_sec=0.1) or received, 10, "tokens")
-        assert (node._encode_errors, node._non_finite) == (1, 2)
         assert [(message.sequence, message.stamp_ns) for message in received] == [(0, 4)]
         assert (received[0].float32() == 1.5).all()
+        for level in (DiagnosticStatus.WARN, DiagnosticStatus.OK):  # once for what failed since the last time
+            told.clear()
+            node._watch()
+            wait_until(lambda: executor.spin_once(timeout_sec=0.1) or told, 10, "diagnostics")
+            (status,) = [status for status in told[0].status if status.name.endswith(": model")]
+            assert status.level == level and status.message.startswith("active")
+            values = {item.key: item.value for item in status.values}
+            assert (values["encode_errors"], values["non_finite"], values["publish_errors"]) == ("1", "2", "0")
     finally:
         node.close()
         executor.shutdown()

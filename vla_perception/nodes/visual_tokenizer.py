@@ -1,10 +1,6 @@
 """Node `visual_tokenizer`: camera topics in, one topic of visual tokens out. A lifecycle node (docs/nodes.md).
 
-A frame's way: subscription (executor) → set of frames (synchronizer.py) → decode, preprocess (worker thread) → encode
-(encoder thread) → message (publisher thread). Between two steps there is one place, and what is newer takes it; nothing
-queues up. On a GPU each of these threads has a CUDA stream, so that the next set is decoded and copied there, and the
-last one's tokens are copied back, while one is encoded. On a CPU the worker encodes, too: what it decoded meanwhile
-would take the cores from encoding, and would be old by the time it is done.
+Lifecycle, parameters, subscriptions and diagnostics are here; what is done with frames is in pipeline.py.
 torch is imported when the node is configured, so that the node is up at once and tells what it is doing.
 """
 
@@ -40,25 +36,19 @@ from sensor_msgs.msg import CompressedImage, Image
 from std_srvs.srv import Trigger
 
 from vla_perception.messages.images import compressed_to_rgb, image_to_rgb
-from vla_perception.messages.tokens import View, VisualTokens
 from vla_perception.nodes.parameters import declare
-from vla_perception.nodes.process import Stop, run_node
-from vla_perception.nodes.synchronizer import HISTORY, POLICIES, Frame, FrameSet, SetSynchronizer
+from vla_perception.nodes.pipeline import FAILURES, STAGES, Pipeline
+from vla_perception.nodes.process import GRACE_SEC, Stop, run_node
+from vla_perception.nodes.synchronizer import HISTORY, POLICIES, SetSynchronizer
 from vla_perception.nodes.token_publisher import TokenPublisher
 
 if TYPE_CHECKING:
-    import torch
-
     from vla_perception.tokenizer import VisualTokenizer
 
 TRANSPORTS = ("raw", "compressed")
 TRIGGERS = ("continuous", "on_request")
 DTYPES = ("float32", "bfloat16", "float16")
 RUNTIMES = ("auto", "eager", "onednn", "graph", "compile")
-#: What is timed per set. overhead: from the callback of its last frame until it is published, less what the tokenizer
-#: takes, preprocess and encode.
-STAGES = ("decode", "preprocess", "encode", "publish", "overhead")
-
 #: Seconds without a frame, or without a set, after which something is wrong.
 QUIET_SEC = 5.0
 #: Seconds between two log lines about the same trouble.
@@ -180,35 +170,6 @@ class _Camera:
         return now - self.arrivals[-1] if self.arrivals else float("inf")
 
 
-@dataclass(eq=False)
-class _Request:
-    """A call of the service `encode` that waits for its answer."""
-
-    done: threading.Event = field(default_factory=threading.Event)
-    success: bool = False
-    text: str = ""
-
-    def answer(self, success: bool, text: str) -> None:
-        if not self.done.is_set():
-            self.success, self.text = success, text
-            self.done.set()
-
-
-@dataclass(eq=False)
-class _Job:
-    """A set on its way through the threads. Durations and `arrived` are seconds of the performance counter."""
-
-    frames: FrameSet
-    request: _Request | None
-    run: int
-    arrived: float  # when the set's last frame did, or when it was asked for
-    views: list[View] = field(default_factory=list)
-    pixel_values: list[torch.Tensor] = field(default_factory=list)
-    tokens: torch.Tensor | None = None
-    features: torch.Tensor | None = None
-    tokenizing: float = 0.0  # what preprocess and encode took
-
-
 def _guarded(transition: Callable[..., TransitionCallbackReturn]):
     """Logs what goes wrong in a transition: rclpy would swallow it."""
 
@@ -229,10 +190,7 @@ def _guarded(transition: Callable[..., TransitionCallbackReturn]):
 
 
 class VisualTokenizerNode(LifecycleNodeMixin, Node):
-    """The node. `stop` ends the process; it is called if autostart fails."""
-
-    #: Devices that compute while the processor's cores do something else.
-    OVERLAPPING = ("cuda",)
+    """The node. `stop` ends the process; it is called if autostart fails, and if nothing can go on."""
 
     def __init__(self, stop: Stop, **node_options: object) -> None:
         Node.__init__(self, "visual_tokenizer", **node_options)
@@ -241,29 +199,16 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         self._end_process = stop
         self._closing = threading.Event()
 
-        self._changed = threading.Condition()  # guards everything below it, down to the timings
-        self._active = False
-        self._run = 0  # counts activations: work that was begun in an earlier one is not published
-        self._ended = False  # the worker and the publisher are to end
-        self._fresh = False  # a set has come that was not looked at yet
-        self._set_arrived = 0.0  # when the callback of its last frame began, seconds of the performance counter
-        self._sync: SetSynchronizer | None = None
-        self._places: dict[str, _Job | None] = {}  # what waits for the thread of that name
-        self._request: _Request | None = None
-        self._sequence = 0
-        self._encode_errors = 0
-        self._non_finite = 0
-        self._timings: dict[str, deque[float]] = {stage: deque(maxlen=500) for stage in STAGES}
-
-        self._tokenizer: VisualTokenizer | None = None
+        self._pipeline: Pipeline | None = None  # from configure to cleanup
+        self._next_sequence = 0  # goes on where another pipeline follows
         self._configured = False
         self._subscribing = threading.Lock()  # held while subscriptions come and go
         self._cameras: dict[str, _Camera] = {}
-        self._threads: list[threading.Thread] = []
         self._last_set = 0.0
         self._sets_seen = 0
         self._no_sets_told = False
         self._told: dict[str, float] = {}
+        self._failures: dict[str, int] = {}
 
         self._settings: dict[str, object] = {}
         for name, setting in SETTINGS.items():
@@ -293,43 +238,36 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         self._configured = True  # from here on, what shapes the model and the topics is settled
         settings = self._settings
-        self._encode_errors = self._non_finite = 0
-        self._timings = {stage: deque(maxlen=500) for stage in STAGES}
-        self._ended = False
         tokenizer = self._load()
         if tokenizer is None:
             return TransitionCallbackReturn.FAILURE
-        with self._changed:
-            self._tokenizer = tokenizer
-            self._sync = SetSynchronizer(
-                settings["cameras"], settings["sync_policy"], settings["sync_slop_sec"], settings["max_age_sec"]
-            )
         if settings["shared_memory"]:
             self._tokens.open_shared_memory()
-        loops = {"worker": self._work, "encoder": self._encode_loop, "publisher": self._publish_loop}
-        if tokenizer.device.type not in self.OVERLAPPING:
-            del loops["encoder"]
-        self._places = {name: None for name in loops if name != "worker"}
-        self._threads = [
-            threading.Thread(target=self._on_stream, args=(loop,), name=name, daemon=True)
-            for name, loop in loops.items()
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._failures = {}
+        self._pipeline = Pipeline(
+            tokenizer,
+            SetSynchronizer(
+                settings["cameras"], settings["sync_policy"], settings["sync_slop_sec"], settings["max_age_sec"]
+            ),
+            settings,
+            decode=_to_rgb,
+            publish=self._tokens.publish,
+            wanted=self._tokens.wanted,
+            complain=self._complain,
+            fail=self._fail,
+            sequence=self._next_sequence,
+        )
         return TransitionCallbackReturn.SUCCESS
 
     @_guarded
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         now = time.monotonic()
         compressed = self._settings["image_transport"] == "compressed"
-        with self._changed:
-            self._active = True
-            self._run += 1
-            self._fresh = False
+        self._pipeline.start()
         self._last_set = now
         self._no_sets_told = False
         with self._subscribing:
-            for name in self._sync.cameras:
+            for name in self._settings["cameras"]:
                 topic = f"{name}/image_raw"
                 if compressed:
                     # Resolved before the suffix is appended: remapping the base name moves both.
@@ -364,14 +302,8 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
     def close(self) -> None:
         """The process ends: gives up what waits, and stops the threads as far as they can be."""
         self._closing.set()
-        with self._changed:
-            self._active = False
-            self._ended = True
-            if self._request is not None:
-                self._request.answer(False, "the node is ending")
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join(2.0)
+        if (pipeline := self._pipeline) is not None:
+            pipeline.close(GRACE_SEC)
         self._tokens.close_shared_memory()
 
     def _autostart(self) -> None:
@@ -467,25 +399,17 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                 if camera.subscription is not None:
                     self.destroy_subscription(camera.subscription)
             self._cameras = {}
-        with self._changed:
-            self._active = False
-            if self._sync is not None:
-                self._sync.clear()
-            if self._request is not None:
-                self._request.answer(False, "the node has been deactivated")
-            self._changed.notify_all()
+        if self._pipeline is not None:
+            self._pipeline.stop()
 
     def _unload(self) -> None:
         """Ends the threads and gives the device's memory back."""
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()  # an encoding that runs uses the memory that is to be given back
-        self._threads = []
+        pipeline, self._pipeline = self._pipeline, None
+        if pipeline is not None:
+            pipeline.close()  # an encoding that runs uses the memory that is to be given back
+            self._next_sequence = pipeline.sequence
+            del pipeline
         self._tokens.close_shared_memory()
-        with self._changed:
-            self._tokenizer = self._sync = None
         gc.collect()
         if "torch" in sys.modules and (torch := sys.modules["torch"]).cuda.is_initialized():
             torch.cuda.empty_cache()
@@ -518,15 +442,11 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         return SetParametersResult(successful=True)
 
     def _have_set(self, parameters: list[Parameter]) -> None:
-        with self._changed:
-            for parameter in parameters:
-                if parameter.name in SETTINGS:
-                    self._settings[parameter.name] = _checked(parameter.name, parameter.value)
-            if self._sync is not None:
-                self._sync.slop_sec = self._settings["sync_slop_sec"]
-                self._sync.max_age_sec = self._settings["max_age_sec"]
-                self._sync.policy = self._settings["sync_policy"]
-            self._changed.notify_all()
+        for parameter in parameters:
+            if parameter.name in SETTINGS:
+                self._settings[parameter.name] = _checked(parameter.name, parameter.value)
+        if (pipeline := self._pipeline) is not None:
+            pipeline.settings_changed()
 
     # Cameras
 
@@ -572,251 +492,20 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                     self._subscribe(camera, wanted)
 
     def _on_image(self, camera: _Camera, message: Image | CompressedImage) -> None:
-        begun = time.perf_counter()
         stamp = message.header.stamp
-        with self._changed:
-            if not self._active or self._sync is None:
-                return
+        pipeline = self._pipeline
+        if pipeline is not None and pipeline.add(camera.name, stamp.sec * 10**9 + stamp.nanosec, message):
             camera.arrivals.append(time.monotonic())
-            if self._sync.add(camera.name, stamp.sec * 10**9 + stamp.nanosec, message):
-                self._fresh = True
-                self._set_arrived = begun
-                self._changed.notify_all()
 
-    # Encoding
-
-    def _on_encode(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        job = _Request()
-        with self._changed:
-            if not self._active:
-                job.answer(False, "the node is not active")
-            elif self._settings["trigger"] != "on_request":
-                job.answer(False, "the parameter trigger is continuous: every newest set is encoded anyway")
-            elif not self._tokens.wanted():
-                job.answer(False, "nobody subscribes to the tokens")
-            elif not self._sync.waiting:
-                job.answer(False, f"no new set of frames since the last request ({self._last_frames()})")
-            else:
-                self._request = job
-                self._changed.notify_all()
-        if not job.done.wait(REQUEST_SEC):
-            job.answer(False, f"not encoded within {REQUEST_SEC:g} s")
-        response.success, response.message = job.success, job.text
-        with self._changed:
-            if self._request is job:
-                self._request = None
+    def _on_encode(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        if (pipeline := self._pipeline) is None:
+            response.success, response.message = False, "the node is not active"
+            return response
+        request = pipeline.request()
+        if not request.wait(REQUEST_SEC):
+            request.answer(False, f"not encoded within {REQUEST_SEC:g} s")
+        response.success, response.message = request.success, request.text
         return response
-
-    def _last_frames(self) -> str:
-        now = time.monotonic()
-        return ", ".join(
-            f"{camera.name}: {f'{camera.age_sec(now):.2f} s ago' if camera.arrivals else 'no frame yet'}"
-            for camera in self._cameras.values()
-        )
-
-    def _on_stream(self, loop: Callable[[], None]) -> None:
-        """Runs a thread's loop; what it does on a GPU goes to a stream of its own."""
-        device = self._tokenizer.device
-        if device.type == "cuda":
-            import torch
-
-            torch.cuda.set_stream(torch.cuda.Stream(device))
-        loop()
-
-    def _work(self) -> None:
-        not_before = 0.0
-        while True:
-            with self._changed:
-                frames, request = None, None
-                while frames is None:
-                    if self._ended:
-                        return
-                    frames, request, wait = self._next_set(not_before)
-                    if frames is None:
-                        self._changed.wait(wait)
-                rate = self._settings["max_rate_hz"]
-                arrived = self._set_arrived if request is None else time.perf_counter()
-                job = _Job(frames, request, self._run, arrived)
-            not_before = time.monotonic() + (1 / rate if rate > 0 else 0.0)
-            if self._succeeds(self._prepare, job):
-                if "encoder" in self._places:
-                    self._hand_on(job, "encoder")
-                elif self._succeeds(self._encode, job):
-                    self._hand_on(job, "publisher")
-
-    def _encode_loop(self) -> None:
-        while (job := self._receive("encoder")) is not None:
-            if self._succeeds(self._encode, job):
-                self._hand_on(job, "publisher")
-
-    def _succeeds(self, step: Callable[[_Job], bool], job: _Job) -> bool:
-        """Whether `step` did what it is to do with a job; if not, its frames are accounted for."""
-        try:
-            return step(job)
-        except Exception as error:
-            # Out of memory, a device that went away: the next frame may do better, and says so if not.
-            with self._changed:
-                self._encode_errors += 1
-                self._sync.encoded(job.frames)
-            self._complain("encode", f"a set could not be encoded: {type(error).__name__}: {error}")
-            if job.request is not None:
-                job.request.answer(False, f"{type(error).__name__}: {error}")
-            return False
-
-    def _hand_on(self, job: _Job, thread: str) -> None:
-        """Puts a job into the thread's place; one that still waits there is given up."""
-        with self._changed:
-            if self._ended:
-                self._give_up(job)
-                return
-            waiting, self._places[thread] = self._places[thread], job
-            if waiting is not None:
-                self._give_up(waiting)
-            self._changed.notify_all()
-
-    def _receive(self, thread: str) -> _Job | None:
-        """Waits for what is put into the thread's place; None when the thread is to end."""
-        with self._changed:
-            while True:
-                job, self._places[thread] = self._places[thread], None
-                if job is not None:
-                    if self._active and not self._ended and job.run == self._run:
-                        return job
-                    self._give_up(job)
-                elif self._ended:
-                    return None
-                else:
-                    self._changed.wait()
-
-    def _give_up(self, job: _Job) -> None:
-        self._sync.replaced(job.frames)
-        if job.request is not None:
-            job.request.answer(False, "a newer set was there first")
-
-    def _next_set(self, not_before: float) -> tuple[FrameSet | None, _Request | None, float | None]:
-        """The set to encode now, if there is one, and the request for it; otherwise how long to wait at most."""
-        if not self._active:
-            return None, None, None
-        if self._settings["trigger"] == "on_request":
-            request, self._request = self._request, None
-            return (self._sync.take() if request is not None else None), request, None
-        if not self._fresh:
-            return None, None, None
-        if not self._tokens.wanted():
-            self._fresh = False  # what waits is left to wait: by the time somebody subscribes it is old
-            return None, None, None
-        if (wait := not_before - time.monotonic()) > 0 and self._settings["max_rate_hz"] > 0:
-            return None, None, wait
-        self._fresh = False
-        return self._sync.take(), None, None
-
-    def _prepare(self, job: _Job) -> bool:
-        """Pictures of a set → what the encoders take, on their device; False if a picture cannot be read."""
-        clock = time.perf_counter
-        begun = clock()
-        tokenizer, images, bad = self._tokenizer, [], []
-        for frame in job.frames:
-            try:
-                image = self._decode(frame)
-                view = View(
-                    camera=frame.camera,
-                    frame_id=frame.image.header.frame_id,
-                    stamp_ns=frame.stamp_ns,
-                    height=image.shape[0],
-                    width=image.shape[1],
-                    # ValueError where a picture of this size cannot be prepared.
-                    affine=tokenizer.affine(image.shape[0], image.shape[1], frame.camera),
-                    seen=tokenizer.seen(image.shape[0], image.shape[1], frame.camera),
-                )
-                images.append(image)
-                job.views.append(view)
-            except Exception as error:
-                bad.append(frame)
-                reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-                self._complain(f"decode {frame.camera}", f"camera {frame.camera}: a frame is skipped: {reason}")
-        if bad:
-            with self._changed:
-                self._sync.undecodable(job.frames, bad)
-            if job.request is not None:
-                job.request.answer(False, f"no readable picture from {', '.join(frame.camera for frame in bad)}")
-            return False
-        decoded = clock()
-        job.pixel_values = tokenizer.preprocess(images, [frame.camera for frame in job.frames])
-        if tokenizer.device.type == "cuda":
-            import torch
-
-            torch.cuda.current_stream(tokenizer.device).synchronize()  # the encoder's stream does not wait for this one
-        preprocessed = clock()
-        job.tokenizing = preprocessed - decoded
-        with self._changed:
-            self._timings["decode"].append(decoded - begun)
-            self._timings["preprocess"].append(preprocessed - decoded)
-        return True
-
-    def _encode(self, job: _Job) -> bool:
-        """→ tokens on the device, which has finished them; False if they are not finite."""
-        import torch
-
-        begun = time.perf_counter()
-        tokenizer = self._tokenizer
-        output = tokenizer.encode(job.pixel_values, features=bool(self._settings["publish_features"]))
-        dtype = getattr(torch, self._settings["token_dtype"])
-        parts = [part.to(dtype) for part in (output.tokens, output.features) if part is not None]
-        job.tokens, job.features = parts[0], parts[1] if len(parts) > 1 else None
-        finite = all(bool(torch.isfinite(part).all()) for part in parts)
-        # That has waited for the device: only now may what it read be given to the next set.
-        job.pixel_values = []
-        if not finite:
-            with self._changed:
-                self._non_finite += 1
-                self._sync.encoded(job.frames)
-            text = (
-                f"tokens that are not finite were not published; compute_dtype {tokenizer.compute_dtype} or token_dtype "
-                f"{self._settings['token_dtype']} may be too narrow for this model: try bfloat16 or float32"
-            )
-            self._complain("non-finite", text)
-            if job.request is not None:
-                job.request.answer(False, text)
-            return False
-        seconds = time.perf_counter() - begun
-        job.tokenizing += seconds
-        with self._changed:
-            self._timings["encode"].append(seconds)
-        return True
-
-    def _decode(self, frame: Frame) -> np.ndarray:
-        compressed = isinstance(frame.image, CompressedImage)
-        return compressed_to_rgb(frame.image) if compressed else image_to_rgb(frame.image)
-
-    def _publish_loop(self) -> None:
-        while (job := self._receive("publisher")) is not None:
-            begun = time.perf_counter()
-            try:
-                self._tokens.publish(
-                    VisualTokens.from_torch(
-                        job.tokens,
-                        sequence=self._sequence,  # given here: a gap in the numbers is then a lost message
-                        views=job.views,
-                        features=job.features,
-                        **self._tokenizer.metadata(),
-                    )
-                )
-            except Exception as error:
-                text = f"tokens could not be published: {type(error).__name__}: {error}"
-                if not self._closing.is_set():
-                    self._complain("publish", text)
-                success = False
-            else:
-                text = f"published as sequence {self._sequence}, stamp {job.views[0].stamp_ns} ns"
-                success = True
-            with self._changed:
-                self._sequence += success
-                ended = time.perf_counter()
-                self._timings["publish"].append(ended - begun)
-                self._timings["overhead"].append(ended - job.arrived - job.tokenizing)
-                self._sync.encoded(job.frames)
-            if job.request is not None:
-                job.request.answer(success, text)
 
     # Telling
 
@@ -826,6 +515,12 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         if now - self._told.get(subject, -REPEAT_SEC) >= REPEAT_SEC:
             self._told[subject] = now
             self.get_logger().error(text)
+
+    def _fail(self, text: str) -> None:
+        """Nothing can go on in this process: whoever started it may start another one."""
+        if not self._closing.is_set():
+            self.get_logger().fatal(text)
+            self._end_process(1)
 
     def _watch(self) -> None:
         """Once a second: follows the publishers, notices what is missing, publishes diagnostics."""
@@ -876,13 +571,12 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
 
     def _watch_sets(self, now: float) -> None:
         """Says once if every camera delivers and yet no set comes out."""
-        with self._changed:
-            sync, active = self._sync, self._active
-            if sync is None or not active:
-                return
-            if sync.sets_made != self._sets_seen:
-                self._sets_seen, self._last_set, self._no_sets_told = sync.sets_made, now, False
-            stamps = {name: sync.last_stamp_ns(name) for name in sync.cameras}
+        pipeline = self._pipeline
+        if pipeline is None or not self._cameras:
+            return
+        sets, stamps = pipeline.sets()
+        if sets != self._sets_seen:
+            self._sets_seen, self._last_set, self._no_sets_told = sets, now, False
         delivering = all(camera.age_sec(now) < QUIET_SEC for camera in tuple(self._cameras.values()))
         if self._no_sets_told or not delivering or now - self._last_set < QUIET_SEC or None in stamps.values():
             return
@@ -900,18 +594,16 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         name = self.get_name()
         array = DiagnosticArray()
         array.header.stamp = self.get_clock().now().to_msg()
-        with self._changed:
-            tokenizer, sync = self._tokenizer, self._sync
-            counts = {camera: dict(vars(c)) for camera, c in sync.counts.items()} if sync is not None else {}
-            timings = {stage: np.array(values) for stage, values in self._timings.items()}
-            facts: dict[str, object] = {
-                "token_messages": self._sequence,
-                "on_topic": self._tokens.messages,
-                "in_shared_memory": self._tokens.written,
-                "shared_memory_readers": self._tokens.readers(),
-                "encode_errors": self._encode_errors,
-                "non_finite": self._non_finite,
-            }
+        pipeline = self._pipeline
+        tokenizer = pipeline.tokenizer if pipeline is not None else None
+        counts, failures, timings = pipeline.report() if pipeline is not None else ({}, dict.fromkeys(FAILURES, 0), {})
+        facts: dict[str, object] = {
+            "token_messages": pipeline.sequence if pipeline is not None else self._next_sequence,
+            "on_topic": self._tokens.messages,
+            "in_shared_memory": self._tokens.written,
+            "shared_memory_readers": self._tokens.readers(),
+            **failures,
+        }
         for camera_name, values in counts.items():
             camera = self._cameras.get(camera_name)
             complaint = camera.complaint if camera is not None else ""
@@ -927,11 +619,15 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                 import torch
 
                 facts["device_memory_mb"] = f"{torch.cuda.memory_allocated(tokenizer.device) / 2**20:.0f}"
-        status = self._status(f"{name}: model", "", facts)
-        status.message = self._state_machine.current_state[1]
+        rose = [key for key, value in failures.items() if value > self._failures.get(key, 0)]
+        self._failures = failures
+        status = self._status(f"{name}: model", ", ".join(rose), facts)
+        state = self._state_machine.current_state[1]
+        status.message = f"{state}, and sets fail ({', '.join(rose)}): see the log" if rose else state
         array.status.append(status)
         stages = {}
-        for stage, values in timings.items():
+        for stage in STAGES:
+            values = timings.get(stage, ())
             for percent in (50, 95, 99):
                 number = f"{np.percentile(values, percent) * 1e3:.3f}" if len(values) else "nan"
                 stages[f"{stage}_p{percent}_ms"] = number
@@ -946,6 +642,10 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             hardware_id=self.get_fully_qualified_name(),
             values=[KeyValue(key=key, value=str(value)) for key, value in values.items()],
         )
+
+
+def _to_rgb(message: Image | CompressedImage) -> np.ndarray:
+    return compressed_to_rgb(message) if isinstance(message, CompressedImage) else image_to_rgb(message)
 
 
 def _checked(name: str, value: object) -> object:
