@@ -140,6 +140,21 @@ def test_shapes_without_weights(name, choices, tokens, channels):
     assert features.shape == (2, tokens, channels) and projected.shape == (2, tokens, config.output_channels)
 
 
+@pytest.mark.parametrize("given, sizes", [
+    (None, [196, 224]), ([], [196, 224]), (0, [196, 224]), ([0], [196, 224]), ([200, 0], [200, 224]),
+    ([0, 230], [196, 230]), ([200, 230], [200, 230]), (384, [384, 384]), ([384], [384, 384]),
+])  # fmt: skip
+def test_an_image_size_of_0_is_the_models_own(given, sizes):
+    config = PRESETS["small"].choose(trained=False, image_size=given)
+    assert [encoder.image_size for encoder in config.encoders] == sizes
+
+
+def test_a_trained_model_takes_its_own_image_sizes(model):
+    for given in ([0, 112], [98, 0], 0):
+        chosen = VisualTokenizer.load(model[2], image_size=given)
+        assert [encoder.image_size for encoder in chosen.config.encoders] == [98, 112]
+
+
 @pytest.mark.parametrize("choices, words", [
     ({"encoders": ["clip"]}, "no encoder 'clip'; it has dinov2, test_vit3"),
     ({"encoders": ["dinov2"]}, "would not fit. Set projector to none"),
@@ -150,7 +165,9 @@ def test_shapes_without_weights(name, choices, tokens, channels):
     ({"pool": 2}, "does not divide the grid of 7 × 7: .* choose one of 1, 7"),
     ({"pool": 0}, "from 1 on"),
     ({"image_size": 224}, "was trained at 98, 112 pixels"),
+    ({"image_size": [112, 0]}, "was trained at 98, 112 pixels"),
     ({"image_size": [98, 112, 112]}, "one or 2 whole numbers"),
+    ({"image_size": [98, -1]}, "one or 2 whole numbers"),
     ({"prepare": ["mirror"]}, "unknown prepare step 'mirror'; choose from rotate180"),
     ({"prepare": ["region:1,2,3"]}, "x,y,width,height in pixels"),
     ({"prepare": ["region:1,2,3,-4"]}, "x,y,width,height in pixels"),

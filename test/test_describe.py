@@ -150,6 +150,8 @@ def test_timms_encoders_are_described_without_their_weights(monkeypatch):
     it = describe(model_config(name))
     assert it["channels"] == 768 + 768 and it["tokens_per_view"] == 196
     assert it["projector"]["kind"] == "none" and "a projector of the policy's own" in as_text(it)
+    resized = describe(model_config(name, image_size=[0, 225]))
+    assert [encoder["image_size"] for encoder in resized["encoders"]] == [196, 225]
 
 
 @pytest.mark.parametrize(
@@ -161,6 +163,7 @@ def test_timms_encoders_are_described_without_their_weights(monkeypatch):
         (["openvla-7b", "--views", "0"], "at least 1"),
         (["timm:vit_no_such_thing"], "does not know"),
         (["base", "--image-size", "224", "224"], "grids differ"),
+        (["timm:vit_base_patch16_siglip_224.webli", "--image-size", "224", "0"], "one or 1 whole numbers"),
     ],
 )
 def test_errors_say_why(arguments, reason, capsys):

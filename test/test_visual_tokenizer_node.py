@@ -36,6 +36,7 @@ NODE = ["-m", "vla_perception.nodes.visual_tokenizer", "--ros-args"]
 DEFAULTS = {
     "model": "small",
     "encoders": [""],
+    "image_size": [0],
     "token_strategy": "patch",
     "pool": 1,
     "prepare": [""],
@@ -343,10 +344,10 @@ def test_one_camera(robot, tokenizer):
 def test_choices_of_tokens_and_prepared_pictures(robot):
     prepare = ["rotate180", "wrist=region:10,5,60,50"]
     choices = dict(token_strategy="cls+patch", pool=2, prepare=prepare)
-    robot.start(cameras=["front", "wrist"], **choices)
+    robot.start(cameras=["front", "wrist"], image_size=[200, 0], **choices)  # SigLIP's stays as it is, 224
     from vla_perception.tokenizer import VisualTokenizer
 
-    expected = VisualTokenizer.load("small", **choices)
+    expected = VisualTokenizer.load("small", image_size=[200, 224], **choices)
     pictures = {"front": picture(200), "wrist": picture(201)}
     for camera, pixels in pictures.items():
         robot.send(camera, image_message(pixels, robot.stamp_ns))

@@ -70,7 +70,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_choices(parser: argparse.ArgumentParser) -> None:
     """The options that any model has."""
     parser.add_argument("--encoders", nargs="+", metavar="NAME", help="encoders to keep, such as dinov2; default: all")
-    parser.add_argument("--image-size", nargs="+", type=int, metavar="PIXELS", help="one for all encoders, or for each")
+    parser.add_argument(
+        "--image-size", nargs="+", type=int, metavar="PIXELS",
+        help="one for all encoders, or one for each; 0: the model's own",
+    )  # fmt: skip
     parser.add_argument(
         "--token-strategy", default="patch", choices=("patch", "cls", "cls+patch"), help="default: %(default)s"
     )

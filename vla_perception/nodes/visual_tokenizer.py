@@ -347,7 +347,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                     adapter=settings["adapter"] or None,
                     # A parameter cannot be an empty list of strings: what is empty within it is left out.
                     encoders=list(filter(None, settings["encoders"])),
-                    image_size=list(filter(None, settings["image_size"])),
+                    image_size=list(settings["image_size"]),
                     prepare=list(filter(None, settings["prepare"])),
                     token_strategy=settings["token_strategy"],
                     projector=settings["projector"] or None,

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from vla_perception.tokenizer.encoders import PatchEncoder
-from vla_perception.tokenizer.presets import PRESETS, EncoderConfig, ModelConfig, encoder_name
+from vla_perception.tokenizer.presets import PRESETS, EncoderConfig, ModelConfig, encoder_name, per_encoder
 from vla_perception.tokenizer.tokenizer import COMPUTE_DTYPES, empty_network
 
 
@@ -199,11 +199,8 @@ def _timm_config(model: str, image_size: int | Sequence[int] | None) -> ModelCon
     if ":" in model.removeprefix("timm:") or "=" in model:
         return pretrained.open_encoders(model, image_size).config
     parts = model.removeprefix("timm:").split("+")
-    sizes = list(image_size) if isinstance(image_size, Sequence) else [image_size] * len(parts)
-    if len(sizes) == 1:
-        sizes *= len(parts)
     encoders: list[EncoderConfig] = []
-    for part, size in zip(parts, sizes, strict=True):
+    for part, size in zip(parts, per_encoder(image_size, len(parts))):
         name, _, own = part.partition("@")
         facts = timm.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
         if facts is None:

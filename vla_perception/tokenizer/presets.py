@@ -91,14 +91,17 @@ class EncoderConfig:
         }
 
 
-def per_encoder(image_size: int | Sequence[int] | None, count: int) -> list[int] | None:
-    """One image size per encoder of what a user gave; None where nothing was given. ValueError if it cannot be."""
-    sizes = [image_size] if isinstance(image_size, int) else list(image_size or ())
-    if not sizes:
-        return None
-    if len(sizes) not in (1, count) or not all(type(size) is int and 0 < size <= MAX_IMAGE_SIZE for size in sizes):
+def per_encoder(image_size: int | Sequence[int] | None, count: int) -> list[int]:
+    """One image size per encoder of what a user gave; 0 where it is to be the model's own, as where nothing was given.
+
+    Raises:
+        ValueError: neither one size nor one for each, or no size that can be.
+    """
+    sizes = [0] if image_size is None else [image_size] if isinstance(image_size, int) else list(image_size) or [0]
+    if len(sizes) not in (1, count) or not all(type(size) is int and 0 <= size <= MAX_IMAGE_SIZE for size in sizes):
         raise ValueError(
-            f"image_size must be one or {count} whole numbers of pixels from 1 to {MAX_IMAGE_SIZE}, got {image_size}"
+            f"image_size must be one or {count} whole numbers of pixels from 1 to {MAX_IMAGE_SIZE}, or 0 for the "
+            f"model's own, got {image_size}"
         )
     return sizes * count if len(sizes) == 1 else sizes
 
@@ -185,18 +188,18 @@ class ModelConfig:
             encoders: names of those to keep; None or nothing keeps all.
             token_strategy, pool: see `ModelConfig`.
             projector: one of `PROJECTORS`; None for the model's own.
-            image_size: side in pixels, one for all encoders or one for each; None or nothing for the model's own.
+            image_size: side in pixels, one for all encoders or one for each; 0, None or nothing for the model's own.
             prepare: steps in their order, ``camera=step`` for one camera alone, or camera → steps (`prepare`).
         """
         kept = self._kept(encoders)
-        sizes = per_encoder(image_size, len(kept))
-        if sizes is not None:
-            if trained and sizes != [encoder.image_size for encoder in kept]:
-                raise ValueError(
-                    f"{self.name} was trained at {', '.join(str(encoder.image_size) for encoder in kept)} pixels, and its "
-                    f"position embeddings fit no other; image_size {image_size} works for presets and timm encoders"
-                )
-            kept = tuple(replace(encoder, image_size=size) for encoder, size in zip(kept, sizes))
+        own_sizes = [encoder.image_size for encoder in kept]
+        sizes = [size or own for size, own in zip(per_encoder(image_size, len(kept)), own_sizes)]
+        if trained and sizes != own_sizes:
+            raise ValueError(
+                f"{self.name} was trained at {', '.join(map(str, own_sizes))} pixels, and its position embeddings fit no "
+                f"other; image_size {image_size} works for presets and timm encoders"
+            )
+        kept = tuple(replace(encoder, image_size=size) for encoder, size in zip(kept, sizes))
         own = self.projector
         chosen = projector or own
         if trained and chosen not in (own, "none"):

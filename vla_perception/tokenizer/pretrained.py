@@ -69,7 +69,7 @@ def open_encoders(model: str, image_size: int | Sequence[int] | None = None) -> 
     the weights. SIZE is the side of the input in pixels, by default what the weights were trained with.
     """
     parts = model.removeprefix("timm:").split("+")
-    sizes = per_encoder(image_size, len(parts)) or [None] * len(parts)
+    sizes = per_encoder(image_size, len(parts))
     encoders = []
     for part, size in zip(parts, sizes):
         source, _, file = part.partition("=")
