@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from ros_domain import RosProcess, free_domain, ros_environment, wait_until
 
 from vla_perception.messages import shared_memory
 from vla_perception.messages.shared_memory import DEPTH, LENT, SharedMemoryError, TokenReader, TokenWriter
-from vla_perception.messages.tokens import VisualTokens
+from vla_perception.messages.tokens import VisualTokens, to_message
 from vla_perception.policy import TokenSubscriber
 
 needs_iceoryx2 = pytest.mark.skipif(bool(shared_memory.missing()), reason="needs iceoryx2: pip install '.[shm]'")
@@ -134,6 +135,20 @@ class Source:
             self.publisher.publish(make_tokens(self.sent))
             self.sent += 1
 
+    def publish(self, *sequences):
+        """By the topic alone."""
+        for sequence in sequences:
+            self.publisher._publisher.publish(to_message(self.made(sequence)))
+
+    def write(self, *sequences):
+        """Into shared memory alone."""
+        for sequence in sequences:
+            assert self.publisher._writer.write(self.made(sequence)) == 1
+
+    def made(self, sequence):
+        """The same set each time."""
+        return make_tokens(sequence, stamp_ns=10**18 + sequence)
+
     def on_topic(self):
         return self.publisher._publisher.get_subscription_count()
 
@@ -202,31 +217,71 @@ def test_sets_change_their_way_without_loss_or_repetition(ros, source):
         assert seen == sorted(set(seen))
 
 
-@needs_iceoryx2
-@pytest.mark.ros
-def test_shared_memory_waits_for_what_the_topic_still_brings(ros, source, monkeypatch):
-    """DDS is slower: the set before the first one of shared memory arrives after it."""
+@pytest.fixture
+def waiting(ros, source, monkeypatch):
+    """A `TokenSubscriber` that has set 0 by the topic, and sets 2 and 3 by shared memory, which wait for set 1."""
     from vla_perception import policy
 
     monkeypatch.setattr(policy, "_HAND_OVER", 20.0)
     with TokenSubscriber(ros.node()) as tokens:
         wait_until(source.on_topic, 20.0, "a match")
-        source.send()
-        assert tokens.wait(20.0).sequence == 0
+        source.publish(0)
+        wait_until(lambda: tokens.received == 1, 20.0, "the first set")
         source.publisher.open_shared_memory()
         wait_until(source.publisher.readers, 20.0, "a reader")
-        writer = source.publisher._writer
-        assert writer.write(make_tokens(2)) == 1
-        wait_until(lambda: tokens._held, 20.0, "a set that waits")
-        assert tokens.received == 1
-        from vla_perception.messages.tokens import to_message
+        source.write(2, 3)
+        wait_until(lambda: len(tokens._held) == 2, 20.0, "sets that wait")
+        yield tokens
 
-        source.publisher._publisher.publish(to_message(make_tokens(1)))
-        wait_until(lambda: tokens.received == 3, 20.0, "both")
-        assert (tokens.lost, tokens.transport, tokens.newest.sequence) == (0, "shared memory", 2)
-        writer.write(make_tokens(5))
-        wait_until(lambda: tokens.received == 4, 20.0, "a set after two that never came")
-        assert (tokens.lost, tokens.gaps) == (2, 1)
+
+@needs_iceoryx2
+@pytest.mark.ros
+def test_shared_memory_waits_for_what_the_topic_still_brings(waiting, source):
+    """DDS is slower: the set before the first one of shared memory arrives after it."""
+    assert waiting.received == 1
+    source.publish(1)
+    wait_until(lambda: waiting.received == 4, 20.0, "all of them")
+    assert (waiting.lost, waiting.transport, waiting.newest.sequence) == (0, "shared memory", 3)
+    source.write(6)
+    wait_until(lambda: waiting.received == 5, 20.0, "a set after two that never came")
+    assert (waiting.lost, waiting.gaps) == (2, 1)
+
+
+@needs_iceoryx2
+@pytest.mark.ros
+def test_shared_memory_that_cannot_even_be_given_back_is_tried_again(ros, source, monkeypatch):
+    from vla_perception import policy
+
+    monkeypatch.setattr(policy, "_RETRY", 0.1)
+    source.publisher.open_shared_memory()
+    with TokenSubscriber(ros.node()) as tokens:
+        until_shared(tokens, source.send)
+        subscriber = tokens._reader._subscriber
+        broken = SimpleNamespace(receive=_fail, delete=lambda: (subscriber.delete(), _fail()))
+        monkeypatch.setattr(tokens._reader, "_subscriber", broken)
+        source.send()
+        wait_until(lambda: tokens.transport == "topic", 20.0, "the topic")
+        until_shared(tokens, source.send)
+        wait_until(lambda: tokens.newest.sequence == source.sent - 1, 20.0, "the last set")
+
+
+@needs_iceoryx2
+@pytest.mark.ros
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_error_that_ends_the_reading_of_shared_memory_leaves_the_topic(ros, source, monkeypatch):
+    source.publisher.open_shared_memory()
+    with TokenSubscriber(ros.node()) as tokens:
+        until_shared(tokens, source.send)
+        wait_until(lambda: source.on_topic() == 0, 20.0, "nobody on the topic")
+        monkeypatch.setattr(tokens, "_read_on", _fail)
+        source.send()
+        wait_until(lambda: tokens.transport == "topic" and source.on_topic() == 1, 20.0, "the topic")
+        source.send()
+        wait_until(lambda: tokens.newest.sequence == source.sent - 1, 20.0, "the next set")
+
+
+def _fail(*_arguments):
+    raise OSError("nobody has thought of this")
 
 
 @needs_iceoryx2

@@ -503,11 +503,13 @@ class TokenSubscriber(_Tokens):
         while not self._closed:
             try:
                 with contextlib.closing(TokenReader(self.topic, domain)) as self._reader:
-                    while not self._closed:
-                        self._read_on(self._reader)
+                    try:
+                        while not self._closed:
+                            self._read_on(self._reader)
+                    finally:  # whatever it is that ends this thread, the topic must not stay left
+                        self._use_topic()
             except SharedMemoryError as error:
                 self._tell("shared memory", f"tokens come by the topic: {error}", period=600)
-            self._use_topic()
             with self._changed:
                 end = time.monotonic() + _RETRY
                 while not self._closed and (left := end - time.monotonic()) > 0:

@@ -249,9 +249,12 @@ class TokenReader(_Services):
             self._events.notifier_builder().create().delete()
 
     def close(self) -> None:
-        self._subscriber.delete()
-        self._listener.delete()
-        super().close()
+        try:
+            with _told("giving shared memory back"):
+                self._subscriber.delete()
+                self._listener.delete()
+        finally:
+            super().close()
 
 
 def _make_sure_of_room(size: int) -> None:
