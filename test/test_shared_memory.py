@@ -249,6 +249,24 @@ def test_shared_memory_waits_for_what_the_topic_still_brings(waiting, source):
 
 @needs_iceoryx2
 @pytest.mark.ros
+def test_shared_memory_that_fails_while_sets_wait_leaves_them_to_the_topic(waiting, source, monkeypatch):
+    def take(_reader):
+        raise SharedMemoryError("broken")
+
+    told = []
+    monkeypatch.setattr(waiting, "_log", lambda text, _error: told.append(text))
+    monkeypatch.setattr(TokenReader, "take", take)
+    source.write(4)
+    wait_until(lambda: told, 20.0, "shared memory given up")
+    assert told == ["tokens come by the topic: broken"]
+    for sequence in range(1, 6):
+        source.publish(sequence)
+        wait_until(lambda sequence=sequence: waiting.newest.sequence == sequence, 20.0, f"set {sequence} by the topic")
+    assert (waiting.transport, waiting.received, waiting.lost, waiting.restarts) == ("topic", 6, 0, 0)
+
+
+@needs_iceoryx2
+@pytest.mark.ros
 def test_shared_memory_that_cannot_even_be_given_back_is_tried_again(ros, source, monkeypatch):
     from vla_perception import policy
 

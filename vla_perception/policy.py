@@ -580,6 +580,7 @@ class TokenSubscriber(_Tokens):
     def _use_topic(self) -> None:
         with self._taking:
             self.transport = "topic"
+            self._held = []  # the topic was not left yet, and brings them too
             if not self._closed:
                 self._resubscribe.trigger()
 
