@@ -267,6 +267,21 @@ def test_shared_memory_that_fails_while_sets_wait_leaves_them_to_the_topic(waiti
 
 @needs_iceoryx2
 @pytest.mark.ros
+def test_a_set_of_shared_memory_that_the_topic_brings_later_is_not_given_again(waiting, source, monkeypatch):
+    """The writer goes just after its sets were taken over, while the topic has not been left yet."""
+    monkeypatch.setattr(waiting, "_resubscribe", SimpleNamespace(trigger=lambda: None))
+    source.publish(1, 2)
+    wait_until(lambda: waiting.received == 4, 20.0, "the sets that waited")
+    assert waiting.transport == "shared memory"
+    source.publisher.close_shared_memory()
+    wait_until(lambda: waiting.transport == "topic", 20.0, "the topic")
+    source.publish(3, 4)
+    wait_until(lambda: waiting.newest.sequence == 4, 20.0, "the next set")
+    assert (waiting.received, waiting.lost, waiting.restarts) == (5, 0, 0)
+
+
+@needs_iceoryx2
+@pytest.mark.ros
 def test_shared_memory_that_cannot_even_be_given_back_is_tried_again(ros, source, monkeypatch):
     from vla_perception import policy
 

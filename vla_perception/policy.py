@@ -353,6 +353,7 @@ class TokenSubscriber(_Tokens):
         self._taking = threading.Lock()  # of the two threads that take sets in, and for what follows
         self.transport = "topic"
         self._taken_from_topic: deque[tuple] = deque(maxlen=32)
+        self._taken_from_shared_memory: deque[tuple] = deque(maxlen=32)  # while the topic may still bring them
         self._held: list[tuple[VisualTokens, int]] = []  # of shared memory, while the topic still brings sets
         self._held_since = 0.0
         self._writer: int | None = None  # of the last set; None: it came by the topic
@@ -477,7 +478,9 @@ class TokenSubscriber(_Tokens):
             self._subscription = self._subscribe()
         elif self.transport != "topic" and self._subscription is not None:
             self._private.destroy_subscription(self._subscription)
-            self._subscription = None
+            with self._taking:
+                self._subscription = None
+                self._taken_from_shared_memory.clear()
 
     def _take(self, message) -> None:
         with self._taking:
@@ -488,6 +491,8 @@ class TokenSubscriber(_Tokens):
             except TokenFormatError as error:
                 self._refuse(error)
                 return
+            if _identity(tokens) in self._taken_from_shared_memory:
+                return  # it was on its way when shared memory came and went
             if self._held and tokens.sequence >= self._held[0][0].sequence:
                 self._hand_over(at_once=True)  # the topic has nothing before it any more, and shared memory has it
                 return
@@ -574,6 +579,8 @@ class TokenSubscriber(_Tokens):
         self._new_writer = self._writer is not None and writer != self._writer
         if writer == self._writer and self._last is not None and tokens.sequence <= self._last.sequence:
             return  # a writer that changed to a larger segment: its next set was there before its last one
+        if self._subscription is not None:
+            self._taken_from_shared_memory.append(_identity(tokens))
         self._give(tokens)
         self._writer = writer
 
