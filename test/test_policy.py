@@ -14,6 +14,7 @@ import pytest
 from fake_tokenizer import MODEL, make_tokens
 from ros_domain import ROOT, RosProcess, free_domain, ros_environment, wait_until
 
+from vla_perception.messages.encode_service import FINAL
 from vla_perception.messages.tokens import FORMAT, TokenFormatError, View, VisualTokens, to_message
 from vla_perception.policy import FingerprintMismatch, LocalTokens, TokenSubscriber, tokenize
 
@@ -482,6 +483,26 @@ def test_request_waits_for_a_picture_that_is_not_there_yet(ros):
     with TokenSubscriber(ros.node()) as tokens:
         matched(publisher)
         assert tokens.request(20.0).sequence == 8 and len(asked) == 3
+
+
+@pytest.mark.ros
+def test_request_does_not_repeat_what_is_refused_for_good(ros):
+    from std_srvs.srv import Trigger
+
+    asked = []
+
+    def refuse(_request, response):
+        asked.append(True)
+        response.success, response.message = False, FINAL + "every newest set is encoded anyway"
+        return response
+
+    server = ros.node("server")
+    server.create_service(Trigger, "encode", refuse)
+    ros.spin(server)
+    with TokenSubscriber(ros.node()) as tokens:
+        with pytest.raises(RuntimeError, match="/encode: refused: every newest set is encoded anyway"):
+            tokens.request(20.0)
+    assert len(asked) == 1
 
 
 @pytest.mark.ros

@@ -27,6 +27,7 @@ from ros_domain import RosProcess, free_domain, in_domain, wait_until  # noqa: E
 from sensor_msgs.msg import CompressedImage, Image  # noqa: E402
 from std_srvs.srv import Trigger  # noqa: E402
 
+from vla_perception.messages.encode_service import FINAL  # noqa: E402
 from vla_perception.messages.tokens import VisualTokens, from_message  # noqa: E402
 from vla_perception.nodes.synchronizer import HISTORY  # noqa: E402
 
@@ -491,7 +492,8 @@ def test_on_request(robot):
     robot.unsubscribe()
     wait_until(lambda: "nobody subscribes" in call().message, 10, "the node knows that nobody subscribes")
     assert not robot.set(trigger="continuous")
-    assert "continuous" in call().message
+    answer = call()
+    assert answer.message.startswith(FINAL) and "continuous" in answer.message
     assert robot.change(Transition.TRANSITION_DEACTIVATE)
     assert "not active" in call().message
 

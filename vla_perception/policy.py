@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from vla_perception.messages.encode_service import FINAL
 from vla_perception.messages.shared_memory import WRITTEN, SharedMemoryError, TokenReader, missing
 from vla_perception.messages.tokens import TokenFormatError, View, VisualTokens, from_message
 
@@ -379,12 +380,12 @@ class TokenSubscriber(_Tokens):
     def request(self, timeout_sec: float = 5.0) -> VisualTokens:
         """Asks the tokenizer to encode its newest pictures, and waits for that set.
 
-        For a tokenizer with ``trigger: on_request``. Where it has no picture yet that is newer than those of the last
-        request, it is asked again.
+        For a tokenizer with ``trigger: on_request``. It is asked again where it has no picture yet that is newer than
+        those of the last request, or is not active yet; not where its settings rule it out (``trigger: continuous``).
 
         Raises:
             TimeoutError: no service, no answer or no tokens in time.
-            RuntimeError: the tokenizer could not in time; the text is its reason.
+            RuntimeError: the tokenizer could not in time, or never will as it is set; the text is its reason.
             TokenFormatError, FingerprintMismatch: the tokens that came were refused.
         """
         from std_srvs.srv import Trigger
@@ -409,7 +410,7 @@ class TokenSubscriber(_Tokens):
                 break
             # Most often there is no newer picture yet, or the tokenizer does not know this subscription yet.
             reason = answer.message
-            if time.monotonic() + _POLL > begin + timeout_sec:
+            if reason.startswith(FINAL) or time.monotonic() + _POLL > begin + timeout_sec:
                 raise RuntimeError(f"{self._service}: {reason}")
             with self._changed:
                 self._alive()

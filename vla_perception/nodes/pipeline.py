@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vla_perception.messages.encode_service import FINAL
 from vla_perception.messages.tokens import View, VisualTokens
 from vla_perception.nodes.synchronizer import Frame, FrameSet, SetSynchronizer
 
@@ -186,7 +187,7 @@ class Pipeline:
             if not self._active:
                 request.answer(False, "the node is not active")
             elif self._settings["trigger"] != "on_request":
-                request.answer(False, "the parameter trigger is continuous: every newest set is encoded anyway")
+                request.answer(False, f"{FINAL}the parameter trigger is continuous, every newest set is encoded anyway")
             elif not self._wanted():
                 request.answer(False, "nobody subscribes to the tokens")
             elif not self._sync.waiting:
