@@ -1,5 +1,8 @@
 """Preprocessing equals PIL's and torchvision's, composed as OpenVLA's processor composes them."""
 
+import multiprocessing
+import threading
+
 import numpy as np
 import pytest
 
@@ -9,6 +12,7 @@ pytest.importorskip("timm")
 from PIL import Image  # noqa: E402
 from torchvision.transforms import functional  # noqa: E402
 
+from vla_perception.tokenizer import preprocess as preprocess_module  # noqa: E402
 from vla_perception.tokenizer.preprocess import Preprocessor, source_to_grid  # noqa: E402
 from vla_perception.tokenizer.presets import (  # noqa: E402
     HALF,
@@ -67,6 +71,50 @@ def test_several_views_of_different_sizes_and_layouts():
     assert pixels.shape == (3, 3, 224, 224)
     for got, image in zip(pixels, images):
         assert torch.equal(got, reference(np.ascontiguousarray(image), config))
+
+
+@pytest.fixture
+def two_sizes():
+    """Encoders that share no resize, and two pictures for them: four resizes."""
+    encoders = [EncoderConfig(f"e{side}", "vit_tiny_patch16_224", side, HALF, HALF) for side in (196, 224)]
+    return encoders, list(np.random.default_rng(2).integers(0, 256, (2, 90, 120, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("allowed", [1, 2])
+def test_no_more_threads_than_torch_has_and_none_left_behind(two_sizes, monkeypatch, allowed):
+    encoders, images = two_sizes
+    monkeypatch.setattr(torch, "get_num_threads", lambda: allowed)  # what OMP_NUM_THREADS and limit_threads decide
+    resize, ran = preprocess_module.resize, set()
+
+    def observed(image, config):
+        ran.add(threading.current_thread())
+        return resize(image, config)
+
+    monkeypatch.setattr(preprocess_module, "resize", observed)
+    preprocess, before = Preprocessor(encoders), threading.enumerate()
+    for config, pixels in zip(encoders, preprocess(images)):
+        assert torch.equal(pixels, torch.stack([reference(image, config) for image in images]))
+    assert threading.enumerate() == before
+    assert len(ran) <= allowed and (allowed > 1 or ran == {threading.current_thread()})
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # which is what DataLoader does on Linux
+def test_a_forked_process_preprocesses_as_well(two_sizes, monkeypatch):
+    encoders, images = two_sizes
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    preprocess = Preprocessor(encoders)
+    expected = preprocess(images)
+
+    def child():  # NumPy compares: torch's own threads did not come along, and DataLoader's workers have none
+        for pixels, values in zip(preprocess(images), expected):
+            np.testing.assert_array_equal(pixels.numpy(), values.numpy())
+
+    process = multiprocessing.get_context("fork").Process(target=child, daemon=True)
+    process.start()
+    process.join(60)
+    code = process.exitcode
+    process.kill()
+    assert code == 0, "it hangs" if code is None else "see above"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ operations and therefore exact.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -107,7 +106,6 @@ class Preprocessor:
         self._sharing = [
             [index for index, other in enumerate(geometries) if other == geometry] for geometry in dict.fromkeys(geometries)
         ]
-        self._threads = ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0))), thread_name_prefix="preprocess")
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """uint8 [height, width, 3] pictures of any sizes → per encoder float32 [views, 3, side, side]."""
@@ -130,8 +128,13 @@ class Preprocessor:
                     np.take(table, pixels[:, :, channel], out=output, mode="clip")
 
         tasks = [(view, sharing) for view in range(len(images)) for sharing in self._sharing]
-        if len(tasks) == 1:
-            fill(tasks[0])
-        else:
-            list(self._threads.map(fill, tasks))  # PIL and NumPy let go of the interpreter while they compute
+        threads = min(len(tasks), torch.get_num_threads())
+        if threads == 1:
+            for task in tasks:
+                fill(task)
+        else:  # PIL and NumPy let go of the interpreter while they compute
+            # Threads that outlived the call would be missing in a forked process (a DataLoader's worker), where their
+            # queue waits for ever, and hold up a process's end. Starting some takes a fraction of a resize.
+            with ThreadPoolExecutor(threads, thread_name_prefix="preprocess") as pool:
+                list(pool.map(fill, tasks))
         return [torch.from_numpy(output) for output in outputs]
