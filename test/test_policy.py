@@ -1,5 +1,6 @@
 """Tokens as a policy reads them: from the topic over DDS, and computed in its own process."""
 
+import gc
 import math
 import re
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -596,6 +598,25 @@ def test_shutdown_ends_a_wait(ros):
     with pytest.raises(ExternalShutdownException):
         tokens.wait(20.0)
     tokens.close()
+
+
+@pytest.mark.ros
+@pytest.mark.parametrize("ended_by", ["close", "shutdown"])
+def test_nothing_is_left_of_one_that_has_ended(ros, ended_by):
+    import rclpy
+
+    node, publisher = ros.node(), ros.publisher()
+    tokens = TokenSubscriber(node, callback=lambda _visual: None)
+    matched(publisher)
+    publisher.publish(to_message(make_tokens(0)))
+    thread, visual = tokens._thread, weakref.ref(tokens.wait(20.0))
+    if ended_by == "close":
+        tokens.close()
+    else:
+        rclpy.shutdown(context=ros.context)
+    thread.join(20.0)
+    del tokens
+    wait_until(lambda: (gc.collect(), visual())[1] is None, 20.0, "the last set is freed")
 
 
 @pytest.mark.ros

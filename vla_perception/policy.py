@@ -18,7 +18,6 @@ import itertools
 import math
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -284,6 +283,9 @@ class TokenSubscriber(_Tokens):
     It begins with the topic. As soon as shared memory brings sets, it leaves the topic, so that the tokenizer need not
     serialise them; when the writer there has gone, it returns. Neither counts as a loss or gives a set twice.
 
+    It receives until `close()`, the end of a `with`, or the shutdown of ROS. Dropping it ends nothing, for its threads
+    hold it: a program that makes one after the other closes each.
+
     Args:
         node: whose context, namespace, remappings, clock and logger are used.
         topic: relative to the node's namespace, as for a subscription, and remapped like one.
@@ -367,11 +369,9 @@ class TokenSubscriber(_Tokens):
             self._reading = threading.Thread(target=self._read, name=name, daemon=True)
             self._reading.start()
         self._thread = threading.Thread(target=self._receive, name=f"tokens of {self.topic}", daemon=True)
-        self._thread.start()
         # A daemon thread inside DDS while Python takes itself apart may crash: end it before.
-        closing = weakref.WeakMethod(self.close)
-        self._at_exit = lambda: closing() and closing()()
-        atexit.register(self._at_exit)
+        atexit.register(self.close)
+        self._thread.start()
 
     def publishers(self) -> int:
         """How many publishers of the topic are known. More than one is a mistake: their tokens would mix."""
@@ -439,9 +439,8 @@ class TokenSubscriber(_Tokens):
         return future.result()
 
     def close(self) -> None:
-        """Ends reception. Called at Python's exit where it was not before."""
+        """Ends reception: threads, subscription and the place in shared memory. At Python's exit where not before."""
         super().close()
-        atexit.unregister(self._at_exit)
         if threading.current_thread() is not self._thread:
             with contextlib.suppress(Exception):  # the thread may be done with it just now
                 self._executor.wake()
@@ -472,6 +471,7 @@ class TokenSubscriber(_Tokens):
                 self._reading.join(2.0)
             self._executor.shutdown(timeout_sec=1.0)
             self._private.destroy_node()
+            atexit.unregister(self.close)
 
     def _follow_transport(self) -> None:
         """Subscribes to the topic, or leaves it."""
