@@ -605,8 +605,7 @@ def test_shutdown_ends_a_wait(ros):
 def test_nothing_is_left_of_one_that_has_ended(ros, ended_by):
     import rclpy
 
-    node, publisher = ros.node(), ros.publisher()
-    tokens = TokenSubscriber(node, callback=lambda _visual: None)
+    publisher, tokens = ros.publisher(), TokenSubscriber(ros.node())
     matched(publisher)
     publisher.publish(to_message(make_tokens(0)))
     thread, visual = tokens._thread, weakref.ref(tokens.wait(20.0))
