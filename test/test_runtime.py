@@ -157,7 +157,7 @@ def cuda(monkeypatch):
     current = []
 
     class Stream:
-        def __init__(self, device=None, name="default"):
+        def __init__(self, device=None, name="default", priority=0):
             self.name = name if name == "default" else f"stream {len(happened.order)}"
 
         def wait_stream(self, other):
@@ -187,10 +187,13 @@ def cuda(monkeypatch):
         assert capture_error_mode == "thread_local"
         current.append(stream)  # left current if the capture breaks off, as torch leaves it
         happened.captures.append(recorder)
-        if happened.failure is not None:
-            raise happened.failure
-        with recorder:
-            yield
+        try:
+            if happened.failure is not None:
+                raise happened.failure
+            with recorder:
+                yield
+        except Exception:  # leaving a capture that has broken off raises, too
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
         current.pop()
 
     def set_stream(chosen):
@@ -282,6 +285,33 @@ def test_a_capture_that_fails_is_told_and_everything_runs_without(cuda, graphs, 
     assert len(cuda.captures) == 2  # it is not tried with every frame
     assert [record.levelname for record in caplog.records] == ["WARNING"] and run.fallback in caplog.text
     assert cuda.current == [before]
+
+
+@torch.inference_mode()
+def test_what_cannot_be_compiled_is_captured_as_it_is(cuda, monkeypatch, caplog):
+    def fails(*_inputs):
+        raise AssertionError  # without a text
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_options: fails)
+    tokenizer = load(runtime="eager")
+    run = CudaGraphs(tokenizer.network, torch.device("cpu"), torch.float32, compiled=True)
+    for views in (1, 2, 1):
+        pixel_values = tokenizer.preprocess(pictures(views))
+        torch.testing.assert_close(run(pixel_values)[1], tokenizer.network(pixel_values)[1])
+    assert (run.name, run.fallback) == ("graph", "not compiled: AssertionError: ")
+    assert len(cuda.captures) == 2 and len(caplog.records) == 1
+
+
+@torch.inference_mode()
+def test_blocks_whose_scaling_is_fused_give_what_timms_do():
+    tokenizer, fused = load(runtime="eager"), load(runtime="eager")
+    runtimes.scale_in_one(fused.network)
+    kinds = [[type(block) for block in encoder.vit.blocks] for encoder in fused.network.encoders.values()]
+    dinov2, siglip = map(set, kinds)
+    assert dinov2 == {runtimes.ScaledBlock} and siglip == {runtimes.Block}  # SigLIP has no LayerScale
+    assert fused.network.state_dict().keys() == tokenizer.network.state_dict().keys()
+    error, _ = distance(fused(pictures(2)).tokens, tokenizer(pictures(2)).tokens)
+    assert 0 < error < 1e-6
 
 
 @pytest.mark.gpu

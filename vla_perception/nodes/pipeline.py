@@ -330,8 +330,9 @@ class Pipeline:
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
             self._drop(job, "encode_errors", text)
-            # Out of memory: the next frame may do better, and says so if not. An error of CUDA stays with the process.
-            if type(error).__name__ == "AcceleratorError":
+            # Out of memory: the next frame may do better, and says so if not. An error of CUDA stays with the process;
+            # before torch 2.8 it had no class of its own.
+            if type(error).__name__ == "AcceleratorError" or "CUDA error" in text:
                 self._fail(f"the device failed, and only a new process can use it again: {text}")
             else:
                 self._complain("encode", f"a set could not be encoded: {text}")

@@ -6,6 +6,7 @@ torch is imported when the node is configured, so that the node is up at once an
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import logging
@@ -385,7 +386,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         for note in tokenizer.notes:
             self.get_logger().info(note)
         if tokenizer.runtime_fallback:
-            self.get_logger().warning(f"runs eagerly, which is slower: {tokenizer.runtime_fallback}")
+            self.get_logger().warning(f"runtime {tokenizer.runtime}, which is slower: {tokenizer.runtime_fallback}")
         self.get_logger().info(
             f"ready after {sum(took):.1f} s ({took[0]:.1f} s loading, {took[1]:.1f} s warm-up): {tokenizer.model} "
             f"({tokenizer.weights} weights), {tokenizer.tokens_per_view} tokens × {tokenizer.channels} channels per "
@@ -412,7 +413,8 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         self._tokens.close_shared_memory()
         gc.collect()
         if "torch" in sys.modules and (torch := sys.modules["torch"]).cuda.is_initialized():
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # of a device that failed, or older torches after a failed capture
+                torch.cuda.empty_cache()
         self._configured = False
 
     # Parameters
@@ -618,7 +620,8 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             if tokenizer.device.type == "cuda":
                 import torch
 
-                facts["device_memory_mb"] = f"{torch.cuda.memory_allocated(tokenizer.device) / 2**20:.0f}"
+                # Reserved: what CUDA graphs hold is not counted as allocated.
+                facts["device_memory_mb"] = f"{torch.cuda.memory_reserved(tokenizer.device) / 2**20:.0f}"
         rose = [key for key, value in failures.items() if value > self._failures.get(key, 0)]
         self._failures = failures
         status = self._status(f"{name}: model", ", ".join(rose), facts)

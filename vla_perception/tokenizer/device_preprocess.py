@@ -104,6 +104,11 @@ class DevicePreprocessor:
         self._encoders = tuple(encoders)
         self._device = device
         self._tables = [torch.from_numpy(normalisation_table(config)).to(device) for config in encoders]
+        self._fills = {
+            config.fill: torch.tensor(config.fill, dtype=torch.uint8, device=device).view(1, 3, 1, 1)
+            for config in encoders
+            if config.resize_strategy == "letterbox"
+        }
         self._channels = torch.arange(3, device=device).view(3, 1, 1)
         # Cameras have few sizes; whoever sends many pays for the weights again.
         self._taps = functools.lru_cache(maxsize=64)(self._make_taps)
@@ -139,8 +144,7 @@ class DevicePreprocessor:
         height, width = planes.shape[2:]
         if config.resize_strategy == "letterbox":
             top, left = letterbox_padding(height, width)
-            fill = torch.tensor(config.fill, dtype=torch.uint8, device=self._device).view(1, 3, 1, 1)
-            padded = fill.expand(len(planes), 3, height + 2 * top, width + 2 * left).contiguous()
+            padded = self._fills[config.fill].expand(len(planes), 3, height + 2 * top, width + 2 * left).contiguous()
             padded[:, :, top : top + height, left : left + width] = planes
             planes, height, width = padded, height + 2 * top, width + 2 * left
         new_height, new_width = resized_size(height, width, config)
@@ -160,25 +164,30 @@ class DevicePreprocessor:
             row[...] = image
         return host.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
 
-    def _make_taps(self, length: int, target: int, interpolation: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Taps of the `side` pixels that the centre crop leaves of `target`, on the device."""
+    def _make_taps(
+        self, dim: int, length: int, target: int, interpolation: int, side: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Taps of the `side` pixels that the centre crop leaves of `target`, on the device.
+
+        Indices are flat; weights are [taps, side] along the columns, [side, taps, 1] along the rows.
+        """
         offset = crop_offset(target, side)
         indices, weights = (
-            taps[offset : offset + side] for taps in resampling_taps(length, target, interpolation)
+            torch.from_numpy(taps[offset : offset + side]) for taps in resampling_taps(length, target, interpolation)
         )
-        return torch.from_numpy(indices).to(self._device), torch.from_numpy(weights).to(self._device)
+        if dim == 3:  # the taps come before the columns, so that neighbouring sums read neighbouring bytes
+            indices, weights = indices.T, weights.T
+        else:
+            weights = weights[:, :, None]
+        return indices.reshape(-1).to(self._device), weights.contiguous().to(self._device)
 
     def _resample(self, planes: torch.Tensor, dim: int, target: int, config: EncoderConfig) -> torch.Tensor:
         """One pass of PIL's resize, and of the centre crop, along dimension 2 or 3 of uint8 planes."""
         length, side = planes.shape[dim], config.image_size
         if length == target:
             return planes.narrow(dim, crop_offset(target, side), side)
-        indices, weights = self._taps(length, target, config.interpolation, side)
-        taps = indices.shape[1]
-        if dim == 3:  # the taps come before the columns, so that neighbouring sums read neighbouring bytes
-            indices, weights = indices.T.reshape(-1), weights.T
-        else:
-            indices, weights = indices.reshape(-1), weights[:, :, None]
+        indices, weights = self._taps(dim, length, target, config.interpolation, side)
+        taps = len(indices) // side
         other = 5 - dim
         step = max(1, _MAX_PRODUCTS // (planes.shape[0] * 3 * side * taps))
         passes = []

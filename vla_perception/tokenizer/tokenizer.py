@@ -361,7 +361,8 @@ class VisualTokenizer:
         """
         self.encode(self._preprocessor([np.zeros((480, 640, 3), np.uint8)] * views))
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            # Not the whole device: somebody else may be capturing a graph.
+            torch.cuda.current_stream(self.device).synchronize()
 
     def affine(self, height: int, width: int, camera: str | None = None) -> tuple[float, ...]:
         """Map from a source picture's pixels to the token grid: six floats, a row-major 2 × 3 matrix.
