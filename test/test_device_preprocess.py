@@ -74,6 +74,15 @@ def test_views_of_several_sizes_and_layouts_keep_their_order(device):
         assert torch.equal(got.cpu(), expected)
 
 
+@pytest.mark.parametrize("make", [Preprocessor, lambda encoders: DevicePreprocessor(encoders, torch.device("cpu"))])
+def test_a_pillow_that_resizes_otherwise_is_refused(monkeypatch, make):
+    monkeypatch.setattr("PIL.__version__", "12.9.9")
+    make([encoder()])
+    monkeypatch.setattr("PIL.__version__", "13.0.0")
+    with pytest.raises(ImportError, match=r"Pillow 13\.0\.0 .* pip install 'pillow<13'"):
+        make([encoder()])
+
+
 def test_bad_pictures_are_refused_with_advice():
     preprocess = DevicePreprocessor([encoder()], torch.device("cpu"))
     with pytest.raises(ValueError, match="uint8"):

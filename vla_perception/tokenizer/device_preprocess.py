@@ -14,11 +14,11 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import PIL
 import torch
 
 from vla_perception.tokenizer.preprocess import (
     check_image,
+    check_pillow,
     crop_offset,
     letterbox_padding,
     normalisation_table,
@@ -26,7 +26,6 @@ from vla_perception.tokenizer.preprocess import (
 )
 from vla_perception.tokenizer.presets import EncoderConfig
 
-_PILLOW_MAJOR = int(PIL.__version__.split(".")[0])
 _PRECISION_BITS = 22
 #: Products of one pass that are in memory at a time, 4 bytes each.
 _MAX_PRODUCTS = 1 << 25
@@ -88,19 +87,18 @@ def resampling_taps(length: int, target: int, interpolation: int) -> tuple[np.nd
     return indices, weights
 
 
-def vertical_first(height: int, width: int, new_height: int, new_width: int) -> bool:
-    """Whether the installed Pillow resizes along the columns first: since 13.0 it does that with tall pictures."""
-    return _PILLOW_MAJOR >= 13 and height - new_height > max(0, 2 * (width - new_width))
-
-
 class DevicePreprocessor:
     """Pictures → one float32 tensor per encoder, computed on `device`; the same values as `preprocess.Preprocessor`.
 
     Args:
         encoders: in the order in which tensors are returned; their interpolations must be among `FILTERS`.
+
+    Raises:
+        ImportError: see `check_pillow`; what is accepted must not depend on the device.
     """
 
     def __init__(self, encoders: Sequence[EncoderConfig], device: torch.device) -> None:
+        check_pillow()
         self._encoders = tuple(encoders)
         self._device = device
         self._tables = [torch.from_numpy(normalisation_table(config)).to(device) for config in encoders]
@@ -148,10 +146,7 @@ class DevicePreprocessor:
             padded[:, :, top : top + height, left : left + width] = planes
             planes, height, width = padded, height + 2 * top, width + 2 * left
         new_height, new_width = resized_size(height, width, config)
-        passes = [(3, new_width), (2, new_height)]
-        if vertical_first(height, width, new_height, new_width):
-            passes.reverse()
-        for dim, target in passes:
+        for dim, target in ((3, new_width), (2, new_height)):
             planes = self._resample(planes, dim, target, config)
         return planes
 

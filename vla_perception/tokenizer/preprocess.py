@@ -12,10 +12,24 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
 
 from vla_perception.tokenizer.presets import EncoderConfig
+
+
+def check_pillow() -> None:
+    """Refuses a Pillow whose resize gives other values than models were trained on.
+
+    Raises:
+        ImportError: it is 13.0 or newer, which resizes tall pictures along the columns first; says what to install.
+    """
+    if int(PIL.__version__.split(".")[0]) >= 13:
+        raise ImportError(
+            f"Pillow {PIL.__version__} resizes tall pictures to other pixel values than models were trained on, so tokens "
+            "would be wrong: pip install 'pillow<13'"
+        )
 
 
 def check_image(image: np.ndarray) -> np.ndarray:
@@ -96,9 +110,13 @@ class Preprocessor:
 
     Args:
         encoders: in the order in which tensors are returned.
+
+    Raises:
+        ImportError: see `check_pillow`.
     """
 
     def __init__(self, encoders: Sequence[EncoderConfig]) -> None:
+        check_pillow()
         self._encoders = tuple(encoders)
         self._tables = [normalisation_table(config) for config in encoders]
         geometries = [config.geometry for config in encoders]
