@@ -26,10 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("vla_perception").setLevel(logging.INFO)
     try:
         options.run(options)
-    except ImportError as error:
-        print(f"vla-perception: {error}; install it with pip install 'vla_perception[tokenizer]'", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        print(
+            f"vla-perception: {error}; install what it needs with pip install '.[tokenizer]' in this package's sources, "
+            "or on a ROS 2 machine as README.md says",
+            file=sys.stderr,
+        )
         return 1
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"vla-perception: {error}", file=sys.stderr)
         return 1
     return 0

@@ -365,7 +365,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                 took.extend((loaded - begun, time.monotonic() - loaded))
                 result.append(tokenizer)
             except ImportError as error:
-                result.append(ValueError(f"{error}; the tokenizer needs `pip install 'vla_perception[tokenizer]'`"))
+                result.append(ValueError(f"{error}; run `pip install '.[tokenizer]'` in vla_perception's sources"))
             except BaseException as error:
                 result.append(error)
             finished.set()
