@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 import checkpoints  # noqa: E402
+from PIL import Image  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from vla_perception.cli import main  # noqa: E402
@@ -258,8 +259,6 @@ def test_bad_settings_say_what_to_do():
 
 
 def test_tokenize_command(parts, tmp_path, capsys):
-    from PIL import Image
-
     models, weights, tensors = parts
     folder = checkpoints.write(tmp_path / "model", tensors)
     files = []
@@ -280,6 +279,53 @@ def test_tokenize_command(parts, tmp_path, capsys):
     assert "not a picture" in capsys.readouterr().err
     assert main(["tokenize", str(files[0]), "--model", "small", "--out", str(tmp_path / "x.safetensors")]) == 0
     assert "random weights" in capsys.readouterr().err
+
+
+@pytest.fixture
+def tokenize(tmp_path):
+    """Runs the command on picture files with the preset `small`, → (exit code, what it wrote)."""
+
+    def run(*files):
+        out = tmp_path / "out.safetensors"
+        code = main(["tokenize", *map(str, files), "--model", "small", "--out", str(out)])
+        return code, load_file(out)["tokens"] if out.exists() else None
+
+    return run
+
+
+def test_tokenize_decodes_one_picture_after_the_other(tokenize, tmp_path, monkeypatch):
+    files, decoded, before_each = [tmp_path / f"{seed}.png" for seed in range(3)], [], []
+    for seed, file in enumerate(files):
+        Image.fromarray(checkpoints.picture(seed)).save(file)
+    convert, encode = Image.Image.convert, VisualTokenizer.__call__
+    monkeypatch.setattr(Image.Image, "convert", lambda *args: decoded.append(1) or convert(*args))
+    monkeypatch.setattr(
+        VisualTokenizer, "__call__", lambda *args, **options: before_each.append(len(decoded)) or encode(*args, **options)
+    )
+    assert tokenize(*files)[1].shape == (3, 196, 256)
+    assert before_each == [1, 2, 3]
+
+
+@pytest.mark.parametrize("format", ["png", "tiff"])
+def test_tokenize_scales_grey_of_16_bits(tokenize, tmp_path, format):
+    levels = np.random.default_rng(0).integers(0, 1 << 16, (60, 80), dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / f"grey.{format}")
+    Image.fromarray(np.round(levels / 257).astype(np.uint8)).save(tmp_path / "same.png")
+    _, tokens = tokenize(tmp_path / f"grey.{format}", tmp_path / "same.png")
+    assert torch.equal(tokens[0], tokens[1])
+
+
+def test_tokenize_says_which_picture_is_at_fault(tokenize, tmp_path, capsys, monkeypatch):
+    Image.fromarray(checkpoints.picture()).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
+    Image.fromarray(np.full((60, 80), 0.5, np.float32)).save(tmp_path / "depth.tiff")
+    assert tokenize(tmp_path / "whole.png", tmp_path / "half.png") == (1, None)
+    assert "half.png cannot be read" in capsys.readouterr().err
+    monkeypatch.setattr(VisualTokenizer, "load", lambda *_, **__: pytest.fail("a model was loaded first"))
+    assert tokenize(tmp_path / "whole.png", tmp_path / "depth.tiff") == (1, None)
+    assert "depth.tiff holds grey values of 32 bits" in capsys.readouterr().err
+    assert tokenize(tmp_path / "whole.png", tmp_path / "gone.png") == (1, None)
+    assert "gone.png" in capsys.readouterr().err
 
 
 def test_the_tokenizer_needs_no_ros():

@@ -8,8 +8,13 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vla_perception import __version__
+
+if TYPE_CHECKING:
+    import numpy as np
+    import PIL.Image
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,22 +147,15 @@ def _describe(options: argparse.Namespace) -> None:
 
 
 def _tokenize(options: argparse.Namespace) -> None:
-    import numpy as np
     import torch
-    from PIL import Image, UnidentifiedImageError
     from safetensors.torch import save_file
 
     from vla_perception.tokenizer import VisualTokenizer
     from vla_perception.tokenizer.runtime import limit_threads
 
     limit_threads()
-    images = []
-    for path in options.images:
-        try:
-            # As OpenVLA opens its pictures: no EXIF rotation.
-            images.append(np.asarray(Image.open(path).convert("RGB")))
-        except UnidentifiedImageError as error:
-            raise ValueError(f"{path} is not a picture that PIL reads") from error
+    for path in options.images:  # before anything that takes long
+        _open_picture(path).close()
     if not options.out.parent.is_dir():
         raise ValueError(f"the folder {options.out.parent} does not exist")
     tokenizer = VisualTokenizer.load(
@@ -167,17 +165,46 @@ def _tokenize(options: argparse.Namespace) -> None:
         print(f"note: {note}", file=sys.stderr)
     if tokenizer.weights == "random":
         print(f"note: {tokenizer.model} is a preset with random weights; its tokens mean nothing", file=sys.stderr)
-    rows = []
-    for image in images:  # one at a time: memory stays the same however many there are
-        output = tokenizer(image, features=options.output == "features")
-        rows.append((output.features if options.output == "features" else output.tokens).cpu())
-    result = torch.cat(rows)
+    result = None
+    for index, path in enumerate(options.images):  # one at a time: however many there are, only their tokens add up
+        output = tokenizer(_read_picture(path), features=options.output == "features")
+        row = (output.features if options.output == "features" else output.tokens)[0]
+        if result is None:
+            result = torch.empty(len(options.images), *row.shape, dtype=row.dtype)
+        result[index] = row
     metadata = tokenizer.metadata() | {"images": [str(path) for path in options.images]}
     save_file({options.output: result}, options.out, metadata={"vla_perception": json.dumps(metadata, sort_keys=True)})
     print(
         f"{options.out}: {options.output} {list(result.shape)} {options.compute_dtype}, "
         f"{tokenizer.model} ({tokenizer.weights} weights), fingerprint {tokenizer.fingerprint[:12]}"
     )
+
+
+def _open_picture(path: Path) -> PIL.Image.Image:
+    """A picture file of which the header has been read; ValueError if its values have no meaning as colour."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        picture = Image.open(path)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not a picture that PIL reads") from error
+    if picture.mode in ("I", "F"):  # PIL would cut off whatever lies outside 0–255
+        raise ValueError(f"{path} holds grey values of 32 bits, of which nobody says what is white; convert it to 8 bits")
+    return picture
+
+
+def _read_picture(path: Path) -> np.ndarray:
+    """uint8 RGB [height, width, 3], as OpenVLA opens its pictures: no EXIF rotation."""
+    import numpy as np
+
+    with _open_picture(path) as picture:
+        try:
+            if picture.mode.startswith("I;16"):  # as messages/images.py reads mono16; PIL would cut off at 255
+                grey = (np.asarray(picture).astype(np.uint32) + 128) // 257
+                return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+            return np.asarray(picture.convert("RGB"))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:
