@@ -257,7 +257,7 @@ class Pipeline:
                 wait = None
                 on_request = self._settings["trigger"] == "on_request"
                 if not on_request:
-                    self._answer_waiting("the parameter trigger has been set to continuous")
+                    self._answer_waiting(f"{FINAL}the parameter trigger has been set to continuous")
                 if not self._active:
                     pass
                 elif on_request and self._request is not None:
