@@ -1,1 +1,1 @@
-"""ROS 2 nodes, one file per executable, thin: what they compute lives outside this folder."""
+"""ROS 2 nodes, one file per executable, and what they share."""
