@@ -1,5 +1,7 @@
 """The design's choices, each against timm's own modules or another library's operations."""
 
+import argparse
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ import checkpoints  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
+from vla_perception import cli  # noqa: E402
 from vla_perception.cli import main  # noqa: E402
 from vla_perception.messages.tokens import VisualTokens  # noqa: E402
 from vla_perception.policy import tokenize  # noqa: E402
@@ -138,6 +141,43 @@ def test_shapes_without_weights(name, choices, tokens, channels):
         pixels = [torch.empty(2, 3, encoder.image_size, encoder.image_size) for encoder in config.encoders]
         features, projected = network(pixels)
     assert features.shape == (2, tokens, channels) and projected.shape == (2, tokens, config.output_channels)
+
+
+def test_the_node_and_the_command_offer_what_the_tokenizer_takes():
+    """They have lists of their own, because they start without torch (test_package.py)."""
+    pytest.importorskip("rclpy")
+    from vla_perception.messages import tokens
+    from vla_perception.nodes.visual_tokenizer import SETTINGS
+    from vla_perception.tokenizer import presets, runtime
+    from vla_perception.tokenizer.tokenizer import COMPUTE_DTYPES
+
+    taken = {
+        "token_strategy": presets.TOKEN_STRATEGIES,
+        "projector": presets.PROJECTORS,
+        "runtime": runtime.RUNTIMES,
+        "compute_dtype": tuple(COMPUTE_DTYPES),
+    }
+    node = {name: tuple(filter(None, SETTINGS[name].choices)) for name in taken}  # "" is the model's own
+    assert node == taken
+    assert tokens.TOKEN_STRATEGIES == presets.TOKEN_STRATEGIES
+    commands = argparse.ArgumentParser().add_subparsers()
+    for add in (cli._add_tokenize, cli._add_describe, cli._add_bench):
+        add(commands)
+    offered = {
+        (command, action.dest): tuple(action.choices)
+        for command, parser in commands.choices.items()
+        for action in parser._actions
+        if action.dest in (*taken, "dtype") and action.choices
+    }
+    assert offered == {
+        ("tokenize", "token_strategy"): taken["token_strategy"],
+        ("tokenize", "projector"): taken["projector"],
+        ("tokenize", "compute_dtype"): taken["compute_dtype"],
+        ("describe", "token_strategy"): taken["token_strategy"],
+        ("describe", "projector"): taken["projector"],
+        ("describe", "dtype"): taken["compute_dtype"],
+        ("bench", "compute_dtype"): taken["compute_dtype"],
+    }
 
 
 @pytest.mark.parametrize("given, sizes", [

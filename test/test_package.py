@@ -161,6 +161,27 @@ def test_tokens_are_read_with_numpy_alone():
 
 
 @pytest.mark.ros
+def test_the_node_starts_without_torch():
+    """So it is up at once, and can say that torch is missing."""
+    run_without("torch|torchvision|timm", "import vla_perception.nodes.visual_tokenizer")
+
+
+def test_the_command_says_what_is_missing():
+    run_without(
+        "torch|torchvision|timm",
+        """
+        import contextlib, io
+        from vla_perception import cli
+
+        told = io.StringIO()
+        with contextlib.redirect_stderr(told):
+            assert cli.main(["describe", "small"]) == 1
+        assert "pip install '.[tokenizer]' in this package's sources" in told.getvalue(), told.getvalue()
+        """,
+    )
+
+
+@pytest.mark.ros
 def test_a_policy_needs_rclpy_and_numpy_only():
     run_without(HEAVY, "import vla_perception.demo_policy")
 

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 TRANSPORTS = ("raw", "compressed")
 TRIGGERS = ("continuous", "on_request")
+# What the tokenizer knows by these names, written again here: importing it would import torch (test_choices.py compares).
 DTYPES = ("float32", "bfloat16", "float16")
 RUNTIMES = ("auto", "eager", "onednn", "graph", "compile")
 #: Seconds without a frame, or without a set, after which something is wrong.
