@@ -74,6 +74,15 @@ def test_views_of_several_sizes_and_layouts_keep_their_order(device):
         assert torch.equal(got.cpu(), expected)
 
 
+def test_views_of_bgr_pictures(device):
+    pictures = np.random.default_rng(4).integers(0, 256, (2, 90, 120, 4), dtype=np.uint8)
+    images = [pictures[0, :, :, 2::-1], np.ascontiguousarray(pictures[1, :, :, :3])[:, :, ::-1]]
+    config = encoder()
+    (pixels,) = DevicePreprocessor([config], device)(images)
+    for got, image in zip(pixels.cpu(), images):
+        assert torch.equal(got, reference(np.ascontiguousarray(image), config))
+
+
 @pytest.mark.parametrize("make", [Preprocessor, lambda encoders: DevicePreprocessor(encoders, torch.device("cpu"))])
 def test_a_pillow_that_resizes_otherwise_is_refused(monkeypatch, make):
     monkeypatch.setattr("PIL.__version__", "12.9.9")

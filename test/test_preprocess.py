@@ -66,9 +66,10 @@ def test_several_views_of_different_sizes_and_layouts():
     generator = np.random.default_rng(1)
     config = EncoderConfig("siglip", "vit_tiny_patch16_224", 224, HALF, HALF)
     big = generator.integers(0, 256, (700, 900, 3), dtype=np.uint8)
-    images = [big[::2, ::3], big[:, :, ::-1], np.asfortranarray(big)]
+    bgra = generator.integers(0, 256, (90, 120, 4), dtype=np.uint8)
+    images = [big[::2, ::3], big[:, :, ::-1], np.asfortranarray(big), big[5:99, 3:, ::-1], bgra[:, :, 2::-1]]
     (pixels,) = Preprocessor([config])(images)
-    assert pixels.shape == (3, 3, 224, 224)
+    assert pixels.shape == (5, 3, 224, 224)
     for got, image in zip(pixels, images):
         assert torch.equal(got, reference(np.ascontiguousarray(image), config))
 

@@ -155,9 +155,12 @@ class DevicePreprocessor:
         # From pinned memory the copy runs beside the host. The allocator gives a pinned block out again only when
         # the copies that were queued from it are done.
         host = torch.empty((len(images), *images[0].shape), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        # Views of BGR pictures, as cameras and JPEG give them, are turned there: NumPy copies reversed ones slowly.
+        reversed_channels = all(image.strides[2] < 0 for image in images)
         for row, image in zip(host.numpy(), images):
-            row[...] = image
-        return host.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+            row[...] = image[:, :, ::-1] if reversed_channels else image
+        planes = host.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+        return planes.flip(1) if reversed_channels else planes
 
     def _make_taps(
         self, dim: int, length: int, target: int, interpolation: int, side: int

@@ -65,7 +65,7 @@ def letterbox_padding(height: int, width: int) -> tuple[int, int]:
 
 def resize(image: np.ndarray, config: EncoderConfig) -> np.ndarray:
     """uint8 [height, width, 3] → uint8 [image_size, image_size, 3] by the encoder's resize strategy."""
-    picture = Image.fromarray(np.ascontiguousarray(image))
+    picture = _to_pil(image)
     if config.resize_strategy == "letterbox":
         top, left = letterbox_padding(picture.height, picture.width)
         padded = Image.new("RGB", (picture.width + 2 * left, picture.height + 2 * top), config.fill)
@@ -77,6 +77,13 @@ def resize(image: np.ndarray, config: EncoderConfig) -> np.ndarray:
     side = config.image_size
     top, left = crop_offset(height, side), crop_offset(width, side)
     return np.asarray(picture)[top : top + side, left : left + side]
+
+
+def _to_pil(image: np.ndarray) -> Image.Image:
+    bgr = image[:, :, ::-1]
+    if bgr.flags.c_contiguous:  # a view of a BGR picture, as cameras and JPEG give it: PIL reads that as fast as RGB
+        return Image.frombuffer("RGB", image.shape[1::-1], bgr, "raw", "BGR", 0, 1)
+    return Image.fromarray(np.ascontiguousarray(image))
 
 
 def normalisation_table(config: EncoderConfig) -> np.ndarray:
