@@ -303,6 +303,24 @@ def test_what_cannot_be_compiled_is_captured_as_it_is(cuda, monkeypatch, caplog)
 
 
 @torch.inference_mode()
+def test_each_failure_is_told_where_neither_compiling_nor_capturing_works(cuda, monkeypatch):
+    def fails(*_inputs):
+        raise AssertionError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_options: fails)
+    cuda.failure = RuntimeError("operation not permitted when stream is capturing")
+    tokenizer = load(runtime="eager")
+    run = CudaGraphs(tokenizer.network, torch.device("cpu"), torch.float32, compiled=True)
+    pixel_values = tokenizer.preprocess(pictures(1))
+    torch.testing.assert_close(run(pixel_values)[1], tokenizer.network(pixel_values)[1])
+    assert (run.name, run.fallback) == (
+        "eager",
+        "not compiled: AssertionError: no compiler; no CUDA graph: RuntimeError: operation not permitted when stream is "
+        "capturing",
+    )
+
+
+@torch.inference_mode()
 def test_blocks_whose_scaling_is_fused_give_what_timms_do():
     tokenizer, fused = load(runtime="eager"), load(runtime="eager")
     runtimes.scale_in_one(fused.network)

@@ -166,7 +166,7 @@ class CudaGraphs(Runtime):
     def _captured_for(self, pixel_values: Sequence[torch.Tensor]) -> _Captured | None:
         """The graph for this number of views; None, and the reason in `fallback`, if there cannot be one."""
         views = len(pixel_values[0])
-        if views not in self._captured:
+        while views not in self._captured:
             before = torch.cuda.current_stream(self._device)
             try:
                 self._captured[views] = self._capture(pixel_values)
@@ -179,11 +179,11 @@ class CudaGraphs(Runtime):
                     self.name = "graph"
                     self._branches, self._join = self._network.branches(), self._network.join
                     log.warning("runs without torch.compile: %s", self.fallback)
-                    return self._captured_for(pixel_values)
-                self.fallback = f"{self.fallback}; no CUDA graph: {_reason(error)}".removeprefix("; ")
-                self.name = "eager"
-                log.warning("runs eagerly, which is slower: %s", self.fallback)
-                return None
+                else:
+                    self.fallback = f"{self.fallback}; no CUDA graph: {_reason(error)}".removeprefix("; ")
+                    self.name = "eager"
+                    log.warning("runs eagerly, which is slower: %s", self.fallback)
+                    return None
         return self._captured[views]
 
     def _capture(self, pixel_values: Sequence[torch.Tensor]) -> _Captured:
