@@ -321,7 +321,7 @@ def test_unknown_encodings_are_refused_with_the_known_ones(encoding):
 def test_opencv_agrees_with_cv_bridge(encoding):
     convert = images._cv_bridge()
     if convert is None:
-        pytest.skip("no cv_bridge that works with this NumPy")
+        pytest.skip("no cv_bridge that works with this NumPy (it comes with a ROS 2 distribution, not from PyPI)")
     dtype = np.uint16 if encoding.endswith("16") else np.uint8
     channels = {"rgb": (3,), "bgr": (3,), "rgba": (4,), "bgra": (4,), "uyvy": (2,), "yuyv": (2,)}
     pixels = noise(HEIGHT, WIDTH, *channels.get(encoding.removesuffix("16"), ()), dtype=dtype)

@@ -45,7 +45,8 @@ class Gate:
 class Model:
     """A tokenizer whose encodings fail or wait as the test wants."""
 
-    device, compute_dtype = torch.device("cpu"), "float32"
+    model, weights, fingerprint, compute_dtype = "odd", "checkpoint", "0" * 64, "float32"
+    device, runtime = torch.device("cpu"), "eager"
 
     def __init__(self):
         self.gate, self.results = Gate(), []
@@ -68,8 +69,8 @@ class Model:
 
     def metadata(self):
         return dict(
-            model="odd", weights="checkpoint", fingerprint="0" * 64, compute_dtype="float32", grid=[2, 2],
-            token_strategy="patch", pool=1, encoders=[], projector="linear",
+            model=self.model, weights=self.weights, fingerprint=self.fingerprint, compute_dtype=self.compute_dtype,
+            grid=[2, 2], token_strategy="patch", pool=1, encoders=[], projector="linear",
         )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ import signal
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -573,33 +572,10 @@ def test_model_and_timing_are_told(robot):
 
 
 def test_an_encoding_that_fails_and_tokens_that_are_not_finite(monkeypatch):
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
+    from test_pipeline import Model
+
     from vla_perception.nodes.visual_tokenizer import VisualTokenizerNode
-
-    class Model:
-        model, weights, fingerprint, compute_dtype = "odd", "checkpoint", "0" * 64, "float32"
-        device, runtime, results = torch.device("cpu"), "eager", []
-
-        def preprocess(self, images, cameras):
-            return images
-
-        def encode(self, pixel_values, features=False):
-            result = self.results.pop(0)
-            if isinstance(result, Exception):
-                raise result
-            return SimpleNamespace(tokens=torch.full((1, 4, 8), result), features=None)
-
-        def affine(self, height, width, camera):
-            return (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
-
-        def seen(self, height, width, camera):
-            return None
-
-        def metadata(self):
-            return dict(
-                model=self.model, weights=self.weights, fingerprint=self.fingerprint, compute_dtype="float32",
-                grid=[2, 2], token_strategy="patch", pool=1, encoders=[], projector="linear",
-            )  # fmt: skip
 
     domain, context, model, received, told = free_domain(), rclpy.Context(), Model(), [], []
     with in_domain(domain):

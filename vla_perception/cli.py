@@ -197,11 +197,13 @@ def _read_picture(path: Path) -> np.ndarray:
     """uint8 RGB [height, width, 3], as OpenVLA opens its pictures: no EXIF rotation."""
     import numpy as np
 
+    from vla_perception.messages.images import narrow
+
     with _open_picture(path) as picture:
         try:
-            if picture.mode.startswith("I;16"):  # as messages/images.py reads mono16; PIL would cut off at 255
-                grey = (np.asarray(picture).astype(np.uint32) + 128) // 257
-                return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+            if picture.mode.startswith("I;16"):  # PIL would cut off at 255
+                grey = narrow(np.asarray(picture))
+                return np.broadcast_to(grey[:, :, None], (*grey.shape, 3))
             return np.asarray(picture.convert("RGB"))
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error}") from error

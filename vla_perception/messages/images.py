@@ -113,7 +113,7 @@ def compressed_to_rgb(msg) -> np.ndarray:
     if picture is None:
         raise ImageDecodeError(f'the compressed image (format "{kind}", {data.size} bytes) is corrupt')
     if picture.dtype == np.uint16:
-        picture = _narrow(picture)
+        picture = narrow(picture)
     if picture.dtype != np.uint8:
         raise ImageDecodeError(f"compressed image of {picture.dtype} samples; expected 8 or 16 bits per channel")
     if picture.ndim == 2:
@@ -239,10 +239,10 @@ def opencv_to_rgb(pixels: np.ndarray, encoding: str) -> np.ndarray:
         picture = pixels if name == "rgb16" else cv2.cvtColor(pixels, code[name])
     except cv2.error as error:
         raise ImageDecodeError(f"OpenCV cannot convert the {encoding} image: {error}") from error
-    return _narrow(picture) if picture.dtype == np.uint16 else picture
+    return narrow(picture) if picture.dtype == np.uint16 else picture
 
 
-def _narrow(picture: np.ndarray) -> np.ndarray:
+def narrow(picture: np.ndarray) -> np.ndarray:
     """uint16 -> uint8, full range to full range: v / 257, rounded; never a tie, 257 is odd."""
     return ((picture.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
