@@ -106,17 +106,16 @@ def publish(options: argparse.Namespace) -> None:
         time.sleep(0.05)
     time.sleep(1.0)  # discovery goes both ways
     print("{}", flush=True)
-    # [1, 256, channels] words of bfloat16: openvla-7b's 256 × 4096 for 2 MiB.
-    values = np.random.default_rng(0).standard_normal((1, 256, int(options.mib * 2048)), np.float32)
-    words = (values.view(np.uint32) >> 16).astype(np.uint16)
-    sequence = 0
+    words, sequence = random_words(options.mib), 0
     for line in sys.stdin:
         count, begun, publishing = int(line), {}, []
         cpu, begin = time.process_time(), time.monotonic()
         messages = publisher.messages
         for index in range(count):
             time.sleep(max(0.0, begin + index / options.rate - time.monotonic()))
-            tokens = make_tokens(sequence, grid=(16, 16), data=words, dtype="bfloat16")
+            # New ones each time, as an encoder writes them right before the node publishes them.
+            data = words_of(words, sequence)
+            tokens = make_tokens(sequence, grid=(16, 16), data=data, dtype="bfloat16")
             begun[sequence] = time.monotonic_ns()
             publisher.publish(tokens)
             publishing.append((time.monotonic_ns() - begun[sequence]) / 1e6)
@@ -140,7 +139,7 @@ def subscribe(options: argparse.Namespace) -> None:
     from vla_perception.policy import TokenSubscriber
 
     rclpy.init()
-    commands = []
+    words, commands = random_words(options.mib), []
     threading.Thread(target=lambda: commands.extend(iter(sys.stdin.readline, "")), daemon=True).start()
     arrived, done, quiet_since = {}, 0, time.monotonic()
     with TokenSubscriber(rclpy.create_node("policy"), shared_memory=options.transport == "shared_memory") as tokens:
@@ -149,9 +148,10 @@ def subscribe(options: argparse.Namespace) -> None:
         while done < 2:
             try:
                 visual = tokens.wait(0.1)
-                array = visual.numpy()
+                array = visual.data
                 arrived[visual.sequence] = time.monotonic_ns()
-                assert array.nbytes == int(options.mib * 2**20)
+                if not np.array_equal(array, words_of(words, visual.sequence)):
+                    raise SystemExit(f"set {visual.sequence} arrived with other tokens than were published")
                 quiet_since = time.monotonic()
             except TimeoutError:
                 pass
@@ -170,6 +170,17 @@ def subscribe(options: argparse.Namespace) -> None:
             else:
                 arrived, received, lost, cpu = {}, tokens.received, tokens.lost, time.process_time()
                 print("{}", flush=True)
+
+
+def random_words(mib: float) -> np.ndarray:
+    """bfloat16 words [1, 256, channels] of standard normal values; openvla-7b's 256 × 4096 for 2 MiB."""
+    values = np.random.default_rng(0).standard_normal((1, 256, int(mib * 2048)), np.float32)
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def words_of(words: np.ndarray, sequence: int) -> np.ndarray:
+    """The tokens of one set, that differ in every value from the next set's. New memory."""
+    return words ^ np.uint16(sequence % 64)  # the mantissa's bits: finite values stay finite
 
 
 def percentile(values: list[float], percent: float) -> float | None:
