@@ -12,7 +12,15 @@ from fake_tokenizer import make_tokens
 from ros_domain import RosProcess, free_domain, ros_environment, wait_until
 
 from vla_perception.messages import shared_memory
-from vla_perception.messages.shared_memory import DEPTH, LENT, SharedMemoryError, TokenReader, TokenWriter
+from vla_perception.messages.shared_memory import (
+    COMING,
+    DEPTH,
+    LENT,
+    WRITTEN,
+    SharedMemoryError,
+    TokenReader,
+    TokenWriter,
+)
 from vla_perception.messages.tokens import VisualTokens, to_message
 from vla_perception.policy import TokenSubscriber
 
@@ -48,7 +56,10 @@ def test_the_bytes_are_the_messages(ends):
     writer, reader = ends(TokenWriter), ends(TokenReader)
     tokens = make_tokens(7, cameras=("front", "wrist"), features=np.ones((2, 12, 9), np.float32))
     assert writer.readers() == 1 and writer.write(tokens) == 1
-    assert reader.wait(20.0)
+    told = reader.wait(20.0)
+    while WRITTEN not in told:
+        told |= reader.wait(20.0)
+    assert told == {COMING, WRITTEN}
     data, _writer = reader.take()
     assert bytes(data) == tokens.to_bytes()
     read = VisualTokens.from_bytes(data)
@@ -129,10 +140,11 @@ class Source:
 
         self.publisher = TokenPublisher(ros.node("tokenizer"))
         self.sent = 0
+        self.changes = {}
 
     def send(self, count=1):
         for _ in range(count):
-            self.publisher.publish(make_tokens(self.sent))
+            self.publisher.publish(make_tokens(self.sent, **self.changes))
             self.sent += 1
 
     def publish(self, *sequences):
@@ -167,9 +179,11 @@ def until_shared(tokens, send):
 
 @needs_iceoryx2
 @pytest.mark.ros
-def test_equal_to_the_topics_and_nothing_is_serialised_for_shared_memory(ros, source, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, {"channels": 9, "projector": "none"}], ids=["tokens", "features"])
+def test_equal_to_the_topics_and_nothing_is_serialised_for_shared_memory(ros, source, monkeypatch, changes):
     from vla_perception.nodes import token_publisher
 
+    source.changes = changes
     source.publisher.open_shared_memory()
     with TokenSubscriber(ros.node("near"), history=5) as near:
         with TokenSubscriber(ros.node("far"), history=5, shared_memory=False) as far:

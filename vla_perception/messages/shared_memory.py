@@ -28,8 +28,8 @@ LENT = 4
 READERS = 8
 #: Writers of one topic: one, its successor while sets grow, and a killed one whose remains were not removed yet.
 WRITERS = 4
-#: Event identifiers: a set was written; a writer has come, has gone, was found dead.
-WRITTEN, WRITER_CAME, WRITER_LEFT, WRITER_DIED = range(4)
+#: Event identifiers: a set was written; a writer has come, has gone, was found dead; a set is about to be written.
+WRITTEN, WRITER_CAME, WRITER_LEFT, WRITER_DIED, COMING = range(5)
 
 _FOLDER = "/dev/shm"
 
@@ -99,7 +99,7 @@ class _Services:
                 .max_notifiers(WRITERS + READERS)
                 .max_listeners(READERS)
                 .max_nodes(2 * (WRITERS + READERS))
-                .event_id_max_value(WRITER_DIED)
+                .event_id_max_value(COMING)
                 .notifier_created_event(iceoryx2.EventId.new(WRITER_CAME))
                 .notifier_dropped_event(iceoryx2.EventId.new(WRITER_LEFT))
                 .notifier_dead_event(iceoryx2.EventId.new(WRITER_DIED))
@@ -130,6 +130,7 @@ class TokenWriter(_Services):
             import iceoryx2
 
             self._notifier = self._events.notifier_builder().create()
+            self._coming = iceoryx2.EventId.new(COMING)
             self._discard = iceoryx2.BackpressureStrategy.DiscardData
 
     def readers(self) -> int:
@@ -139,11 +140,13 @@ class TokenWriter(_Services):
 
     def write(self, tokens: VisualTokens) -> int:
         """Writes one set and wakes the readers; how many it reached. Never waits for one."""
-        parts = tokens.to_parts()
-        size = sum(map(len, parts))
         with self._writing, _told("tokens could not be put into shared memory"):
             if self._sets is None:
                 raise SharedMemoryError("this writer is closed")
+            # Readers take half as long to wake up as the set takes to be there.
+            self._notifier.notify_with_custom_event_id(self._coming)
+            parts = tokens.to_parts()
+            size = sum(map(len, parts))
             if size > self._capacity:
                 self._grow(size)
             loan = self._publisher.loan_slice_uninit(size)
