@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextlib
 import functools
+import gc
 import signal
 import threading
 import time
@@ -589,6 +590,7 @@ def test_an_encoding_that_fails_and_tokens_that_are_not_finite(monkeypatch):
     try:
         monkeypatch.setattr(node, "_load", lambda: model)
         node.trigger_configure()
+        assert gc.get_freeze_count() > 0, "the garbage collector would hold up frames"
         node.trigger_activate()
         wait_until(node._tokens.wanted, 10, "the policy is known")
         # 70000 is beyond float16's range, infinity after the conversion; the third frame shows that it goes on.
@@ -608,6 +610,9 @@ def test_an_encoding_that_fails_and_tokens_that_are_not_finite(monkeypatch):
             assert status.level == level and status.message.startswith("active")
             values = {item.key: item.value for item in status.values}
             assert (values["encode_errors"], values["non_finite"], values["publish_errors"]) == ("1", "2", "0")
+        node.trigger_deactivate()
+        node.trigger_cleanup()
+        assert gc.get_freeze_count() == 0, "what was loaded would never be collected"
     finally:
         node.close()
         executor.shutdown()
