@@ -528,7 +528,6 @@ class TokenSubscriber(_Tokens):
         events = reader.wait(_HAND_OVER / 5 if self._held else _SILENCE)
         if events == {COMING}:
             self._rehearse()
-            return
         self._take_written(reader)
         if events and events <= {COMING, WRITTEN}:
             return
