@@ -488,6 +488,54 @@ def test_request_waits_for_a_picture_that_is_not_there_yet(ros):
 
 
 @pytest.mark.ros
+def test_an_answer_that_was_lost_on_the_way_is_asked_for_again(ros):
+    """As Fast DDS drops it while the service does not know the client's reader yet."""
+    from std_srvs.srv import Trigger
+
+    publisher, server, asked = ros.publisher(), ros.node("server"), []
+
+    def encode(_request, response):
+        asked.append(True)
+        publisher.publish(to_message(make_tokens(len(asked))))
+        response.success, response.message = True, f"published as sequence {len(asked)}, stamp 5 ns"
+        return response
+
+    service = server.create_service(Trigger, "encode", encode)
+    send = service.send_response
+    service.send_response = lambda *answer: len(asked) == 1 or send(*answer)
+    ros.spin(server)
+    with TokenSubscriber(ros.node()) as tokens:
+        matched(publisher)
+        assert tokens.request(20.0).sequence == 2 and len(asked) == 2
+
+
+@pytest.mark.ros
+def test_a_tokenizer_that_has_answered_is_given_its_time(ros, monkeypatch):
+    from std_srvs.srv import Trigger
+
+    from vla_perception import policy
+
+    publisher, server, asked = ros.publisher(), ros.node("server"), []
+
+    def encode(_request, response):
+        asked.append(True)
+        if len(asked) == 2:
+            time.sleep(0.5)  # encoding
+        publisher.publish(to_message(make_tokens(len(asked))))
+        response.success, response.message = True, f"published as sequence {len(asked)}, stamp 5 ns"
+        return response
+
+    server.create_service(Trigger, "encode", encode)
+    ros.spin(server)
+    with TokenSubscriber(ros.node()) as tokens:
+        matched(publisher)
+        assert tokens.request(20.0).sequence == 1
+        monkeypatch.setattr(policy, "_ASK_AGAIN", 0.05)
+        assert tokens.request(20.0).sequence == 2
+        assert tokens.request(20.0).sequence == 3 and len(asked) == 3
+
+
+@pytest.mark.ros
 def test_request_does_not_repeat_what_is_refused_for_good(ros):
     from std_srvs.srv import Trigger
 

@@ -270,7 +270,7 @@ def test_shared_memory_that_fails_while_sets_wait_leaves_them_to_the_topic(waiti
     told = []
     monkeypatch.setattr(waiting, "_log", lambda text, _error: told.append(text))
     monkeypatch.setattr(TokenReader, "take", take)
-    source.write(4)
+    source.publisher._writer.write(source.made(4))  # may reach nobody: its announcement wakes the reader already
     wait_until(lambda: told, 20.0, "shared memory given up")
     assert told == ["tokens come by the topic: broken"]
     for sequence in range(1, 6):

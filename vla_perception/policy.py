@@ -45,6 +45,8 @@ _SILENCE = 1.0
 _RETRY = 5.0
 #: Seconds that what shared memory brings first waits for what the topic is still bringing.
 _HAND_OVER = 0.5
+#: Seconds until a service that never answered before is asked again; twice as long each time.
+_ASK_AGAIN = 1.0
 _numbers = itertools.count(1)
 
 
@@ -333,6 +335,7 @@ class TokenSubscriber(_Tokens):
         beside = self.topic.rpartition("/")[0] + "/encode"
         self._service = node.resolve_service_name(beside if service is None else service)
         self._client = None
+        self._answered: frozenset[bytes] = frozenset()  # publishers beside whose service it has answered
         self._publishers: frozenset[bytes] = frozenset()
         self._guard = None
         if callback is not None:
@@ -429,16 +432,35 @@ class TokenSubscriber(_Tokens):
             return self._taken()
 
     def _call(self, client, request, timeout_sec: float, begin: float):
-        """The service's answer; TimeoutError if none has come `timeout_sec` after `begin`."""
-        future = client.call_async(request)
-        future.add_done_callback(lambda _future: self._notify())
+        """The service's answer; TimeoutError if none has come `timeout_sec` after `begin`.
+
+        While processes get to know each other, a service may know a client well enough to hear it and not yet well
+        enough to answer: Fast DDS then drops the answer after 0.1 s. So a tokenizer that has not answered yet is asked
+        again; one that has is not, since encoding may take its time.
+        """
+        publishers, futures = self._look_up_publishers(), []
+        wait = math.inf if publishers & self._answered else _ASK_AGAIN
+        ask_again = 0.0
+
+        def answers() -> list:
+            return [future for future in futures if future.done()]
+
+        def answered_or_due() -> bool:
+            return bool(answers()) or time.monotonic() >= ask_again
+
         try:
-            with self._changed:
-                self._wait_for(future.done, timeout_sec, f"no answer from {self._service}", begin)
-        except BaseException:
-            client.remove_pending_request(future)
-            raise
-        return future.result()
+            while not answers():
+                futures.append(client.call_async(request))
+                futures[-1].add_done_callback(lambda _future: self._notify())
+                ask_again, wait = time.monotonic() + wait, 2 * wait
+                with self._changed:
+                    self._wait_for(answered_or_due, timeout_sec, f"no answer from {self._service}", begin)
+            self._answered = publishers
+            return answers()[0].result()
+        finally:
+            for future in futures:
+                if not future.done():
+                    client.remove_pending_request(future)
 
     def close(self) -> None:
         """Ends reception: threads, subscription and the place in shared memory. At Python's exit where not before."""
@@ -643,12 +665,14 @@ class TokenSubscriber(_Tokens):
 
     def _look_for_publishers(self) -> bool:
         """Whether all of those that were known are gone."""
-        known = self._publishers
-        infos = self._private.get_publishers_info_by_topic(self.topic)
-        self._publishers = frozenset(bytes(info.endpoint_gid) for info in infos)
-        if len(infos) > 1:
-            self._tell("publishers", f"{len(infos)} publishers on {self.topic}: their tokens mix; name topics apart")
+        known, self._publishers = self._publishers, self._look_up_publishers()
+        if (count := len(self._publishers)) > 1:
+            self._tell("publishers", f"{count} publishers on {self.topic}: their tokens mix; name topics apart")
         return bool(known) and not known & self._publishers
+
+    def _look_up_publishers(self) -> frozenset[bytes]:
+        infos = self._private.get_publishers_info_by_topic(self.topic)
+        return frozenset(bytes(info.endpoint_gid) for info in infos)
 
     def _now_ns(self) -> int:
         return self._node.get_clock().now().nanoseconds
