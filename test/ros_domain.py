@@ -99,6 +99,25 @@ def wait_until(condition: Callable[[], object], timeout: float, what: str) -> ob
     return value
 
 
+def answer_of(client, request, timeout: float = 20.0) -> object:
+    """The answer to a request that may be repeated, with the client's node spun elsewhere.
+
+    Fast DDS drops an answer when the service does not know the client's reader 0.1 s later, as on a busy machine.
+    """
+    assert client.wait_for_service(timeout), client.service_name
+    futures, end = [], time.monotonic() + timeout
+
+    def answers() -> list:
+        return [future.result() for future in futures if future.done()]
+
+    while not answers():
+        futures.append(client.call_async(request))
+        ask_again = time.monotonic() + 2.0
+        wait_until(lambda due=ask_again: answers() or time.monotonic() > min(due, end), timeout, "an answer")
+        assert answers() or time.monotonic() < end, f"no answer from {client.service_name} within {timeout:g} s"
+    return answers()[0]
+
+
 class RosProcess:
     """A ROS process with what it prints: `with RosProcess([...], domain) as process`. Killed at the end if need be.
 

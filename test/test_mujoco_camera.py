@@ -151,7 +151,7 @@ def test_what_is_missing_is_named():
 # The node.
 
 try:
-    from ros_domain import RosProcess, free_domain, wait_until
+    from ros_domain import RosProcess, answer_of, free_domain
     from ros_listener import Listener, wait_for_messages
     from rosgraph_msgs.msg import Clock
     from sensor_msgs.msg import CameraInfo, CompressedImage, Image
@@ -218,10 +218,8 @@ def test_node_answers_parameter_requests_while_it_renders():
     with Listener(domain) as listener, node(domain, width=64, height=48, real_time_factor=0.0) as process:
         wait_for_messages(listener.collect(Image, "/front/image_raw"), 1, 60)
         client = listener.node.create_client(GetParameters, "/mujoco_camera/get_parameters")
-        assert client.wait_for_service(20)
-        answer = client.call_async(GetParameters.Request(names=["rate_hz", "cameras"]))
-        wait_until(answer.done, 20, "an answer")
-        assert answer.result().values[0].double_value == 10.0
+        answer = answer_of(client, GetParameters.Request(names=["rate_hz", "cameras"]))
+        assert answer.values[0].double_value == 10.0
         assert process.stop() == 0, process.output
 
 

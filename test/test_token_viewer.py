@@ -58,7 +58,7 @@ def test_pictures_side_by_side_have_one_height():
 # The node.
 
 try:
-    from ros_domain import RosProcess, free_domain, wait_until
+    from ros_domain import RosProcess, answer_of, free_domain, wait_until
     from ros_listener import Listener, wait_for_messages
     from sensor_msgs.msg import CompressedImage, Image
     from std_srvs.srv import Trigger
@@ -166,9 +166,7 @@ def test_node_shows_components_that_settle_and_then_stay():
         assert np.array_equal(again, overlay(expected, WHOLE, HEIGHT, WIDTH))
 
         refit = listener.node.create_client(Trigger, "/token_viewer/refit")
-        assert refit.wait_for_service(20)
-        answer = refit.call_async(Trigger.Request())
-        wait_until(answer.done, 20, "refit")
+        answer_of(refit, Trigger.Request())
         fresh = image_to_rgb(robot.show(tokens(token_values(7), 23)))
         colours = PrincipalComponents.fit(token_values(7)[0]).rgb(token_values(7)[0]).reshape(ROWS, COLUMNS, 3)
         assert np.array_equal(fresh, overlay(colours, WHOLE, HEIGHT, WIDTH))

@@ -23,7 +23,7 @@ from rcl_interfaces.srv import GetParameters, SetParameters  # noqa: E402
 from rclpy.executors import SingleThreadedExecutor  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 from rclpy.qos import QoSProfile, ReliabilityPolicy  # noqa: E402
-from ros_domain import RosProcess, free_domain, in_domain, wait_until  # noqa: E402
+from ros_domain import RosProcess, answer_of, free_domain, in_domain, wait_until  # noqa: E402
 from sensor_msgs.msg import CompressedImage, Image  # noqa: E402
 from std_srvs.srv import Trigger  # noqa: E402
 
@@ -125,6 +125,8 @@ class Robot:
         return self._client(kind, name).call_async(kind.Request(**fields))
 
     def call(self, kind, name: str, *, timeout: float = 90.0, **fields):
+        if kind in (GetState, GetParameters, SetParameters):
+            return answer_of(self._client(kind, name), kind.Request(**fields), timeout)
         future = self.call_async(kind, name, **fields)
         wait_until(future.done, timeout, f"answer of {name}")
         return future.result()
