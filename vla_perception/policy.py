@@ -386,7 +386,8 @@ class TokenSubscriber(_Tokens):
         """Asks the tokenizer to encode its newest pictures, and waits for that set.
 
         For a tokenizer with ``trigger: on_request``. It is asked again where it has no picture yet that is newer than
-        those of the last request, or is not active yet; not where its settings rule it out (``trigger: continuous``).
+        those of the last request, is not active yet, or has not answered anything yet; not where its settings rule it
+        out (``trigger: continuous``).
 
         Raises:
             TimeoutError: no service, no answer or no tokens in time.
