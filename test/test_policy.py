@@ -650,6 +650,27 @@ def test_shutdown_ends_a_wait(ros):
 
 @pytest.mark.ros
 @pytest.mark.parametrize("ended_by", ["close", "shutdown"])
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_request_tells_that_nothing_can_come_any_more(ros, ended_by, before):
+    import rclpy
+    from rclpy.executors import ExternalShutdownException
+
+    tokens = TokenSubscriber(ros.node())
+    with ros.fake():
+        for _ in range(before):
+            tokens.request(20.0)
+    if ended_by == "close":
+        tokens.close()
+    else:
+        rclpy.shutdown(context=ros.context)
+    reason = (RuntimeError, "closed") if ended_by == "close" else (ExternalShutdownException, None)
+    with pytest.raises(reason[0], match=reason[1]):
+        tokens.request(20.0)
+    tokens.close()
+
+
+@pytest.mark.ros
+@pytest.mark.parametrize("ended_by", ["close", "shutdown"])
 def test_nothing_is_left_of_one_that_has_ended(ros, ended_by):
     import rclpy
 

@@ -394,6 +394,13 @@ class TokenSubscriber(_Tokens):
             RuntimeError: the tokenizer could not in time, or never will as it is set; the text is its reason.
             TokenFormatError, FingerprintMismatch: the tokens that came were refused.
         """
+        try:
+            return self._request(timeout_sec)
+        except Exception:
+            self._alive()  # what ROS says of a client whose context has ended is not the reason
+            raise
+
+    def _request(self, timeout_sec: float) -> VisualTokens:
         from std_srvs.srv import Trigger
 
         begin, reason = time.monotonic(), ""
