@@ -403,7 +403,7 @@ class TokenSubscriber(_Tokens):
     def _request(self, timeout_sec: float) -> VisualTokens:
         from std_srvs.srv import Trigger
 
-        begin, reason = time.monotonic(), ""
+        begin, reason, repeated = time.monotonic(), "", False
         with self._changed:
             if self._client is None:
                 self._client = self._private.create_client(Trigger, self._service)
@@ -414,12 +414,13 @@ class TokenSubscriber(_Tokens):
             before, refused = self.received, self.refused
         while True:
             try:
-                answer = self._call(client, Trigger.Request(), timeout_sec, begin)
+                answer, asked = self._call(client, Trigger.Request(), timeout_sec, begin)
             except TimeoutError:
                 if reason:
                     raise RuntimeError(f"{self._service}: {reason}") from None
                 raise
-            if answer.success:
+            repeated |= asked > 1
+            if answer.success or repeated and self.received > before:  # what it was first asked for has come
                 break
             # Most often there is no newer picture yet, or the tokenizer does not know this subscription yet.
             reason = answer.message
@@ -429,7 +430,7 @@ class TokenSubscriber(_Tokens):
                 self._alive()
             time.sleep(_POLL)
         with self._changed:
-            wanted = _sequence_in(answer.message)
+            wanted = _sequence_in(answer.message) if answer.success else None
 
             def arrived() -> bool:
                 if self.refused > refused:
@@ -440,7 +441,7 @@ class TokenSubscriber(_Tokens):
             return self._taken()
 
     def _call(self, client, request, timeout_sec: float, begin: float):
-        """The service's answer; TimeoutError if none has come `timeout_sec` after `begin`.
+        """The service's answer, and how often it was asked; TimeoutError if none has come `timeout_sec` after `begin`.
 
         While processes get to know each other, a service may know a client well enough to hear it and not yet well
         enough to answer: Fast DDS then drops the answer after 0.1 s. So a tokenizer that has not answered yet is asked
@@ -464,7 +465,7 @@ class TokenSubscriber(_Tokens):
                 with self._changed:
                     self._wait_for(answered_or_due, timeout_sec, f"no answer from {self._service}", begin)
             self._answered = publishers
-            return answers()[0].result()
+            return answers()[0].result(), len(futures)
         finally:
             for future in futures:
                 if not future.done():
