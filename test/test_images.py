@@ -395,6 +395,23 @@ def test_without_opencv_eight_bit_colour_still_works():
     assert "opencv-python-headless" in done.stdout
 
 
+def test_after_the_warm_up_no_picture_has_to_load_anything():
+    code = (
+        "import sys, io, PIL.Image\n"
+        "from types import SimpleNamespace as M\n"
+        "from vla_perception.messages import images\n"
+        "jpeg = io.BytesIO(); PIL.Image.new('RGB', (4, 4)).save(jpeg, 'jpeg')\n"
+        "images.warm_up()\n"
+        "before = set(sys.modules)\n"
+        "images.compressed_to_rgb(M(format='jpeg', data=jpeg.getvalue()))\n"
+        "for encoding in images.ENCODINGS:\n"
+        "    images.image_to_rgb(M(encoding=encoding, height=4, width=4, step=0, is_bigendian=0, data=bytes(256)))\n"
+        "assert set(sys.modules) == before, set(sys.modules) - before\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # Compressed images.
 
 

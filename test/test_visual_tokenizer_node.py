@@ -6,6 +6,7 @@ import array
 import contextlib
 import functools
 import gc
+import os
 import signal
 import threading
 import time
@@ -23,7 +24,7 @@ from rcl_interfaces.srv import GetParameters, SetParameters  # noqa: E402
 from rclpy.executors import SingleThreadedExecutor  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 from rclpy.qos import QoSProfile, ReliabilityPolicy  # noqa: E402
-from ros_domain import RosProcess, answer_of, free_domain, in_domain, wait_until  # noqa: E402
+from ros_domain import RosProcess, answer_of, free_domain, in_domain, ros_environment, wait_until  # noqa: E402
 from sensor_msgs.msg import CompressedImage, Image  # noqa: E402
 from std_srvs.srv import Trigger  # noqa: E402
 
@@ -662,6 +663,19 @@ def test_autostart_and_signals_while_it_loads_and_while_it_works():
         finally:
             robot.close()
         assert "Traceback" not in working.output
+
+
+def test_without_opencv_compressed_pictures_are_refused_before_they_come(tmp_path):
+    (tmp_path / "cv2.py").write_text("raise ImportError('no OpenCV')")
+    (tmp_path / "cv_bridge.py").write_text("raise ImportError('no cv_bridge')")
+    path = {"PYTHONPATH": os.pathsep.join((str(tmp_path), ros_environment(0)["PYTHONPATH"]))}
+    command = [*NODE, "-p", "autostart:=true"]
+    with RosProcess([*command, "-p", "image_transport:=compressed"], free_domain(), path) as process:
+        assert process.wait(90) == 1
+        assert "pip install opencv-python-headless" in process.output and "Traceback" not in process.output
+    with RosProcess(command, free_domain(), path) as process:
+        process.wait_for("ready after", 90)
+        assert process.stop(signal.SIGINT) == 0, process.output
 
 
 @pytest.mark.parametrize(

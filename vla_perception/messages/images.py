@@ -121,6 +121,16 @@ def compressed_to_rgb(msg) -> np.ndarray:
     return picture[:, :, 2::-1]
 
 
+def warm_up() -> None:
+    """Loads what decoding and converting take, so that the first picture does not pay for it: 0.05 to 0.3 s.
+
+    Raises ImportError where there is no OpenCV. 8-bit colour and grey do without.
+    """
+    cv2 = _opencv()
+    cv2.imdecode(cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1], cv2.IMREAD_UNCHANGED)
+    _to_rgb(np.zeros((2, 2, 2), np.uint8), "yuyv")
+
+
 def _refusal(encoding: str) -> str:
     if encoding == "":
         return "the image's encoding is empty. Check the camera driver"
@@ -306,7 +316,7 @@ def _opencv():
         import cv2
     except ImportError as error:
         raise ImportError(
-            "this image needs OpenCV: pip install opencv-python-headless, or apt install python3-opencv"
+            "such an image needs OpenCV: pip install opencv-python-headless, or apt install python3-opencv"
         ) from error
     return cv2
 

@@ -36,7 +36,7 @@ from rclpy.subscription import Subscription
 from sensor_msgs.msg import CompressedImage, Image
 from std_srvs.srv import Trigger
 
-from vla_perception.messages.images import compressed_to_rgb, image_to_rgb
+from vla_perception.messages import images
 from vla_perception.nodes.parameters import declare
 from vla_perception.nodes.pipeline import FAILURES, STAGES, Pipeline
 from vla_perception.nodes.process import GRACE_SEC, Stop, run_node
@@ -367,6 +367,11 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                     )
                 loaded = time.monotonic()
                 tokenizer.warm_up(views)
+                try:
+                    images.warm_up()
+                except ImportError as error:
+                    if settings["image_transport"] == "compressed":
+                        raise ValueError(f"image_transport compressed: {error}") from error
                 took.extend((loaded - begun, time.monotonic() - loaded))
                 result.append(tokenizer)
             except ImportError as error:
@@ -654,7 +659,8 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
 
 
 def _to_rgb(message: Image | CompressedImage) -> np.ndarray:
-    return compressed_to_rgb(message) if isinstance(message, CompressedImage) else image_to_rgb(message)
+    compressed = isinstance(message, CompressedImage)
+    return images.compressed_to_rgb(message) if compressed else images.image_to_rgb(message)
 
 
 def _checked(name: str, value: object) -> object:
