@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import tempfile
 import threading
 
@@ -14,6 +15,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["ROS_DOMAIN_ID"] = str(free_domain())
     os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
     os.environ.pop("ROS_STATIC_PEERS", None)
+    # Ctrl-C works in the processes of a test, also where a shell has begun the run in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     logs = tempfile.TemporaryDirectory(prefix="vla_perception-logs-")
     os.environ["ROS_LOG_DIR"] = logs.name
     config.add_cleanup(logs.cleanup)

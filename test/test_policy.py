@@ -366,6 +366,23 @@ def test_plain_loop_another_process_and_its_restart(ros):
 
 
 @pytest.mark.ros
+def test_the_successor_of_a_killed_publisher_is_no_loss(ros):
+    """DDS still lists the killed one: nobody has said that it has gone."""
+    with TokenSubscriber(ros.node()) as tokens:
+        with ros.fake("--rate", 50) as killed:
+            wait_until(lambda: tokens.publishers() == 1, 20.0, "a known publisher")
+            received = tokens.received
+            wait_until(lambda: tokens.received > received, 20.0, "a set of it")
+            killed.process.kill()
+            killed.process.wait()
+        received = tokens.received
+        with ros.fake("--rate", 50, "--count", 2, "--first", received + 1000):
+            wait_until(lambda: tokens.newest.sequence > 1000, 20.0, "sets of its successor")
+            assert tokens.publishers() == 2  # or this test shows nothing
+            assert tokens.restarts == 1 and tokens.lost < 1000
+
+
+@pytest.mark.ros
 def test_bfloat16_arrives_exactly(ros):
     with TokenSubscriber(ros.node()) as tokens, ros.fake("--rate", 50, "--first", 3, "--dtype", "bfloat16"):
         visual = tokens.wait(20.0)

@@ -391,6 +391,21 @@ def test_a_tokenizer_that_starts_again(ros, number):
             assert (tokens.lost, tokens.restarts) == (0, 2)
 
 
+@needs_iceoryx2
+@pytest.mark.ros
+def test_a_short_life_in_shared_memory_leaves_no_loss(ros, source, monkeypatch):
+    """The first tokenizer has come and gone before DDS told of its publisher."""
+    source.publisher.open_shared_memory()
+    with TokenSubscriber(ros.node()) as tokens:
+        monkeypatch.setattr(tokens, "_look_up_publishers", frozenset)
+        until_shared(tokens, source.send)
+        source.publisher.close_shared_memory()
+        wait_until(lambda: tokens.transport == "topic" and source.on_topic(), 20.0, "the topic")
+        source.publish(1000)
+        wait_until(lambda: tokens.newest.sequence == 1000, 20.0, "a set of its successor")
+        assert (tokens.lost, tokens.restarts) == (0, 1)
+
+
 def policy_process(ros, *lines: str) -> RosProcess:
     """A policy that says what it gets."""
     code = (

@@ -223,7 +223,7 @@ class _Tokens:
         return time.time_ns()
 
     def _another_publisher(self) -> bool:
-        """Whether the last set came from a publisher that is gone."""
+        """Whether the last set came from another publisher, as far as can be told."""
         return False
 
     def _why_nothing(self) -> str:
@@ -670,14 +670,17 @@ class TokenSubscriber(_Tokens):
     def _another_publisher(self) -> bool:
         if self.transport != "topic" and self._writer is not None:
             return self._new_writer
-        return self._look_for_publishers()
+        known = self._publishers
+        self._look_for_publishers()
+        if not known:  # those of the topic; if the last set came by shared memory, its writer has gone since
+            return self._writer is not None
+        # One that was killed stays listed for seconds: a new one beside it is its successor.
+        return self._publishers != known
 
-    def _look_for_publishers(self) -> bool:
-        """Whether all of those that were known are gone."""
-        known, self._publishers = self._publishers, self._look_up_publishers()
+    def _look_for_publishers(self) -> None:
+        self._publishers = self._look_up_publishers()
         if (count := len(self._publishers)) > 1:
             self._tell("publishers", f"{count} publishers on {self.topic}: their tokens mix; name topics apart")
-        return bool(known) and not known & self._publishers
 
     def _look_up_publishers(self) -> frozenset[bytes]:
         infos = self._private.get_publishers_info_by_topic(self.topic)
