@@ -383,6 +383,22 @@ def test_the_successor_of_a_killed_publisher_is_no_loss(ros):
 
 
 @pytest.mark.ros
+def test_a_gap_after_a_killed_publisher_has_left_the_list_is_a_loss(ros, monkeypatch):
+    publisher = ros.publisher()
+    with TokenSubscriber(ros.node()) as tokens:
+        matched(publisher)
+        for listed, sequence, counters in (
+            ({b"killed"}, 5, (0, 0)),
+            ({b"killed", b"successor"}, 100, (0, 1)),
+            ({b"successor"}, 103, (2, 1)),
+        ):
+            monkeypatch.setattr(tokens, "_look_up_publishers", lambda listed=frozenset(listed): listed)
+            publisher.publish(to_message(make_tokens(sequence)))
+            wait_until(lambda sequence=sequence: tokens.newest and tokens.newest.sequence == sequence, 20.0, "the set")
+            assert (tokens.lost, tokens.restarts) == counters
+
+
+@pytest.mark.ros
 def test_bfloat16_arrives_exactly(ros):
     with TokenSubscriber(ros.node()) as tokens, ros.fake("--rate", 50, "--first", 3, "--dtype", "bfloat16"):
         visual = tokens.wait(20.0)

@@ -674,8 +674,9 @@ class TokenSubscriber(_Tokens):
         self._look_for_publishers()
         if not known:  # those of the topic; if the last set came by shared memory, its writer has gone since
             return self._writer is not None
-        # One that was killed stays listed for seconds: a new one beside it is its successor.
-        return self._publishers != known
+        # One that was killed stays listed for seconds: a new one beside it is its successor. When it leaves the list,
+        # that tells nothing.
+        return not (self._publishers and self._publishers <= known)
 
     def _look_for_publishers(self) -> None:
         self._publishers = self._look_up_publishers()
