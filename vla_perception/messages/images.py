@@ -122,7 +122,8 @@ def compressed_to_rgb(msg) -> np.ndarray:
 
 
 def warm_up() -> None:
-    """Loads what decoding and converting take, so that the first picture does not pay for it: 0.05 to 0.3 s.
+    """Loads what decoding and converting take, so that the first picture does not pay for it: hundredths
+    of a second, and more where OpenCV still has to be read from a disk.
 
     Raises ImportError where there is no OpenCV. 8-bit colour and grey do without.
     """
