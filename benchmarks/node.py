@@ -17,14 +17,18 @@ from __future__ import annotations
 
 import argparse
 import array
+import contextlib
 import itertools
 import json
+import queue
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -47,11 +51,42 @@ def start(domain: int, command: list[str], **options) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, *command], env=environment(domain), text=True, **options)
 
 
+def answer(process: subprocess.Popen, processes: list[subprocess.Popen], seconds: float, log: IO[str] | None) -> dict:
+    """The JSON of the process's next line; ends the benchmark with the node's log if it does not come.
+
+    Raises:
+        SystemExit: one of `processes` ended, or nothing came for so many seconds.
+    """
+    lines = queue.SimpleQueue()
+    threading.Thread(target=lambda: lines.put(process.stdout.readline()), daemon=True).start()
+    end = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(queue.Empty):
+            line = lines.get(timeout=0.5)
+            if line:
+                return json.loads(line)
+        ended = [other.args[1:4] for other in processes if other.poll() is not None]
+        if ended or time.monotonic() > end:
+            if log is not None:
+                log.seek(0)
+                print(log.read()[-4000:], file=sys.stderr)
+            raise SystemExit(f"ended: {ended}" if ended else f"no answer in {seconds:.0f} s from {process.args[1:4]}")
+
+
+def stop(processes: list[subprocess.Popen]) -> None:
+    for process in reversed(processes):
+        process.terminate()
+    for process in processes:
+        process.wait(60)
+
+
 def run(size: str, encoding: str, views: int, rate: float, transport: str, options: argparse.Namespace) -> dict:
-    domain, cameras, processes = free_domain(), CAMERAS[:views], []
+    domain, cameras, processes, stack = free_domain(), CAMERAS[:views], [], contextlib.ExitStack()
+    stack.callback(stop, processes)
     settings = {
         "model": options.model,
         "device": options.device,
+        "compute_dtype": options.compute_dtype,
         "cameras": f"[{','.join(cameras)}]",
         "image_transport": "compressed" if encoding == "jpeg" else "raw",
         "shared_memory": "true" if transport == "shared_memory" else "false",
@@ -59,11 +94,12 @@ def run(size: str, encoding: str, views: int, rate: float, transport: str, optio
     }
     words = [word for name, value in settings.items() for word in ("-p", f"{name}:={value}")]
     inner = [str(Path(__file__).resolve()), "--role"]
-    try:
+    with stack:
         policy = start(domain, [*inner, "policy"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         processes.append(policy)
         node = ["-m", "vla_perception.nodes.visual_tokenizer", "--ros-args", *words]
-        processes.append(start(domain, node, stderr=None if options.verbose else subprocess.DEVNULL))
+        log = None if options.verbose else stack.enter_context(tempfile.TemporaryFile("w+"))
+        processes.append(start(domain, node, stderr=log))
         camera = start(
             domain,
             [*inner, "camera", "--sizes", size, "--encodings", encoding, "--views", str(views), "--rates", str(rate),
@@ -71,16 +107,11 @@ def run(size: str, encoding: str, views: int, rate: float, transport: str, optio
             stdout=subprocess.PIPE,
         )  # fmt: skip
         processes.append(camera)
-        first = json.loads(camera.stdout.readline())["first"]  # stamp of the first set that counts
-        published = json.loads(camera.stdout.readline())["published"]
+        first = answer(camera, processes, options.start_sec, log)["first"]  # stamp of the first set that counts
+        published = answer(camera, processes, options.seconds + 30, log)["published"]
         camera.wait(60)
         print(first, file=policy.stdin, flush=True)
-        found = json.loads(policy.stdout.readline())
-    finally:
-        for process in reversed(processes):
-            process.terminate()
-        for process in processes:
-            process.wait(60)
+        found = answer(policy, processes[:2], 30, log)
     case = {"size": size, "encoding": encoding, "views": views, "rate_hz": rate, "transport": transport}
     return case | {"sets_published": published} | found
 
@@ -278,7 +309,9 @@ def main() -> None:
     parser.add_argument("--transports", nargs="+", default=["topic", "shared_memory"], choices=("topic", "shared_memory"))
     parser.add_argument("--model", default="small")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compute-dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--seconds", type=float, default=10.0, help="per case")
+    parser.add_argument("--start-sec", type=float, default=120.0, help="the node may take so long until it subscribes")
     parser.add_argument("--warm-up", type=int, default=5, help="sets before those that count")
     parser.add_argument("--reception", action="store_true", help="measure subscriptions to pictures, without the node")
     parser.add_argument("--verbose", action="store_true", help="show what the node logs")
@@ -303,7 +336,8 @@ def main() -> None:
         print("| " + " | ".join(map(str, shown.values())) + " |", flush=True)
         rows.append(row)
     if options.json:
-        result = {"machine": processor(), "model": options.model, "device": options.device, "cases": rows}
+        result = {"machine": processor(), "model": options.model, "device": options.device, "compute_dtype": options.compute_dtype}
+        result["cases"] = rows
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
