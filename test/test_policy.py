@@ -89,6 +89,40 @@ def test_history_never_stacks_what_does_not_belong_together():
     assert [t.sequence for t in tokens.history] == [3]
 
 
+@pytest.mark.parametrize(
+    ("history", "stamps", "kept"),
+    [
+        (4, [0, 33, 100, 67, 133, 167], [67, 100, 133, 167]),
+        (8, [0, 33, 100, 133, 66, 167], [0, 33, 66, 100, 133, 167]),
+        (3, [0, 33, 66, 100, 10], [33, 66, 100]),  # older than all that is kept
+        (1, [0, 66, 33], [66]),
+        (4, [100, 133, 166, 50, 83], [50, 83]),  # older than all that came: time was set back
+        (4, [*range(0, 1000, 33), 0, 33], [0, 33]),
+        (3, [0, 0, 0, 0], [0, 0, 0]),
+    ],
+)
+def test_a_late_set_goes_to_its_place_in_the_history(history, stamps, kept):
+    tokens, newest = Source(history=history), []
+    for sequence, stamp in enumerate(stamps):
+        tokens.put(sequence, stamp_ns=stamp)
+        newest.append(tokens.newest.stamp_ns)
+    assert [t.stamp_ns for t in tokens.history] == kept
+    assert (tokens.received, tokens.lost, tokens.restarts) == (len(stamps), 0, 0)
+    assert sum(after < before for before, after in zip(newest, newest[1:])) == (newest[-1] < max(stamps))
+
+
+def test_no_wait_returns_for_a_late_set():
+    tokens = Source()
+    tokens.put(0, stamp_ns=0)
+    tokens.put(1, stamp_ns=100)
+    assert tokens.wait(0.0).stamp_ns == 100
+    tokens.put(2, stamp_ns=50)
+    with pytest.raises(TimeoutError):
+        tokens.wait(0.0)
+    tokens.put(3, stamp_ns=150)
+    assert tokens.wait(0.0).stamp_ns == 150
+
+
 def test_wait_returns_each_set_once_and_times_out():
     tokens = Source()
     tokens.put(0, 1)
@@ -366,8 +400,10 @@ def test_plain_loop_another_process_and_its_restart(ros):
 
 
 @pytest.mark.ros
-def test_the_successor_of_a_killed_publisher_is_no_loss(ros):
+def test_the_successor_of_a_killed_publisher_is_no_loss_and_no_second_one(ros, monkeypatch):
     """DDS still lists the killed one: nobody has said that it has gone."""
+    told = []
+    monkeypatch.setattr(TokenSubscriber, "_log", lambda _self, text, _error: told.append(text))
     with TokenSubscriber(ros.node()) as tokens:
         with ros.fake("--rate", 50) as killed:
             wait_until(lambda: tokens.publishers() == 1, 20.0, "a known publisher")
@@ -380,6 +416,9 @@ def test_the_successor_of_a_killed_publisher_is_no_loss(ros):
             wait_until(lambda: tokens.newest.sequence > 1000, 20.0, "sets of its successor")
             assert tokens.publishers() == 2  # or this test shows nothing
             assert tokens.restarts == 1 and tokens.lost < 1000
+        with ros.fake("--rate", 50, "--count", 5):  # and this one counts from the beginning
+            wait_until(lambda: tokens.newest.sequence == 4, 20.0, "sets of the third one")
+        assert any("started anew" in text for text in told) and not any("publishers" in text for text in told)
 
 
 @pytest.mark.ros

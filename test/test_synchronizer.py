@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from vla_perception.arrivals import LATE_IN_A_ROW
 from vla_perception.nodes.synchronizer import HISTORY, SetSynchronizer
 
 MS = 10**6
@@ -122,6 +123,36 @@ TABLE = [
         [(WRIST, 9990), (FRONT, 10000), (WRIST, 0), (FRONT, 10033), (FRONT, 5), (FRONT, 38)],
         [(10000, 9990), (5, 0), (38, 0)],
     ),
+    (
+        "a late frame still finds its partner, in order",
+        {"slop_sec": 0.01},
+        [(FRONT, 0), (FRONT, 66), (FRONT, 33), (WRIST, 0), (WRIST, 33), (WRIST, 66)],
+        [(0, 0), (33, 33), (66, 66)],
+    ),
+    (
+        "a late frame costs neither what is kept nor the order of the sets",
+        {"slop_sec": 0.01},
+        [(FRONT, 0), (WRIST, 0), (FRONT, 33), (FRONT, 66), (WRIST, 66), (WRIST, 33), (FRONT, 100), (WRIST, 100)],
+        [(0, 0), (66, 66), (100, 100)],
+    ),
+    (
+        "one camera: never tokens that are older than the last ones",
+        {"cameras": (FRONT,)},
+        [(FRONT, 0), (FRONT, 66), (FRONT, 33), (FRONT, 100)],
+        [(0,), (66,), (100,)],
+    ),
+    (
+        "latest: late frames of either camera",
+        {"policy": "latest", "max_age_sec": 0.1},
+        [(WRIST, 0), (FRONT, 0), (WRIST, 33), (WRIST, 20), (FRONT, 33), (FRONT, 10), (FRONT, 66)],
+        [(0, 0), (33, 33), (66, 33)],
+    ),
+    (
+        "one frame from the future",
+        {"slop_sec": 0.01},
+        [(FRONT, 0), (WRIST, 0), (FRONT, 10**6), (FRONT, 33), (WRIST, 33), (FRONT, 66), (WRIST, 66)],
+        [(0, 0), (33, 33), (66, 66)],
+    ),
 ]
 
 
@@ -194,6 +225,38 @@ def test_a_bag_that_loops(policy, lag, length):
     per_turn = 1 + -(-lag // 33)
     assert len(sets) >= rounds * (length * 30 - per_turn)
     assert all(abs(front - wrist) <= 100 for front, wrist in sets)
+
+
+@pytest.mark.parametrize("policy", ["approximate", "latest"])
+@pytest.mark.parametrize("frames", [2, 3, 5, 8])
+def test_a_loop_of_a_few_frames_goes_on(policy, frames):
+    """Its steps back are no larger than a late frame's, but frame after frame is late."""
+    accountant = Accountant(policy=policy, slop_sec=0.01)
+    for _ in range(40):
+        for i in range(frames):
+            accountant.add(WRIST, i * 33)
+            accountant.add(FRONT, i * 33)
+    assert len(accountant.sets) >= 40 * max(1, frames - LATE_IN_A_ROW)
+
+
+@pytest.mark.parametrize("rate", [2, 10, 30, 60])
+@pytest.mark.parametrize("behind", [1, 2, 5])
+@pytest.mark.parametrize("lag", [0, 2.5, 6])
+@pytest.mark.parametrize("swapping", [(FRONT,), (WRIST,), (FRONT, WRIST)])
+def test_frames_out_of_order(rate, behind, lag, swapping):
+    """A frame in twenty comes `behind` places late; `lag` periods of the wrist's camera. Each costs its own set at most."""
+    frames, period, arrivals = 200, 1000 / rate, []
+    for camera, delay in ((FRONT, 0.0), (WRIST, lag * period + 0.1)):
+        order = list(range(frames))
+        for i in range(10, frames - behind, 20) if camera in swapping else ():
+            order.insert(i + behind, order.pop(i))
+        arrivals += [(i * period + delay, camera, stamp * period) for i, stamp in enumerate(order)]
+    accountant = Accountant(slop_sec=0.4 / rate)
+    sets = accountant.play(arrivals)
+    assert len(sets) >= frames - 10 * len(swapping)
+    assert sets == sorted(sets) and all(abs(front - wrist) < 1 for front, wrist in sets)
+    late = accountant.sync.counts[swapping[0]]
+    assert late.received == frames == late.encoded + late.replaced + late.unmatched + late.pending
 
 
 def test_only_the_newest_set_waits():

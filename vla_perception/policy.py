@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from vla_perception.arrivals import Order, Senders, StampOrder
 from vla_perception.messages.encode_service import FINAL
 from vla_perception.messages.shared_memory import COMING, WRITTEN, SharedMemoryError, TokenReader, missing
 from vla_perception.messages.tokens import TokenFormatError, View, VisualTokens, from_message
@@ -73,9 +74,11 @@ class _Tokens:
         self._expected = None if expect_fingerprint is None else expect_fingerprint.lower()
         self._changed = threading.Condition()
         self._history: deque[VisualTokens] = deque(maxlen=history)
+        self._order = StampOrder()
         self._last: VisualTokens | None = None
         self._refusal: ValueError | None = None
-        self._waited = (0, 0)  # received and refused, when a wait returned last
+        self._renewed = 0  # how often `newest` has changed
+        self._waited = (0, 0)  # renewed and refused, when a wait returned last
         self._closed = False
         self._told: dict[str, float] = {}
         self.received = self.lost = self.gaps = self.restarts = self.refused = 0
@@ -101,7 +104,9 @@ class _Tokens:
         """The last `history` sets, oldest first; fewer until as many have come. Raises like `newest`.
 
         It begins anew when the tokenizer restarts or stamps jump back (a bag that loops), so that frames that are
-        stacked belong together. Lost sets leave holes: compare `sequence` where that matters.
+        stacked belong together. A set that is only late, by its stamp, goes to its place before the newest one (not
+        older than all of the last 8: `arrivals.StampOrder`). Lost sets leave holes: compare `sequence` where that
+        matters.
         """
         with self._changed:
             self._raise_refusal()
@@ -118,10 +123,10 @@ class _Tokens:
             TokenFormatError, FingerprintMismatch: a message was refused, and nothing better has come since.
         """
         with self._changed:
-            received, refused = self._waited
+            renewed, refused = self._waited
             try:
                 self._wait_for(
-                    lambda: self.received > received or self.refused > refused, timeout_sec, "no new visual tokens"
+                    lambda: self._renewed > renewed or self.refused > refused, timeout_sec, "no new visual tokens"
                 )
             except TimeoutError:
                 self._raise_refusal()
@@ -192,11 +197,16 @@ class _Tokens:
                 self.gaps += 1
                 self.lost += missing
             same = last is not None and (tokens.cameras, tokens.shape) == (last.cameras, last.shape)
-            if restarted or not same or tokens.stamp_ns < last.stamp_ns:
+            if restarted or not same:
+                self._order = StampOrder()
                 self._history.clear()
+            order = self._order.add(tokens.stamp_ns)
+            if order is Order.SET_BACK:
+                self._history.clear()
+            self._put_in_place(tokens)
             self._last = tokens
             self._refusal = None
-            self._history.append(tokens)
+            self._renewed += order is not Order.LATE
             self.received += 1
             self._changed.notify_all()
         if restarted:
@@ -209,6 +219,15 @@ class _Tokens:
                 f"{missing} sets of visual tokens were lost before sequence {tokens.sequence} ({self.lost} in all)",
             )
         return True
+
+    def _put_in_place(self, tokens: VisualTokens) -> None:
+        """Into the history, in the order of stamps; of equal ones in that of arrival. With `_changed` held."""
+        newer = []
+        while self._history and self._history[-1].stamp_ns > tokens.stamp_ns:
+            newer.append(self._history.pop())
+        if len(self._history) + len(newer) < self._history.maxlen or self._history:
+            self._history.append(tokens)  # where it is full, the oldest one leaves
+        self._history.extend(reversed(newer))
 
     def _refuse(self, error: ValueError) -> None:
         with self._changed:
@@ -249,7 +268,7 @@ class _Tokens:
 
     def _taken(self) -> VisualTokens:
         """The newest set, for a wait that ends; with `_changed` held."""
-        self._waited = (self.received, self.refused)
+        self._waited = (self._renewed, self.refused)
         self._raise_refusal()
         return self._history[-1]
 
@@ -337,6 +356,7 @@ class TokenSubscriber(_Tokens):
         self._client = None
         self._answered: frozenset[bytes] = frozenset()  # publishers beside whose service it has answered
         self._publishers: frozenset[bytes] = frozenset()
+        self._senders = Senders()
         self._guard = None
         if callback is not None:
             self._guard = node.create_guard_condition(self._call_back, callback_group)
@@ -644,8 +664,9 @@ class TokenSubscriber(_Tokens):
     def _give(self, tokens: VisualTokens) -> None:
         if self._accept(tokens) and self._callback is not None:
             with self._changed:
-                self.passed_over += self._waiting is not None
-                self._waiting = tokens
+                late = self._history[-1] is not tokens
+                self.passed_over += late or self._waiting is not None
+                self._waiting = self._waiting if late else tokens
             self._guard.trigger()
 
     def _notify(self) -> None:
@@ -661,10 +682,14 @@ class TokenSubscriber(_Tokens):
             self._callback(tokens)
 
     def _accept(self, tokens: VisualTokens) -> bool:
-        restarts = self.restarts
+        restarts, now = self.restarts, time.monotonic()
         accepted = super()._accept(tokens)
         if accepted and (not self._publishers or self.restarts != restarts):
             self._look_for_publishers()
+        self._senders.add(tokens.sequence, now)
+        # The list alone tells nothing: a publisher that was killed stays there for seconds.
+        if self._senders.take_turns(now) and (count := self.publishers()) > 1:
+            self._tell("publishers", f"{count} publishers on {self.topic}: their tokens mix; name topics apart")
         return accepted
 
     def _another_publisher(self) -> bool:
@@ -680,8 +705,6 @@ class TokenSubscriber(_Tokens):
 
     def _look_for_publishers(self) -> None:
         self._publishers = self._look_up_publishers()
-        if (count := len(self._publishers)) > 1:
-            self._tell("publishers", f"{count} publishers on {self.topic}: their tokens mix; name topics apart")
 
     def _look_up_publishers(self) -> frozenset[bytes]:
         infos = self._private.get_publishers_info_by_topic(self.topic)

@@ -11,9 +11,12 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from vla_perception.arrivals import RECENT, Order, StampOrder
+
 POLICIES = ("approximate", "latest")
-#: Frames that a camera keeps while their partners are on the way: 8 make up for a lag of 250 ms at 30 Hz.
-HISTORY = 8
+#: Frames that a camera keeps while their partners are on the way: 8 make up for a lag of 250 ms at 30 Hz. As many as
+#: stamps are remembered to tell a late one, so what may still find its place in the history is not taken for a jump.
+HISTORY = RECENT
 
 
 @dataclass(eq=False)
@@ -43,7 +46,7 @@ class Counts:
     Attributes:
         received: all of them.
         encoded: went through the encoders.
-        replaced: a newer one was there before their turn came.
+        replaced: a newer one was there before their turn came, or before they did.
         unmatched: found no partners in time, or lost a partner that could not be decoded.
         undecodable: were no readable picture.
         pending: none of that yet: in the history, in the waiting set, or taken and still being worked on.
@@ -66,9 +69,13 @@ class SetSynchronizer:
     latest: each frame of the first camera makes a set with the newest frame of every other, if that one is not
         further than `max_age_sec` from it in stamp; a frame of another camera may be in several sets.
 
-    A stamp that is earlier than the same camera's last one means that time has been set back (a bag that loops, a
-    simulation that is reset): what was kept from before is dropped, of this camera and of those that are yet
-    to follow, so that no set mixes before and after.
+    A frame that is a little older than the same camera's newest one is late (`arrivals.StampOrder` says where the line
+    is). approximate: it goes to its place in the history and finds its partners like any other, unless a newer frame
+    of its camera was in a set already. latest: the newer one stays. So no set is older than one before it.
+
+    A frame that is much older means that time has been set back (a bag that loops, a simulation that is reset): what
+    was kept from before is dropped, of this camera and of those that are yet to follow, so that no set mixes before
+    and after.
     """
 
     def __init__(
@@ -82,7 +89,8 @@ class SetSynchronizer:
         self.slop_sec = slop_sec
         self.max_age_sec = max_age_sec
         self._history: dict[str, deque[Frame]] = {camera: deque() for camera in self.cameras}
-        self._last_stamp: dict[str, int] = {}
+        self._orders: dict[str, StampOrder] = {}
+        self._matched_ns: dict[str, int] = {}  # stamp of each camera's frame in the last set
         self._waiting: FrameSet | None = None
         self._taken: list[FrameSet] = []
         self._policy = ""
@@ -108,7 +116,8 @@ class SetSynchronizer:
 
     def last_stamp_ns(self, camera: str) -> int | None:
         """Stamp of the camera's newest frame; None before the first."""
-        return self._last_stamp.get(camera)
+        order = self._orders.get(camera)
+        return None if order is None else order.newest_ns
 
     def add(self, camera: str, stamp_ns: int, image: object) -> bool:
         """A frame has arrived. Returns whether it completed a set, which then waits in place of any older one."""
@@ -116,14 +125,18 @@ class SetSynchronizer:
         counts = self.counts[camera]
         counts.received += 1
         counts.pending += 1
-        last = self._last_stamp.get(camera)
-        if last is not None and stamp_ns < last:
+        last = self.last_stamp_ns(camera)
+        order = self._orders.setdefault(camera, StampOrder()).add(stamp_ns)
+        if order is Order.SET_BACK:
             self._set_back(camera, last, stamp_ns)
-        self._last_stamp[camera] = stamp_ns
+        elif order is Order.LATE and (self._policy == "latest" or stamp_ns <= self._matched_ns.get(camera, stamp_ns - 1)):
+            self._settle(frame, "replaced")
+            return False
         frames = self._match_approximate(frame) if self._policy == "approximate" else self._match_latest(frame)
         if frames is None:
             return False
         self.sets_made += 1
+        self._matched_ns = {chosen.camera: chosen.stamp_ns for chosen in frames}
         before, self._waiting = self._waiting, frames
         self._release(before or (), "replaced")
         return True
@@ -157,7 +170,8 @@ class SetSynchronizer:
 
     def clear(self) -> None:
         """Drops what is kept and forgets past stamps; taken sets and the counts go on."""
-        self._last_stamp.clear()
+        self._orders.clear()
+        self._matched_ns.clear()
         for history in self._history.values():
             self._drop_history(history)
         waiting, self._waiting = self._waiting, None
@@ -165,7 +179,10 @@ class SetSynchronizer:
 
     def _match_approximate(self, frame: Frame) -> FrameSet | None:
         history = self._history[frame.camera]
-        history.append(frame)
+        place = len(history)
+        while place and history[place - 1].stamp_ns > frame.stamp_ns:
+            place -= 1
+        history.insert(place, frame)
         if len(history) > HISTORY:
             self._release((history.popleft(),), "unmatched")
         frames = self._closest_set()
@@ -217,10 +234,12 @@ class SetSynchronizer:
         return tuple(frames)
 
     def _set_back(self, camera: str, last: int, stamp_ns: int) -> None:
+        self._matched_ns.pop(camera, None)
         middle = (last + stamp_ns) // 2
         for other, history in self._history.items():
             # A camera whose last stamp is already on this side has followed; what it keeps is from after the jump.
-            if other == camera or self._last_stamp.get(other, stamp_ns) > middle:
+            newest = self.last_stamp_ns(other)
+            if other == camera or (newest is not None and newest > middle):
                 self._drop_history(history)
         if self._waiting is not None and any(frame.stamp_ns > middle for frame in self._waiting):
             waiting, self._waiting = self._waiting, None
