@@ -265,12 +265,44 @@ def test_a_set_that_cannot_be_published_takes_no_number(bench):
     assert bench.published[0].sequence == 0
 
 
-def test_an_error_of_the_device_ends_it(bench):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: device-side assert triggered"),
+        RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with `TORCH_USE_CUDA_DSA`"),
+        torch.AcceleratorError("CUDA error: unspecified launch failure\nno graph is captured, nor memory out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+    ],
+)
+def test_an_error_of_the_device_ends_it(bench, error):
     bench = bench()
-    bench.model.results.append(torch.AcceleratorError("CUDA error: device-side assert triggered"))
+    bench.model.results.append(error)
     bench.add()
     wait_until(lambda: bench.failures, 10, "it gives up")
-    assert "device-side assert" in bench.failures[0] and "new process" in bench.failures[0]
+    assert str(error).partition("\n")[0] in bench.failures[0] and "new process" in bench.failures[0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture"),
+        torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing"),
+        RuntimeError("CUDA error: dependency created on uncaptured work in another stream"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        MemoryError(),
+    ],
+)
+def test_errors_that_pass_are_counted_and_the_next_set_is_encoded(bench, error):
+    bench = bench()
+    bench.model.results.append(error)
+    bench.add()
+    wait_until(lambda: bench.counts()["encoded"] == 1, 10, "the first set is done with")
+    bench.add()
+    bench.wait_for(1)
+    assert bench.pipeline.report()[1]["encode_errors"] == 1 and not bench.failures
 
 
 def test_a_thread_that_breaks_off_ends_it(bench):

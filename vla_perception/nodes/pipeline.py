@@ -10,6 +10,7 @@ encoding, and would be old by the time it is done.
 from __future__ import annotations
 
 import math
+import re
 import threading
 import time
 import traceback
@@ -36,6 +37,8 @@ STAGES = ("decode", "preprocess", "encode", "publish", "overhead")
 FAILURES = ("encode_errors", "non_finite", "publish_errors")
 #: Seconds after which a set is not encoded on request any more: its cameras have stopped, and it would pass for new.
 STALE_SEC = 5.0
+#: What an error of CUDA says that does not end the device's use (`_device_is_lost`).
+_PASSES = re.compile("out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|captur")
 #: Seconds that `stop` waits for a message that is being published, at most.
 _GRACE_SEC = 2.0
 
@@ -330,9 +333,7 @@ class Pipeline:
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
             self._drop(job, "encode_errors", text)
-            # Out of memory: the next frame may do better, and says so if not. An error of CUDA stays with the process;
-            # before torch 2.8 it had no class of its own.
-            if type(error).__name__ == "AcceleratorError" or "CUDA error" in text:
+            if _device_is_lost(error):
                 self._fail(f"the device failed, and only a new process can use it again: {text}")
             else:
                 self._complain("encode", f"a set could not be encoded: {text}")
@@ -451,3 +452,15 @@ class Pipeline:
         with self._changed:
             self._publishing = False
             self._changed.notify_all()
+
+
+def _device_is_lost(error: Exception) -> bool:
+    """Whether an error stays with the process: most errors of CUDA do.
+
+    Not those of memory that is not there just now, under whatever name, and of a graph's capture that something broke
+    off: the next frame may do better, and is counted if not.
+    """
+    text = str(error).partition("\n")[0]  # advice follows
+    # Before torch 2.8 an error of CUDA had no class of its own.
+    of_cuda = type(error).__name__ == "AcceleratorError" or "CUDA error" in text
+    return of_cuda and not _PASSES.search(text)

@@ -6,7 +6,7 @@
     CPU: linear layers on oneDNN, whose weights are laid out once for the processor.
 ``graph``
     CUDA: the whole network is captured once per number of views and then launched as one; encoders run on a stream
-    each, so that one's small products fill what the other's leave idle.
+    each, so that one's small products fill what the other's leave idle (cuda_graphs.py).
 ``compile``
     `torch.compile` fuses what lies between the matrix products; on CUDA the result is captured as for ``graph``.
 ``auto``
@@ -16,12 +16,10 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -31,14 +29,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
-log = logging.getLogger(__name__)
-
 RUNTIMES = ("auto", "eager", "onednn", "graph", "compile")
-#: Runs before a capture: libraries choose their kernels and allocate their workspaces in these.
-_RUNS_BEFORE_CAPTURE = 3
-
-#: CUDA captures one graph at a time in a process.
-_capturing = threading.Lock()
 
 Branch = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 
@@ -68,10 +59,13 @@ class Runtime:
         self._device = device
         self._dtype = dtype
 
-    def __call__(self, pixel_values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, pixel_values: Sequence[torch.Tensor], features: bool = True
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """One [views, 3, side, side] per encoder, of any dtype, anywhere → features and tokens on the device.
 
-        Both are the caller's: no later call writes into them. To be called in `torch.inference_mode`.
+        Both are the caller's: no later call writes into them. Features may be None where they are not asked for. To be
+        called in `torch.inference_mode`.
         """
         return self._run([pixels.to(self._device, self._dtype, non_blocking=True) for pixels in pixel_values])
 
@@ -88,12 +82,14 @@ class OneDnn(Runtime):
         self._lock = threading.Lock()
         self._packed = False
 
-    def __call__(self, pixel_values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, pixel_values: Sequence[torch.Tensor], features: bool = True
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
         with self._lock:
             if not self._packed:
                 _replace(self._network, nn.Linear, PackedLinear)
                 self._packed = True
-        return super().__call__(pixel_values)
+        return super().__call__(pixel_values, features)
 
 
 class Compiled(Runtime):
@@ -107,119 +103,6 @@ class Compiled(Runtime):
 
     def _run(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         return self._join([branch(pixels) for branch, pixels in zip(self._branches, inputs)])
-
-
-@dataclass(frozen=True)
-class _Captured:
-    """One graph and the memory that it reads and writes."""
-
-    graph: torch.cuda.CUDAGraph
-    inputs: list[torch.Tensor]
-    features: torch.Tensor
-    tokens: torch.Tensor
-
-
-class CudaGraphs(Runtime):
-    """The network as CUDA graphs, one per number of views, captured when that number first comes.
-
-    What cannot be compiled is captured as it is, and if a capture fails, everything runs without graphs from then on;
-    `name` and `fallback` say so.
-
-    Args:
-        compiled: capture what `torch.compile` makes of the network.
-    """
-
-    def __init__(
-        self, network: Network, device: torch.device, dtype: torch.dtype, *, compiled: bool = False
-    ) -> None:
-        super().__init__(network, device, dtype)
-        self.name = "compile" if compiled else "graph"
-        self._branches, self._join = network.branches(), network.join
-        if compiled:
-            # Without Inductor's own graphs: they would end where ours has to go on.
-            self._branches = [torch.compile(branch, dynamic=False) for branch in self._branches]
-            self._join = torch.compile(self._join, dynamic=False)
-        # Of high priority: before whatever prepares the next pictures. Also, torch hands out streams of a pool in turn,
-        # and what another thread did on the same one during a capture would be captured as well: this pool is rarer.
-        self._main = torch.cuda.Stream(device, priority=-1)
-        self._sides = [torch.cuda.Stream(device, priority=-1) for _ in self._branches[1:]]
-        self._captured: dict[int, _Captured] = {}
-        # One at a time, in the calling threads and on the device: a graph has one place for inputs and outputs.
-        self._lock = threading.Lock()
-        self._free = torch.cuda.Event()
-
-    def __call__(self, pixel_values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        with self._lock, torch.cuda.device(self._device):
-            captured = None if self.name == "eager" else self._captured_for(pixel_values)
-            if captured is None:
-                return super().__call__(pixel_values)
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(self._free)  # whoever called last may have used another stream
-            for static, pixels in zip(captured.inputs, pixel_values, strict=True):
-                static.copy_(pixels, non_blocking=True)
-            captured.graph.replay()
-            # Copies, because the next replay writes where this one did: 2 MiB take some microseconds on the device.
-            result = captured.features.clone(), captured.tokens.clone()
-            self._free.record(stream)
-            return result
-
-    def _captured_for(self, pixel_values: Sequence[torch.Tensor]) -> _Captured | None:
-        """The graph for this number of views; None, and the reason in `fallback`, if there cannot be one."""
-        views = len(pixel_values[0])
-        while views not in self._captured:
-            before = torch.cuda.current_stream(self._device)
-            try:
-                self._captured[views] = self._capture(pixel_values)
-            except Exception as error:
-                # A capture that breaks off leaves its stream the current one.
-                torch.cuda.set_stream(before)
-                self._captured.clear()
-                if self.name == "compile":
-                    self.fallback = f"not compiled: {_reason(error)}"
-                    self.name = "graph"
-                    self._branches, self._join = self._network.branches(), self._network.join
-                    log.warning("runs without torch.compile: %s", self.fallback)
-                else:
-                    self.fallback = f"{self.fallback}; no CUDA graph: {_reason(error)}".removeprefix("; ")
-                    self.name = "eager"
-                    log.warning("runs eagerly, which is slower: %s", self.fallback)
-                    return None
-        return self._captured[views]
-
-    def _capture(self, pixel_values: Sequence[torch.Tensor]) -> _Captured:
-        inputs = [pixels.to(self._device, self._dtype, copy=True) for pixels in pixel_values]
-        self._main.wait_event(self._free)
-        self._main.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._main):
-            for _ in range(_RUNS_BEFORE_CAPTURE):
-                self._run_side_by_side(inputs)
-        self._main.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do with CUDA meanwhile (a policy in the same process) is their business.
-        with _capturing, torch.cuda.graph(graph, stream=self._main, capture_error_mode="thread_local"):
-            features, tokens = self._run_side_by_side(inputs)
-        return _Captured(graph, inputs, features, tokens)
-
-    def _run_side_by_side(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The branches on a stream each: forked from the current stream, and joined to it again."""
-        main = torch.cuda.current_stream(self._device)
-        parts: list[tuple[torch.Tensor, ...]] = [()] * len(self._branches)
-        for index, side in enumerate(self._sides, start=1):
-            side.wait_stream(main)
-            with torch.cuda.stream(side):
-                parts[index] = self._branches[index](inputs[index])
-        parts[0] = self._branches[0](inputs[0])
-        for side in self._sides:
-            main.wait_stream(side)
-        # `parts` lives until its last reader is queued: a side stream's memory could be given out again before.
-        return self._join(parts)
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong first: leaving a capture that has broken off raises on top of it."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
 
 
 class PackedLinear(nn.Module):
@@ -294,6 +177,8 @@ def make_runtime(name: str, network: Network, device: torch.device, dtype: torch
         patches_as_products(network)
         scale_in_one(network)
     if device.type == "cuda" and name != "eager":
+        from vla_perception.tokenizer.cuda_graphs import CudaGraphs  # which builds on what is here
+
         return CudaGraphs(network, device, dtype, compiled=name == "compile")
     return {"eager": Runtime, "onednn": OneDnn, "compile": Compiled}[name](network, device, dtype)
 

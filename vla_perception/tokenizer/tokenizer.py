@@ -342,7 +342,14 @@ class VisualTokenizer:
         """What `preprocess` gave → tokens; `features` also returns what went into the projector, pooled alike."""
         if len(pixel_values) != len(self._towers):
             raise ValueError(f"{len(self._towers)} tensors are needed, one per encoder, got {len(pixel_values)}")
-        joined, tokens = self._runtime(pixel_values)
+        for encoder, pixels in zip(self.config.encoders, pixel_values):
+            needed = [len(pixel_values[0]), 3, encoder.image_size, encoder.image_size]
+            if list(pixels.shape) != needed or not needed[0]:
+                raise ValueError(
+                    f"encoder {encoder.name} takes pixel values [views, 3, {encoder.image_size}, {encoder.image_size}], "
+                    f"at least one view and as many as the others, got {list(pixels.shape)}; `preprocess` makes them"
+                )
+        joined, tokens = self._runtime(pixel_values, features)
         return TokenizerOutput(tokens, joined if features else None, self.grid)
 
     def __call__(

@@ -1,0 +1,485 @@
+"""CUDA graphs: their logic with a recorder on the CPU, what only a device can show with the marker gpu."""
+
+import contextlib
+import threading
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("timm")
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+from vla_perception.tokenizer import VisualTokenizer, cuda_graphs  # noqa: E402
+from vla_perception.tokenizer.cuda_graphs import CudaGraphs  # noqa: E402
+from vla_perception.tokenizer.runtime import patches_as_products  # noqa: E402
+
+#: What CUDA says when somebody else has broken off a capture.
+BROKEN_OFF = "CUDA error: operation failed due to a previous error during capture"
+
+
+def load(**choices):
+    """The preset `small` on a grid of 4 × 4, which is quick."""
+    return VisualTokenizer.load("small", **{"image_size": [56, 64]} | choices)
+
+
+def images(views, seed=0):
+    random = np.random.default_rng(seed)
+    return [random.integers(0, 256, (120, 160, 3), dtype=np.uint8) for _ in range(views)]
+
+
+class Recorder(TorchDispatchMode):
+    """What a CUDA graph is, on the CPU: operations on fixed memory, recorded once, run again on what it holds then."""
+
+    def __init__(self, happened):
+        super().__init__()
+        self.happened = happened
+        self.operations = []
+        self.replays = 0
+
+    def capture_begin(self, pool, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        self.happened.captures.append(self)
+        self.happened.pools.append(pool)
+        self.happened.modes.append(torch.is_inference_mode_enabled())
+        self.happened.in_pool.add(pool)
+        self.stream = torch.cuda.current_stream()
+        self.__enter__()
+        failure = self.happened.failures.pop(0) if self.happened.failures else None
+        if failure is not None:
+            self.happened.broken = True
+            raise failure
+
+    def capture_end(self):
+        self.__exit__(None, None, None)
+        broken, self.happened.broken = self.happened.broken, False
+        if broken or self.happened.forked:
+            # As torch 2.11 does it, the allocator still believes in the capture.
+            raise RuntimeError("capture_end: the capture is broken or has unjoined streams")
+        self.happened.in_pool.clear()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        self.replays += 1
+        for function, args, kwargs, result in self.operations:
+            again = function(*args, **kwargs)
+            for target, value in zip(tree_leaves(result), tree_leaves(again)):
+                if isinstance(target, torch.Tensor) and target.data_ptr() != value.data_ptr():
+                    target.copy_(value)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """`torch.cuda` replaced by recorders; yields what happened: captures, and the streams' waiting for each other."""
+
+    class Happened:
+        def __init__(self):
+            #: one per attempt: its recorder, its pool, whether it was in inference mode
+            self.captures, self.pools, self.modes = [], [], []
+            self.order = []
+            #: what the next captures raise, None for one that works
+            self.failures = []
+            self.broken = False
+            #: streams that have waited for a capturing one, and not the other way round yet
+            self.forked = set()
+            #: pools that the allocator allocates from
+            self.in_pool = set()
+            self.released = []
+            self.capturing_elsewhere = False
+            self.slept = []
+
+    happened = Happened()
+    current = []
+
+    class Stream:
+        device_index = 0
+
+        def __init__(self, device=None, name="side", priority=0):
+            self.name = name
+
+        def wait_stream(self, other):
+            happened.order.append(("wait", id(self), id(other)))
+            if happened.in_pool:
+                if other in happened.forked:
+                    happened.forked.discard(other)
+                else:
+                    happened.forked.add(self)
+
+        def wait_event(self, event):
+            happened.order.append(("wait event", id(self), id(event)))
+
+        def synchronize(self):
+            pass
+
+    class Event:
+        def record(self, stream):
+            happened.order.append(("record", id(stream), id(self)))
+
+        def synchronize(self):
+            happened.order.append(("synchronize", id(self)))
+
+    current.append(Stream(name="default"))
+
+    @contextlib.contextmanager
+    def stream(chosen):
+        current.append(chosen)
+        try:
+            yield
+        finally:
+            current.pop()
+
+    def release(_device, pool):
+        happened.released.append(pool)
+
+    def end_allocate(_device, pool):
+        if pool not in happened.in_pool:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        happened.in_pool.discard(pool)
+
+    for name, fake in {
+        "Stream": Stream, "Event": Event, "CUDAGraph": lambda: Recorder(happened), "stream": stream,
+        "current_stream": lambda device=None: current[-1], "device": lambda device: contextlib.nullcontext(),
+        "graph_pool_handle": lambda: object(), "is_current_stream_capturing": lambda: happened.capturing_elsewhere,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_allocate, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", release, raising=False)
+    monkeypatch.setattr(cuda_graphs.time, "sleep", happened.slept.append)
+    happened.current = current
+    return happened
+
+
+@pytest.fixture
+def graphs(cuda):
+    """CUDA graphs, recorded on the CPU, of a network whose eager results are known."""
+    tokenizer = load(runtime="eager")
+    return CudaGraphs(tokenizer.network, torch.device("cpu"), torch.float32), tokenizer
+
+
+def agree(run, tokenizer, pixel_values):
+    """Whether a runtime's tokens are eager's."""
+    torch.testing.assert_close(run(pixel_values)[1], tokenizer.network(pixel_values)[1])
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        {"token_strategy": "cls+patch", "pool": 2},
+        {"token_strategy": "cls", "encoders": ["siglip"], "image_size": 64},
+    ],
+)
+@torch.inference_mode()
+def test_graphs_give_eager_results_and_never_write_into_them_again(cuda, choices):
+    tokenizer = load(runtime="eager", **choices)
+    patches_as_products(tokenizer.network)
+    run = CudaGraphs(tokenizer.network, torch.device("cpu"), torch.float32)
+    inputs = [tokenizer.preprocess(images(2, seed)) for seed in range(4)]
+    exact = [tokenizer.network(pixel_values) for pixel_values in inputs]
+    results = [run(pixel_values) for pixel_values in inputs]
+    for found, expected in zip(results, exact):  # after all of them ran
+        for values, truth in zip(found, expected):
+            torch.testing.assert_close(values, truth)
+    assert len(cuda.captures) == 1 and cuda.captures[0].replays == 4
+    assert run.name == "graph" and not run.fallback
+
+
+@torch.inference_mode()
+def test_features_are_copied_only_for_those_who_want_them(graphs):
+    run, tokenizer = graphs
+    pixel_values = tokenizer.preprocess(images(1))
+    features, tokens = run(pixel_values, features=False)
+    assert features is None
+    torch.testing.assert_close(tokens, tokenizer.network(pixel_values)[1])
+
+
+@torch.inference_mode()
+def test_there_is_a_graph_for_each_number_of_views(cuda, graphs):
+    run, tokenizer = graphs
+    for views in (1, 3, 1, 3, 2):
+        agree(run, tokenizer, tokenizer.preprocess(images(views, views)))
+    assert [recorder.replays for recorder in cuda.captures] == [2, 2, 1]
+    assert len(set(cuda.pools)) == 1  # replays follow one another, so they can share memory
+
+
+@torch.inference_mode()
+def test_a_bounded_number_of_graphs_is_kept(cuda, graphs, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "_MAX_GRAPHS", 2)
+    run, tokenizer = graphs
+    inputs = {views: tokenizer.preprocess(images(views)) for views in (1, 2, 3)}
+    for views in (1, 2, 1, 3, 1, 2):  # 2 goes when 3 comes, 3 when 2 comes again
+        agree(run, tokenizer, inputs[views])
+    assert [recorder.replays for recorder in cuda.captures] == [3, 1, 1, 1]
+    assert len(run._captured) == 2
+    assert [entry for entry in cuda.order if entry[0] == "synchronize"]  # none goes that may still be running
+
+
+@torch.inference_mode()
+def test_encoders_run_on_streams_that_fork_and_join(cuda, graphs):
+    run, tokenizer = graphs
+    run(tokenizer.preprocess(images(1)))
+    side, main = id(run._sides[0]), id(run._main)
+    waits = [(waiting, other) for kind, waiting, *other in cuda.order if kind == "wait" and side in (waiting, *other)]
+    assert waits == [(side, [main]), (main, [side])]
+
+
+@torch.inference_mode()
+def test_nothing_but_captures_runs_on_their_streams(cuda, graphs, monkeypatch):
+    """cuBLAS's workspace of a stream is then allocated in a capture, from the graphs' own pool."""
+    run, tokenizer = graphs
+    ran = {True: set(), False: set()}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.addmm.default:
+                ran[bool(cuda.in_pool)].add(torch.cuda.current_stream().name)
+            return function(*args, **(kwargs or {}))
+
+    run._main.name, run._sides[0].name = "main", "side"
+    with Watch():
+        for views in (1, 2, 1):
+            run(tokenizer.preprocess(images(views)))
+    assert ran == {True: {"main", "side"}, False: {"default"}}
+
+
+@torch.inference_mode()
+def test_captures_are_made_outside_inference_mode(cuda, graphs):
+    run, tokenizer = graphs
+    agree(run, tokenizer, tokenizer.preprocess(images(1)))
+    assert cuda.modes == [False]
+    assert not any(tensor.is_inference() for tensor in next(iter(run._captured.values())).inputs)
+    assert torch.is_inference_mode_enabled()
+
+
+@torch.inference_mode()
+def test_a_replay_waits_until_the_last_result_was_copied(cuda, graphs):
+    run, tokenizer = graphs
+    pixel_values = tokenizer.preprocess(images(1))
+    run(tokenizer.preprocess(images(2)))  # graphs of other numbers of views wait, too: they share memory
+    run(pixel_values)
+    run(tokenizer.preprocess(images(2)))
+    del cuda.order[:]
+    run(pixel_values)
+    (first, _, waited), (last, _, recorded) = cuda.order
+    assert (first, last) == ("wait event", "record") and waited == recorded
+
+
+@torch.inference_mode()
+def test_in_a_capture_of_the_callers_the_network_runs_as_it_is(cuda, graphs):
+    run, tokenizer = graphs
+    pixel_values = tokenizer.preprocess(images(1))
+    cuda.capturing_elsewhere = True
+    agree(run, tokenizer, pixel_values)
+    assert not cuda.captures and not cuda.order  # no event of ours either: it would break the capture
+    cuda.capturing_elsewhere = False
+    agree(run, tokenizer, pixel_values)
+    assert len(cuda.captures) == 1 and run.name == "graph"
+
+
+def failing_at(run, index, calls):
+    """Makes branch `index` fail at its call number `calls`; returns what it raises."""
+    branch, counted = run._branches[index], []
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    def fails(pixels):
+        counted.append(1)
+        if len(counted) == calls:
+            raise error
+        return branch(pixels)
+
+    run._branches[index] = fails
+    return error
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@torch.inference_mode()
+def test_what_was_forked_is_joined_when_a_capture_fails(cuda, graphs, index, caplog):
+    run, tokenizer = graphs
+    failing_at(run, index, cuda_graphs._RUNS_BEFORE_CAPTURE + 1)
+    agree(run, tokenizer, tokenizer.preprocess(images(1)))
+    assert not cuda.forked and not cuda.in_pool and not cuda.released  # so the capture could be ended as it should be
+    assert run.fallback == (
+        "no CUDA graph for [1, 3, 56, 56] and [1, 3, 64, 64]: OutOfMemoryError: CUDA out of memory. "
+        "Tried to allocate 2.00 MiB"
+    )
+    assert run.name == "eager"
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and run.fallback in caplog.text
+    agree(run, tokenizer, tokenizer.preprocess(images(2)))  # another number of views is not touched
+    assert run.name == "graph" and len(cuda.captures) == 2
+
+
+@torch.inference_mode()
+def test_a_capture_that_cannot_be_ended_is_taken_from_the_allocator(cuda, graphs):
+    run, tokenizer = graphs
+    before = list(cuda.current)
+    cuda.failures = [RuntimeError("no kernel image is available")]
+    pixel_values = tokenizer.preprocess(images(1))
+    for _ in range(2):
+        agree(run, tokenizer, pixel_values)
+    assert len(cuda.captures) == 1  # it is not tried with every frame
+    assert not cuda.in_pool and cuda.released == cuda.pools
+    assert cuda.current == before
+    fresh = CudaGraphs(tokenizer.network, torch.device("cpu"), torch.float32)
+    agree(fresh, tokenizer, pixel_values)
+    assert fresh.name == "graph"
+
+
+@torch.inference_mode()
+def test_one_number_of_views_without_a_graph_leaves_the_others_theirs(cuda, graphs, caplog):
+    run, tokenizer = graphs
+    one, two, nine = (tokenizer.preprocess(images(views)) for views in (1, 2, 9))
+    agree(run, tokenizer, one)
+    cuda.failures = [RuntimeError("CUDA out of memory\nTried to allocate 9 GiB")]
+    for pixel_values in (nine, one, two, nine, one):
+        agree(run, tokenizer, pixel_values)
+    assert [recorder.replays for recorder in cuda.captures] == [3, 0, 1]
+    assert run.name == "graph"
+    assert run.fallback == "no CUDA graph for [9, 3, 56, 56] and [9, 3, 64, 64]: RuntimeError: CUDA out of memory"
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("times, works", [(1, True), (4, True), (5, False)])
+@torch.inference_mode()
+def test_a_capture_that_somebody_broke_off_is_tried_again(cuda, graphs, times, works):
+    run, tokenizer = graphs
+    cuda.failures = [RuntimeError(BROKEN_OFF) for _ in range(times)]
+    agree(run, tokenizer, tokenizer.preprocess(images(1)))
+    assert len(cuda.captures) == min(times + 1, 5)
+    assert cuda.slept == list(cuda_graphs._RETRY_AFTER_SEC)[:times]
+    assert (run.name, not run.fallback) == (("graph", True) if works else ("eager", False))
+    assert not cuda.in_pool
+
+
+@torch.inference_mode()
+def test_the_reason_told_is_this_calls_and_not_one_that_the_caller_handles(cuda, graphs):
+    run, tokenizer = graphs
+    pixel_values = tokenizer.preprocess(images(1))
+    cuda.failures = [RuntimeError("CUDA out of memory")]
+    try:
+        {}["camera"]
+    except KeyError:
+        agree(run, tokenizer, pixel_values)
+    assert run.fallback.endswith(": RuntimeError: CUDA out of memory")
+
+
+def test_encoders_with_different_numbers_of_views_are_refused(cuda, graphs):
+    tokenizer = load(runtime="eager")
+    tokenizer._runtime = graphs[0]
+    two, one = tokenizer.preprocess(images(2)), tokenizer.preprocess(images(1))
+    tokenizer.encode(two)
+    for mixed in ([two[0], one[1]], [one[0], two[1]], [two[1], two[0]], [value[:0] for value in two], [two[0][0], two[1]]):
+        with pytest.raises(ValueError, match=r"takes pixel values \[views, 3, \d+, \d+\]"):
+            tokenizer.encode(mixed)
+    assert tokenizer.encode(two).tokens.shape == (2, 16, 256)
+
+
+@torch.inference_mode()
+def test_graphs_belong_to_all_shapes_of_the_inputs(cuda, graphs):
+    """One runtime serves whatever its network takes; shapes that merely could be broadcast are not the same."""
+    run, tokenizer = graphs
+    two = tokenizer.preprocess(images(2))
+    run(two)
+    with pytest.raises(RuntimeError):
+        run([two[0], two[1][:1]])  # as eager: the features do not go together
+    agree(run, tokenizer, two)
+
+
+@torch.inference_mode()
+def test_what_cannot_be_compiled_is_captured_as_it_is(cuda, monkeypatch, caplog):
+    def fails(*_inputs):
+        raise AssertionError  # without a text
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_options: fails)
+    tokenizer = load(runtime="eager")
+    run = CudaGraphs(tokenizer.network, torch.device("cpu"), torch.float32, compiled=True)
+    for views in (1, 2, 1):
+        agree(run, tokenizer, tokenizer.preprocess(images(views)))
+    assert (run.name, run.fallback) == ("graph", "not compiled: AssertionError: ")
+    assert len(cuda.captures) == 2 and len(caplog.records) == 1
+
+
+@torch.inference_mode()
+def test_each_failure_is_told_where_neither_compiling_nor_capturing_works(cuda, monkeypatch):
+    def fails(*_inputs):
+        raise AssertionError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_options: fails)
+    cuda.failures = [RuntimeError("no kernel image is available")]
+    tokenizer = load(runtime="eager")
+    run = CudaGraphs(tokenizer.network, torch.device("cpu"), torch.float32, compiled=True)
+    agree(run, tokenizer, tokenizer.preprocess(images(1)))
+    assert (run.name, run.fallback) == (
+        "eager",
+        "not compiled: AssertionError: no compiler; no CUDA graph for [1, 3, 56, 56] and [1, 3, 64, 64]: RuntimeError: "
+        "no kernel image is available",
+    )
+
+
+# --- on a device
+
+
+def synchronizing(stop):
+    """Waits for the whole device now and then, as a policy in the same process may."""
+    while not stop.wait(0.02):
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_a_capture_survives_a_thread_that_synchronizes_the_device():
+    stop = threading.Event()
+    thread = threading.Thread(target=synchronizing, args=(stop,))
+    thread.start()
+    try:
+        tokenizer = load(device="cuda", runtime="graph", compute_dtype="bfloat16")
+        for views in (1, 2, 3):
+            tokenizer.warm_up(views)
+    finally:
+        stop.set()
+        thread.join()
+    assert tokenizer.runtime == "graph", tokenizer.runtime_fallback
+
+
+@pytest.mark.gpu
+def test_a_failed_capture_leaves_the_process_as_it_was():
+    broken = load(device="cuda", runtime="graph", compute_dtype="bfloat16")
+    failing_at(broken._runtime, 0, cuda_graphs._RUNS_BEFORE_CAPTURE + 1)
+    broken.warm_up(1)
+    assert broken.runtime == "eager" and "OutOfMemoryError" in broken.runtime_fallback
+    torch.cuda.empty_cache()
+    other = load(device="cuda", runtime="graph", compute_dtype="bfloat16")
+    for tokenizer in (broken, other):
+        tokenizer.warm_up(2)
+        assert tokenizer.runtime == "graph", tokenizer.runtime_fallback
+    assert torch.equal(broken(images(2)).tokens, other(images(2)).tokens)
+
+
+@pytest.mark.gpu
+def test_graphs_live_through_clearing_of_cublas_workspaces():
+    """Inductor's CUDA graphs do that in a policy that is compiled."""
+    tokenizer = load(device="cuda", runtime="graph", compute_dtype="bfloat16")
+    before = tokenizer(images(1)).tokens
+    torch._C._cuda_clearCublasWorkspaces()
+    others = [torch.full((1 << 20,), 3.0, device="cuda") for _ in range(64)]
+    assert all(torch.equal(tokenizer(images(1)).tokens, before) for _ in range(5))
+    assert all(bool((part == 3).all()) for part in others)
+
+
+@pytest.mark.gpu
+def test_a_policy_can_capture_the_tokenizer_and_graphs_of_its_own():
+    tokenizer = load(device="cuda", runtime="graph", compute_dtype="bfloat16")
+    pixel_values = tokenizer.preprocess(images(1))
+    expected = tokenizer.encode(pixel_values).tokens  # the process's first capture, under inference_mode
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.no_grad(), torch.cuda.graph(graph, stream=stream):
+        random = torch.rand(4, device="cuda")
+        tokens = tokenizer.encode(pixel_values).tokens
+    graph.replay()
+    torch.cuda.synchronize()
+    assert float((tokens.float() - expected.float()).norm() / expected.float().norm()) < 2e-2
+    assert bool((random >= 0).all())

@@ -1,0 +1,195 @@
+"""The network as CUDA graphs: captured once per input shape, then launched as one.
+
+Memory: all graphs of one `CudaGraphs` share one private memory pool, and their replays follow one another, so the pool
+is as large as the largest of them. Streams: a capture runs on streams on which nothing else of ours runs. cuBLAS keeps
+a workspace per stream, and where a capture is the first to need one it comes from the graphs' pool: nobody else in the
+process can free it (Inductor frees all others).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vla_perception.tokenizer.runtime import Network, Runtime
+
+log = logging.getLogger(__name__)
+
+#: Runs before a capture: libraries choose and load their kernels in these.
+_RUNS_BEFORE_CAPTURE = 3
+#: Seconds between attempts at a capture that another thread has broken off.
+_RETRY_AFTER_SEC = (0.01, 0.03, 0.1, 0.3)
+#: Graphs that are kept, the least recently used goes first. A robot's cameras need one.
+_MAX_GRAPHS = 8
+
+#: CUDA captures one graph at a time in a process.
+_capturing = threading.Lock()
+
+#: The inputs' shapes.
+_Key = tuple[torch.Size, ...]
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """One graph and the memory that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[torch.Tensor]
+    features: torch.Tensor
+    tokens: torch.Tensor
+
+
+class CudaGraphs(Runtime):
+    """The network as CUDA graphs, one per shape of the inputs, captured when that shape first comes.
+
+    What cannot be compiled is captured as it is; a shape whose capture fails runs without a graph. `name` and
+    `fallback` say so. Where the caller captures a graph itself, the network becomes part of it.
+
+    A thread that synchronizes the whole device (`torch.cuda.synchronize`) breaks off any capture in the process; it is
+    tried again some times. `VisualTokenizer.warm_up` before other threads start avoids that.
+
+    Args:
+        compiled: capture what `torch.compile` makes of the network.
+    """
+
+    def __init__(
+        self, network: Network, device: torch.device, dtype: torch.dtype, *, compiled: bool = False
+    ) -> None:
+        super().__init__(network, device, dtype)
+        self.name = "compile" if compiled else "graph"
+        self._branches, self._join = network.branches(), network.join
+        if compiled:
+            # Without Inductor's own graphs: they would end where ours has to go on.
+            self._branches = [torch.compile(branch, dynamic=False) for branch in self._branches]
+            self._join = torch.compile(self._join, dynamic=False)
+        # Of high priority: before whatever prepares the next images. Also, torch hands out streams in turn, and what
+        # another thread did on the same one during a capture would be captured as well: these are rarer.
+        self._main = torch.cuda.Stream(device, priority=-1)
+        self._sides = [torch.cuda.Stream(device, priority=-1) for _ in self._branches[1:]]
+        self._pool = torch.cuda.graph_pool_handle()
+        # None: cannot be captured.
+        self._captured: OrderedDict[_Key, _Captured | None] = OrderedDict()
+        # One at a time, in the calling threads and on the device: a graph has one place for inputs and outputs.
+        self._lock = threading.Lock()
+        self._free = torch.cuda.Event()
+
+    def __call__(
+        self, pixel_values: Sequence[torch.Tensor], features: bool = True
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        with self._lock, torch.cuda.device(self._device):
+            captured = None if torch.cuda.is_current_stream_capturing() else self._captured_for(pixel_values)
+            if captured is None:
+                return super().__call__(pixel_values, features)
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(self._free)  # whoever called last may have used another stream
+            for static, pixels in zip(captured.inputs, pixel_values, strict=True):
+                static.copy_(pixels, non_blocking=True)
+            captured.graph.replay()
+            # Copies, because the next replay writes where this one did: 2 MiB take some microseconds on the device.
+            result = captured.features.clone() if features else None, captured.tokens.clone()
+            self._free.record(stream)
+            return result
+
+    def _captured_for(self, pixel_values: Sequence[torch.Tensor]) -> _Captured | None:
+        """The graph for these shapes; None, and the reason in `fallback`, if there cannot be one."""
+        key = tuple(pixels.shape for pixels in pixel_values)
+        if key in self._captured:
+            self._captured.move_to_end(key)
+            return self._captured[key]
+        try:
+            captured = self._capture(pixel_values)
+        except Exception as error:
+            if self.name == "compile":
+                self._report(f"not compiled: {_reason(error)}", "runs without torch.compile")
+                self.name = "graph"
+                self._branches, self._join = self._network.branches(), self._network.join
+                return self._captured_for(pixel_values)
+            shapes = " and ".join(str(list(shape)) for shape in key)
+            self._report(f"no CUDA graph for {shapes}: {_reason(error)}", "runs eagerly, which is slower")
+            captured = None
+        self._captured[key] = captured
+        if len(self._captured) > _MAX_GRAPHS:
+            self._free.synchronize()  # it may still be running
+            self._captured.popitem(last=False)
+        if self.name != "compile":
+            self.name = "graph" if any(self._captured.values()) else "eager"
+        return captured
+
+    def _report(self, reason: str, consequence: str) -> None:
+        log.warning("%s: %s", consequence, reason)
+        if reason not in self.fallback:
+            self.fallback = f"{self.fallback}; {reason}".removeprefix("; ")
+
+    def _capture(self, pixel_values: Sequence[torch.Tensor]) -> _Captured:
+        # The first capture of a process makes tensors that outlive it, CUDA's generator's; made in inference mode
+        # they would break other people's captures.
+        with torch.inference_mode(False), torch.no_grad():
+            inputs = [pixels.to(self._device, self._dtype, copy=True) for pixels in pixel_values]
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(self._free)
+            for _ in range(_RUNS_BEFORE_CAPTURE):
+                self._join([branch(pixels) for branch, pixels in zip(self._branches, inputs)])
+            stream.synchronize()
+            for pause in (*_RETRY_AFTER_SEC, None):
+                try:
+                    return self._record(inputs)
+                except Exception as error:
+                    if pause is None or "captur" not in str(error):
+                        raise
+                    time.sleep(pause)
+            raise AssertionError("the last attempt returns or raises")
+
+    def _record(self, inputs: list[torch.Tensor]) -> _Captured:
+        """One attempt. Leaves nothing of a capture behind if it fails; raises what went wrong first."""
+        graph = torch.cuda.CUDAGraph()
+        # Not `torch.cuda.graph`: it synchronizes the device and empties the allocator's cache, which would break off a
+        # capture of somebody else's. thread_local: other threads may use CUDA meanwhile, but not wait for all of it.
+        with _capturing, torch.cuda.stream(self._main):
+            try:
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                features, tokens = self._run_side_by_side(inputs)
+                graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    graph.capture_end()
+                # Up to torch 2.11 an end that fails leaves the allocator believing in the capture, for the whole
+                # process. Where it does not, the first of these raises.
+                with contextlib.suppress(Exception):
+                    torch._C._cuda_endAllocateToPool(self._main.device_index, self._pool)
+                    torch._C._cuda_releasePool(self._main.device_index, self._pool)
+                raise
+        return _Captured(graph, inputs, features, tokens)
+
+    def _run_side_by_side(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The branches on a stream each: forked from the current stream, and joined to it again."""
+        main = torch.cuda.current_stream(self._device)
+        parts: list[tuple[torch.Tensor, ...]] = [()] * len(self._branches)
+        forked = []
+        try:
+            for index, side in enumerate(self._sides, start=1):
+                side.wait_stream(main)
+                forked.append(side)
+                with torch.cuda.stream(side):
+                    parts[index] = self._branches[index](inputs[index])
+            parts[0] = self._branches[0](inputs[0])
+        except BaseException:
+            # A capture can only end where all that was forked is joined again.
+            for side in forked:
+                with contextlib.suppress(Exception):
+                    main.wait_stream(side)
+            raise
+        for side in forked:
+            main.wait_stream(side)
+        # `parts` lives until its last reader is queued: a side stream's memory could be given out again before.
+        return self._join(parts)
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
