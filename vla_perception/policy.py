@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from vla_perception.arrivals import Order, Senders, StampOrder
 from vla_perception.messages.encode_service import FINAL
+from vla_perception.messages.fingerprint import difference, expectation
 from vla_perception.messages.shared_memory import COMING, WRITTEN, SharedMemoryError, TokenReader, missing
 from vla_perception.messages.tokens import TokenFormatError, View, VisualTokens, from_message
 
@@ -66,12 +67,13 @@ class _Tokens:
         refused: messages that were not accepted: another schema, damaged, or of other weights.
     """
 
-    def __init__(self, history: int, expect_fingerprint: str | None) -> None:
+    def __init__(self, history: int, expect_fingerprint: str | Mapping[str, object] | None) -> None:
         if history < 1:
             raise ValueError(f"history must be at least 1, got {history}")
-        if expect_fingerprint is not None and len(expect_fingerprint) < 8:
-            raise ValueError("expect_fingerprint must have at least 8 of the 64 hexadecimal digits")
-        self._expected = None if expect_fingerprint is None else expect_fingerprint.lower()
+        self._expected, self._expected_inputs = None, None
+        if expect_fingerprint is not None:
+            self._expected, self._expected_inputs = expectation(expect_fingerprint)
+        self._mismatch = ("", "")  # the last wrong fingerprint, and what is wrong with it
         self._changed = threading.Condition()
         self._history: deque[VisualTokens] = deque(maxlen=history)
         self._order = StampOrder()
@@ -172,14 +174,9 @@ class _Tokens:
     def _accept(self, tokens: VisualTokens) -> bool:
         """Takes one set in; False if it was refused."""
         if self._expected is not None and not tokens.fingerprint.startswith(self._expected):
-            self._refuse(
-                FingerprintMismatch(
-                    f"the tokens of model {tokens.model!r} have the fingerprint {tokens.fingerprint[:16]}…, expected "
-                    f"was {self._expected[:16]}…: they come from other weights or another preprocessing than this "
-                    "policy is for; start the tokenizer with the policy's checkpoint"
-                )
-            )
+            self._refuse(FingerprintMismatch(self._told_apart(tokens)))
             return False
+        self._expected_inputs = tokens.fingerprint_inputs or self._expected_inputs
         if tokens.weights == "random":
             self._tell("random", f"the tokens of {tokens.model!r} come from random weights: they mean nothing", period=600)
         restarted = missing = 0
@@ -228,6 +225,20 @@ class _Tokens:
         if len(self._history) + len(newer) < self._history.maxlen or self._history:
             self._history.append(tokens)  # where it is full, the oldest one leaves
         self._history.extend(reversed(newer))
+
+    def _told_apart(self, tokens: VisualTokens) -> str:
+        """What is wrong with tokens of another fingerprint than the expected one."""
+        if self._mismatch[0] != tokens.fingerprint:
+            why = difference(self._expected, self._expected_inputs, tokens.fingerprint_inputs, tokens.fingerprint)
+            if tokens.fingerprint_inputs is None and tokens.weights == "random":
+                why = f"random weights of a preset without options came: pool {tokens.pool}, prepare [], {tokens.projector}"
+            text = (
+                f"the tokens of model {tokens.model!r} have the fingerprint {tokens.fingerprint[:16]}…, expected was "
+                f"{self._expected[:16]}…: they come from other weights or another preprocessing than this policy is "
+                f"for ({why}); start the tokenizer with the policy's checkpoint and options"
+            )
+            self._mismatch = (tokens.fingerprint, text)
+        return self._mismatch[1]
 
     def _refuse(self, error: ValueError) -> None:
         with self._changed:
@@ -315,7 +326,8 @@ class TokenSubscriber(_Tokens):
             passed over but for the newest, and counted in `passed_over`; refused messages are logged and not given.
         callback_group: of `callback`; the node's default one where not given.
         history: how many sets `history` keeps.
-        expect_fingerprint: refuse tokens of another tokenizer. The 64 digits, or their first ones (8 at least).
+        expect_fingerprint: refuse tokens of another tokenizer. The 64 digits, or their first ones (8 at least); or
+            `VisualTokenizer.metadata()`, whose `FingerprintMismatch` always says what differs.
         service: of `request`; ``encode`` beside the topic where not given.
         qos: of the topic: QoS profile, or a depth for reliable reception of the last so many.
         shared_memory: false: only the topic. Where iceoryx2 is not installed (the extra ``shm``), so it is anyway.
@@ -335,7 +347,7 @@ class TokenSubscriber(_Tokens):
         callback: Callable[[VisualTokens], None] | None = None,
         callback_group=None,
         history: int = 1,
-        expect_fingerprint: str | None = None,
+        expect_fingerprint: str | Mapping[str, object] | None = None,
         service: str | None = None,
         qos: QoSProfile | int = 10,
         shared_memory: bool = True,
@@ -765,7 +777,7 @@ class LocalTokens(_Tokens):
         features: bool = False,
         callback: Callable[[VisualTokens], None] | None = None,
         history: int = 1,
-        expect_fingerprint: str | None = None,
+        expect_fingerprint: str | Mapping[str, object] | None = None,
     ) -> None:
         super().__init__(history, expect_fingerprint)
         self._tokenizer = tokenizer

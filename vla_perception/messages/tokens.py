@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vla_perception.messages.fingerprint import checked_inputs
+
 if TYPE_CHECKING:
     import torch
     from sensor_msgs.msg import CompressedImage
@@ -94,6 +96,8 @@ class VisualTokens:
         grid: (rows, columns); tokens run row by row.
         fingerprint: identifies weights and preprocessing.
         features: [views, tokens, encoder channels] before the projector, like `data`, or None.
+        fingerprint_inputs: what the fingerprint is the hash of, ``settings`` and ``weights`` (a digest); None where the
+            message does not say.
     """
 
     data: np.ndarray
@@ -110,6 +114,7 @@ class VisualTokens:
     encoders: tuple[Mapping[str, object], ...]
     projector: str
     features: np.ndarray | None = field(default=None, repr=False)
+    fingerprint_inputs: Mapping[str, object] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
@@ -337,6 +342,7 @@ class VisualTokens:
             "sequence": self.sequence,
             **{key: getattr(self, key) for key in _MODEL_KEYS},
             "encoders": [dict(encoder) for encoder in self.encoders],
+            **({} if self.fingerprint_inputs is None else {"fingerprint_inputs": self.fingerprint_inputs}),
             "views": [
                 {
                     "camera": view.camera,
@@ -498,6 +504,8 @@ def _model_fields(model: Mapping[str, object]) -> dict[str, object]:
         encoders.append(dict(encoder) | {"name": _text(encoder["name"]), "channels": channels})
     if len({encoder["name"] for encoder in encoders}) != len(encoders):
         raise ValueError("two encoders have the same name")
+    inputs = model.get("fingerprint_inputs")
+    fields["fingerprint_inputs"] = None if inputs is None else checked_inputs(inputs)
     return fields | {
         "grid": (_whole(rows, 1), _whole(columns, 1)), "pool": _whole(fields["pool"], 1), "encoders": tuple(encoders)
     }  # fmt: skip

@@ -129,7 +129,8 @@ class VisualTokenizer:
         network: encoders and projector. The runtime may change its modules when it first runs.
         grid: (rows, columns) of patch tokens, after pooling.
         channels: width of a token; `feature_channels` is the width before the projector.
-        fingerprint: SHA-256 (hex) over the tensors as stored and the settings that change tokens, the same on every
+        weights_digest: SHA-256 (hex) over the tensors as stored.
+        fingerprint: SHA-256 (hex) over that and the settings that change tokens, the same on every
             machine and whatever `device` and `compute_dtype` are.
     """
 
@@ -163,6 +164,7 @@ class VisualTokenizer:
         self.grid: tuple[int, int] = (rows // config.pool, columns // config.pool)
         self.feature_channels: int = sum(encoder.channels for encoder in self._towers)
         self.channels: int = network.projector.channels
+        self.weights_digest = weights_digest
         self.fingerprint = fingerprint(weights_digest, config.settings())
 
     @classmethod
@@ -407,10 +409,14 @@ class VisualTokenizer:
                 }
             )
             start += tower.channels
+        inputs = {"settings": self.config.settings(), "weights": self.weights_digest}
+        # Of a preset as it is there is nothing to tell: no policy was trained on random weights.
+        as_it_is = self.weights == "random" and self.config == PRESETS.get(self.model)
         return {
             "model": self.model,
             "weights": self.weights,
             "fingerprint": self.fingerprint,
+            **({} if as_it_is else {"fingerprint_inputs": inputs}),
             "compute_dtype": self.compute_dtype,
             "grid": list(self.grid),
             "token_strategy": self.config.token_strategy,
