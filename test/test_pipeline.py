@@ -232,6 +232,28 @@ def test_a_higher_rate_holds_at_once(bench):
     assert bench.published[1].stamp_ns == stamp
 
 
+@pytest.mark.parametrize("rate", [5e-324, 1e-300, 1e-12])
+def test_a_rate_of_almost_nothing_only_waits(bench, rate):
+    bench = bench(max_rate_hz=rate)
+    bench.add()
+    bench.wait_for(1)
+    stamp = bench.add()
+    bench.set(max_rate_hz=0.0)
+    bench.wait_for(2)
+    assert bench.published[1].stamp_ns == stamp and not bench.failures
+
+
+def test_a_frame_that_is_refused_is_counted_and_told(bench):
+    bench = bench()
+    assert bench.pipeline.refuse("front", "its stamp is no time")
+    assert bench.counts()["undecodable"] == bench.counts()["received"] == 1
+    bench.add()
+    bench.wait_for(1)
+    assert "front: a frame is skipped: its stamp is no time" in bench.complaints[0]
+    bench.pipeline.stop()
+    assert not bench.pipeline.refuse("front", "") and bench.counts()["received"] == 2
+
+
 def test_an_unreadable_picture_takes_nobodys_turn(bench):
     bench = bench(max_rate_hz=0.01)
     bench.add(UNREADABLE)

@@ -290,6 +290,16 @@ def test_undecodable_frames():
     assert counts[FRONT].pending == counts[WRIST].pending == 0
 
 
+def test_frames_that_are_refused_leave_the_others_alone():
+    accountant = Accountant()
+    accountant.add(FRONT, 0)
+    accountant.sync.refuse(WRIST)
+    accountant.check()
+    accountant.add(WRIST, 0)
+    assert accountant.sets == [(0, 0)]
+    assert (accountant.sync.counts[WRIST].received, accountant.sync.counts[WRIST].undecodable) == (2, 1)
+
+
 def test_latest_does_not_use_an_undecodable_frame_again():
     accountant = Accountant(take=False, policy="latest")
     accountant.add(WRIST, 0)

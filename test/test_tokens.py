@@ -5,6 +5,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from vla_perception.messages.tokens import (  # noqa: E402
     TokenFormatError,
     View,
     VisualTokens,
+    check_header,
     from_message,
     is_token_message,
     to_message,
@@ -396,6 +398,41 @@ def test_reading_needs_no_torch(monkeypatch):
 
 
 @pytest.mark.ros
+@pytest.mark.parametrize(
+    ("sec", "nanosec", "frame_id", "reason"),
+    [
+        (-1, 0, "camera", "stamp, -1 s and 0 ns"),
+        (-(2**31), 0, "camera", "is not a time"),
+        (1, 10**9, "camera", "nanoseconds below"),
+        (2**31 - 1, 2**32 - 1, "camera", "is not a time"),
+        (1, 0, "x" * 1001, "frame_id .* at most 1000"),
+        (1, 0, "\ud800", "frame_id"),
+        (0, 0, "", None),
+        (2**31 - 1, 10**9 - 1, "x" * 1000, None),
+        (1, 0, "Kamera für 手首/\0", None),
+    ],
+)
+def test_headers_that_no_token_message_carries(sec, nanosec, frame_id, reason):
+    """What passes can be read back; what does not is no time, or what a reader refuses."""
+    header = SimpleNamespace(stamp=SimpleNamespace(sec=sec, nanosec=nanosec), frame_id=frame_id)
+    if reason is not None:
+        with pytest.raises(ValueError, match=reason):
+            check_header(header)
+        return
+    check_header(header)
+    view = replace(VIEWS[0], stamp_ns=sec * 10**9 + nanosec, frame_id=frame_id)
+    written = replace(make()[1], views=(view, VIEWS[1]))
+    assert VisualTokens.from_bytes(written.to_bytes()).views == written.views
+
+
+@pytest.mark.parametrize(
+    "changes", [{"camera": "x" * 1001}, {"frame_id": "x" * 1001}, {"stamp_ns": 2**31 * 10**9}, {"stamp_ns": -(10**20)}]
+)
+def test_a_view_that_no_reader_would_take_is_not_made(changes):
+    with pytest.raises(ValueError, match="at most 1000|beyond what a message"):
+        replace(VIEWS[0], **changes)
+
+
 def test_message():
     pytest.importorskip("sensor_msgs")
     from rclpy.serialization import deserialize_message, serialize_message

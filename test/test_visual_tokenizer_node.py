@@ -477,6 +477,41 @@ def test_bad_frames_are_skipped(robot, tokenizer):
     robot.process.wait_for("camera front: a frame is skipped: ")
 
 
+def test_headers_that_no_message_can_carry_are_refused_at_the_node(robot):
+    """Neither their stamps nor they themselves cost the other camera's frames anything."""
+    robot.start(cameras=["front", "wrist"], sync_slop_sec=0.05)
+    pixels, stamp = picture(75), robot.next_stamp()
+    robot.send("wrist", image_message(pixels, stamp))
+    for sec, nanosec, frame_id in ((-1, 0, "front"), (5, 10**9, "front"), (5, 2**32 - 1, "front"), (5, 0, "x" * 1001)):
+        bad = image_message(pixels, 0, frame_id)
+        bad.header.stamp.sec, bad.header.stamp.nanosec = sec, nanosec
+        robot.send("front", bad)
+    robot.send("front", image_message(pixels, stamp, "x" * 1000))
+    message = robot.wait_for_tokens(1)[0]
+    assert message.stamps_ns == (stamp, stamp) and message.views[0].frame_id == "x" * 1000
+    counts = robot.counts("front", lambda counts: counts["encoded"] == 1)
+    assert (counts["received"], counts["undecodable"], counts["pending"]) == (5, 4, 0)
+    robot.process.wait_for("camera front: a frame is skipped: its stamp, -1 s and 0 ns, is not a time")
+
+
+def test_two_publishers_on_one_camera_are_told(robot):
+    robot.start()
+    other = rclpy.create_node("second_camera", namespace="arm", context=robot.node.context)
+    publisher = other.create_publisher(Image, "/front/image_raw", 20)
+    wait_until(publisher.get_subscription_count, 15, "the node subscribes")
+    robot.send("front", image_message(picture(76), robot.next_stamp()))
+    robot.counts("front", lambda counts: counts["received"] > 0)
+    assert robot.told_of("front") == "ok"  # one that sends nothing does no harm
+    for _ in range(4):
+        robot.send("front", image_message(picture(76), robot.next_stamp()))
+        publisher.publish(image_message(picture(77), robot.next_stamp()))
+    wait_until(lambda: "2 publishers send on /front/image_raw" in robot.told_of("front"), 15, "a warning")
+    assert "(/arm/second_camera, /robot)" in robot.told_of("front")
+    robot.process.wait_for("camera front: 2 publishers send on /front/image_raw")
+    other.destroy_node()
+    wait_until(lambda: robot.told_of("front") == "ok", 15, "no warning")
+
+
 def test_on_request(robot):
     robot.start(trigger="on_request")
     call = functools.partial(robot.call, Trigger, "encode")

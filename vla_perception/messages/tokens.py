@@ -24,6 +24,7 @@ from vla_perception.messages.fingerprint import checked_inputs
 if TYPE_CHECKING:
     import torch
     from sensor_msgs.msg import CompressedImage
+    from std_msgs.msg import Header
 
 SCHEMA = "vla_tokens/1"
 FORMAT = f"safetensors; {SCHEMA}"
@@ -72,6 +73,9 @@ class View:
         valid: false where no image could be had and the tokens are to be ignored.
         seen: (left, top, right, bottom) in pixels of the part of the source image that was left for the encoders when
             it was cut; None: all of it.
+
+    Raises:
+        ValueError: a name of more than 1000 characters, or a stamp beyond the 32 bits that a message has for seconds.
     """
 
     camera: str
@@ -82,6 +86,12 @@ class View:
     affine: tuple[float, ...]
     valid: bool = True
     seen: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _text(self.camera)
+        _text(self.frame_id)
+        if not -(2**31) <= self.stamp_ns // 10**9 < 2**31:
+            raise ValueError(f"a stamp of {_brief(self.stamp_ns)} ns is beyond what a message can hold")
 
 
 @dataclass(frozen=True)
@@ -401,8 +411,8 @@ class VisualTokens:
         try:
             views = tuple(
                 View(
-                    camera=_text(view["camera"]),
-                    frame_id=_text(view["frame_id"]),
+                    camera=view["camera"],
+                    frame_id=view["frame_id"],
                     stamp_ns=_whole(view["stamp"]["sec"], -(2**31), 2**31) * 10**9
                     + _whole(view["stamp"]["nanosec"], 0, 10**9),
                     height=_whole(view["height"]),
@@ -447,6 +457,20 @@ class VisualTokens:
                         f"{name} of {view.camera!r} hold values that are no finite numbers; float16 ends at 65504, "
                         "bfloat16 and float32 do not"
                     )
+
+
+def check_header(header: Header) -> None:
+    """ValueError, with the reason, for an image's header that no token message can carry."""
+    sec, nanosec = header.stamp.sec, header.stamp.nanosec
+    if sec < 0 or nanosec >= 10**9:
+        raise ValueError(
+            f"its stamp, {sec} s and {nanosec} ns, is not a time; a driver has to stamp with seconds from 0 and "
+            "nanoseconds below 1000000000"
+        )
+    try:
+        _text(header.frame_id)
+    except ValueError as error:
+        raise ValueError(f"its frame_id cannot go into a token message: {error}") from None
 
 
 def is_token_message(message: CompressedImage) -> bool:

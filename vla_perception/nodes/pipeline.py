@@ -182,6 +182,15 @@ class Pipeline:
                 self._changed.notify_all()
         return True
 
+    def refuse(self, camera: str, reason: str) -> bool:
+        """A frame has arrived that nothing can be made of; False while stopped."""
+        with self._changed:
+            if not self._active:
+                return False
+            self._sync.refuse(camera)
+        self._complain_of_frame(camera, reason)
+        return True
+
     def request(self) -> Request:
         """Asks for the newest set; answered at once where that cannot be."""
         request = Request()
@@ -270,7 +279,8 @@ class Pipeline:
                     request.answer(False, "the set of frames has gone: time was set back, or sync_policy was changed")
                 elif not on_request and self._fresh:
                     rate, now = self._settings["max_rate_hz"], time.perf_counter()
-                    wait = self._taken + 1 / rate - now if rate > 0 else 0.0
+                    # Of a rate of almost nothing, the longest time that `wait` takes.
+                    wait = self._taken + min(1 / rate, threading.TIMEOUT_MAX) - now if rate > 0 else 0.0
                     if wait <= 0:
                         wait = None
                         self._fresh = False  # also where nobody wants it: by the time somebody subscribes it is old
@@ -359,7 +369,7 @@ class Pipeline:
             except Exception as error:
                 bad.append(frame)
                 reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-                self._complain(f"decode {frame.camera}", f"camera {frame.camera}: a frame is skipped: {reason}")
+                self._complain_of_frame(frame.camera, reason)
         if bad:
             with self._changed:
                 self._sync.undecodable(job.frames, bad)
@@ -381,6 +391,9 @@ class Pipeline:
             self._timings["decode"].append(decoded - begun)
             self._timings["preprocess"].append(preprocessed - decoded)
         return True
+
+    def _complain_of_frame(self, camera: str, reason: str) -> None:
+        self._complain(f"decode {camera}", f"camera {camera}: a frame is skipped: {reason}")
 
     def _view(self, frame: Frame, image: np.ndarray) -> View:
         """ValueError where a picture of this size cannot be prepared."""

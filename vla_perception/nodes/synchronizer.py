@@ -48,7 +48,7 @@ class Counts:
         encoded: went through the encoders.
         replaced: a newer one was there before their turn came, or before they did.
         unmatched: found no partners in time, or lost a partner that could not be decoded.
-        undecodable: were no readable picture.
+        undecodable: were no readable picture, or refused as they came.
         pending: none of that yet: in the history, in the waiting set, or taken and still being worked on.
     """
 
@@ -140,6 +140,11 @@ class SetSynchronizer:
         before, self._waiting = self._waiting, frames
         self._release(before or (), "replaced")
         return True
+
+    def refuse(self, camera: str) -> None:
+        """A frame has arrived that nothing can be made of, so neither its stamp nor its image counts."""
+        self.counts[camera].received += 1
+        self.counts[camera].undecodable += 1
 
     def take(self) -> FrameSet | None:
         """The waiting set, to be worked on and then given to `encoded`, `replaced` or `undecodable`."""

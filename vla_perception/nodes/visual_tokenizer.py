@@ -33,10 +33,13 @@ from rclpy.parameter import Parameter
 from rclpy.qos import HistoryPolicy, QoSPolicyKind, QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.subscription import Subscription
+from rclpy.topic_endpoint_info import TopicEndpointInfo
 from sensor_msgs.msg import CompressedImage, Image
 from std_srvs.srv import Trigger
 
+from vla_perception.arrivals import Senders
 from vla_perception.messages import images
+from vla_perception.messages.tokens import check_header
 from vla_perception.nodes.parameters import declare
 from vla_perception.nodes.pipeline import FAILURES, STAGES, Pipeline
 from vla_perception.nodes.process import GRACE_SEC, Stop, run_node
@@ -44,6 +47,8 @@ from vla_perception.nodes.synchronizer import HISTORY, POLICIES, SetSynchronizer
 from vla_perception.nodes.token_publisher import TokenPublisher
 
 if TYPE_CHECKING:
+    from rclpy.subscription import MessageInfo  # Jazzy has no name for it
+
     from vla_perception.tokenizer import VisualTokenizer
 
 TRANSPORTS = ("raw", "compressed")
@@ -53,6 +58,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 RUNTIMES = ("auto", "eager", "onednn", "graph", "compile")
 #: Seconds without a frame, or without a set, after which something is wrong.
 QUIET_SEC = 5.0
+#: Seconds after which a publisher that was killed is not listed any more (Fast DDS: 20).
+LISTED_SEC = 30.0
 #: Seconds between two log lines about the same trouble.
 REPEAT_SEC = 30.0
 #: Seconds that the `encode` service waits for an encoding at most.
@@ -160,6 +167,9 @@ class _Camera:
     reliability: ReliabilityPolicy = ReliabilityPolicy.RELIABLE
     subscription: Subscription | None = None
     arrivals: deque[float] = field(default_factory=lambda: deque(maxlen=256))
+    senders: Senders = field(default_factory=Senders)
+    numbered: bool = False  # whether the middleware tells the number that the sender gave a message
+    several_since: float | None = None  # since when more than one publisher is listed
     complaint: str = ""
 
     def rate_hz(self, now: float) -> float:
@@ -476,7 +486,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         camera.subscription = self.create_subscription(
             camera.message_type,
             camera.topic,
-            functools.partial(self._on_image, camera),
+            lambda message, info: self._on_image(camera, message, info),
             QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=HISTORY, reliability=reliability),
             event_callbacks=SubscriptionEventCallbacks(incompatible_qos=lambda _event: self._qos_mismatch.trigger()),
             qos_overriding_options=QoSOverridingOptions(policies),
@@ -504,11 +514,24 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                     self.get_logger().info(f"camera {camera.name}: publishers offer {wanted.short_key}, so it is taken")
                     self._subscribe(camera, wanted)
 
-    def _on_image(self, camera: _Camera, message: Image | CompressedImage) -> None:
-        stamp = message.header.stamp
-        pipeline = self._pipeline
-        if pipeline is not None and pipeline.add(camera.name, stamp.sec * 10**9 + stamp.nanosec, message):
-            camera.arrivals.append(time.monotonic())
+    def _on_image(
+        self, camera: _Camera, message: Image | CompressedImage, info: MessageInfo | None = None
+    ) -> None:
+        pipeline, stamp, now = self._pipeline, message.header.stamp, time.monotonic()
+        if pipeline is None:
+            return
+        try:
+            check_header(message.header)
+        except ValueError as error:
+            taken = pipeline.refuse(camera.name, str(error))
+        else:
+            taken = pipeline.add(camera.name, stamp.sec * 10**9 + stamp.nanosec, message)
+        if taken:
+            camera.arrivals.append(now)
+            number = None if info is None else info["publication_sequence_number"]
+            camera.numbered = number is not None
+            if camera.numbered:
+                camera.senders.add(number, now)
 
     def _on_encode(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         if (pipeline := self._pipeline) is None:
@@ -545,17 +568,17 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             if complaint and not camera.complaint:
                 self.get_logger().warning(f"camera {camera.name}: {complaint}")
             elif camera.complaint and not complaint:
-                self.get_logger().info(f"camera {camera.name}: frames arrive")
+                self.get_logger().info(f"camera {camera.name}: frames arrive, and from one publisher")
             camera.complaint = complaint
         self._watch_sets(now)
         self._publish_diagnostics(now)
 
     def _complaint(self, camera: _Camera, now: float) -> str:
         """What is wrong with a camera and what to do about it; empty if nothing is."""
-        if min(camera.age_sec(now), now - camera.since) < QUIET_SEC:
-            return ""
         topic = self.resolve_topic_name(camera.topic)
         publishers = self.get_publishers_info_by_topic(camera.topic)
+        if min(camera.age_sec(now), now - camera.since) < QUIET_SEC:
+            return self._several_complaint(camera, topic, publishers, now)
         other = topic.removesuffix("/compressed") if topic.endswith("/compressed") else f"{topic}/compressed"
         if not publishers:
             if self.count_publishers(other):
@@ -580,6 +603,24 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         return (
             f"{topic} has a publisher, but no frame arrives: does the camera capture? Does qos_overrides ask for more "
             "than it offers?"
+        )
+
+    def _several_complaint(
+        self, camera: _Camera, topic: str, publishers: list[TopicEndpointInfo], now: float
+    ) -> str:
+        """That several publishers send on a camera's topic. One that is only listed may have been killed, or be idle."""
+        if len(publishers) < 2:
+            camera.several_since = None
+            return ""
+        camera.several_since = camera.several_since or now
+        # Cyclone DDS tells no numbers: there, one that is listed for long is believed to send.
+        listed_long = not camera.numbered and camera.arrivals and now - camera.several_since > LISTED_SEC
+        if not camera.senders.take_turns(now) and not listed_long:
+            return ""
+        names = ", ".join(sorted(f"{info.node_namespace.rstrip('/')}/{info.node_name}" for info in publishers))
+        return (
+            f"{len(publishers)} publishers send on {topic} ({names}): their pictures alternate as one view. Stop one, or "
+            f"remap its topic and name it in `cameras`"
         )
 
     def _watch_sets(self, now: float) -> None:
