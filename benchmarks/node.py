@@ -4,7 +4,7 @@
     python benchmarks/node.py --sizes 1920x1080 --encodings rgb8 jpeg --views 1 2 --rates 2 --seconds 20
     python benchmarks/node.py --reception --json reception.json               # a picture as message, raw bytes, JPEG
 
-The node runs the preset `small` (random weights) on the CPU unless --model and --device say otherwise. Pictures are
+The node runs the preset `small` (random weights), where device and compute_dtype `auto` put it. Pictures are
 noise-free gradients with the sensor's noise on top, stamped with the monotonic clock, which the processes of one
 machine share: age is from just before a set's first picture is published until `TokenSubscriber.wait` returns its
 tokens. Stages are the node's own figures, from /diagnostics; `overhead` is from the callback of the set's last picture
@@ -37,6 +37,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "test"), str(ROOT / "benchmarks")]
 
 from ros_domain import free_domain, ros_environment  # noqa: E402
 from transport import PROFILE, PROFILE_VARIABLES, percentile, processor  # noqa: E402
+
+from vla_perception.cli import add_placement  # noqa: E402
 
 CAMERAS = ("front", "wrist", "left", "right")
 ENCODINGS = ("rgb8", "bgr8", "mono8", "yuv422_yuy2", "jpeg")
@@ -308,8 +310,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float, default=[2.0], help="sets per second")
     parser.add_argument("--transports", nargs="+", default=["topic", "shared_memory"], choices=("topic", "shared_memory"))
     parser.add_argument("--model", default="small")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compute-dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    add_placement(parser)
     parser.add_argument("--seconds", type=float, default=10.0, help="per case")
     parser.add_argument("--start-sec", type=float, default=120.0, help="the node may take so long until it subscribes")
     parser.add_argument("--warm-up", type=int, default=5, help="sets before those that count")
@@ -336,8 +337,8 @@ def main() -> None:
         print("| " + " | ".join(map(str, shown.values())) + " |", flush=True)
         rows.append(row)
     if options.json:
-        result = {"machine": processor(), "model": options.model, "device": options.device, "compute_dtype": options.compute_dtype}
-        result["cases"] = rows
+        asked = {name: getattr(options, name) for name in ("model", "device", "compute_dtype")}
+        result = {"machine": processor()} | asked | {"cases": rows}
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
 """What a choice of tokens keeps: how exactly a linear layer reads an object's position from them, and what a projector mixes.
 
     python benchmarks/token_choices.py                                  # the preset `small`, random weights
-    python benchmarks/token_choices.py --model openvla/openvla-7b --device cuda --compute-dtype bfloat16
+    python benchmarks/token_choices.py --model openvla/openvla-7b
     python benchmarks/token_choices.py --figure docs/images/choices.png
 
 A disc lies at random places on a photograph. From the tokens of one part of the pictures a ridge regression learns
@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
+from vla_perception.cli import add_placement  # noqa: E402
 from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
 from vla_perception.tokenizer.projector import Projector  # noqa: E402
 from vla_perception.tokenizer.tokenizer import random_weight  # noqa: E402
@@ -111,8 +112,7 @@ def _heat(change: np.ndarray, side: int) -> Image.Image:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="small")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compute-dtype", default="float32")
+    add_placement(parser)
     parser.add_argument("--pictures", type=int, default=1000, help="a quarter of them is told, not learned")
     parser.add_argument("--figure", type=Path, metavar="PNG", help="draw what changes when the disc moves, and end")
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """The tokenizer alone, for cameras that already run.
 
-ros2 launch vla_perception tokenizer.launch.py cameras:=front,wrist model:=/models/openvla-7b device:=cuda
+ros2 launch vla_perception tokenizer.launch.py cameras:=front,wrist model:=/models/openvla-7b
 ros2 launch vla_perception tokenizer.launch.py cameras:=front=/camera/camera/color/image_raw
 """
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import signal
+import sys
 import tempfile
 import threading
 
@@ -35,6 +36,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         skips["ros"] = "needs rclpy: pip install '.[ros]', or a sourced ROS 2"
     if any(item.get_closest_marker("gpu") for item in items) and not _has_gpu():
         skips["gpu"] = "needs a CUDA device"
+    if "gpu" not in skips and "torch" in sys.modules:
+        _keep_to_the_cpu()
     for item in items:
         for marker, reason in skips.items():
             if item.get_closest_marker(marker):
@@ -47,6 +50,16 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def _keep_to_the_cpu() -> None:
+    """With a GPU: device `auto` is the CPU as where there is none; tests of the GPU name it."""
+    if importlib.util.find_spec("timm") is not None and _has_gpu():
+        import torch
+
+        from vla_perception.tokenizer import devices
+
+        devices._first_that_works = lambda: (torch.device("cpu"), "a test", [])
 
 
 @pytest.fixture

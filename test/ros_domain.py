@@ -132,7 +132,8 @@ class RosProcess:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             text=True,
-            env=ros_environment(domain, extra),
+            # What leaves the device open computes on the CPU in a test, also where there is a GPU (conftest.py).
+            env=ros_environment(domain, {"CUDA_VISIBLE_DEVICES": "", **(extra or {})}),
         )
         self._lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)

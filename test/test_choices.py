@@ -149,13 +149,13 @@ def test_the_node_and_the_command_offer_what_the_tokenizer_takes():
     from vla_perception.messages import tokens
     from vla_perception.nodes.visual_tokenizer import SETTINGS
     from vla_perception.tokenizer import presets, runtime
-    from vla_perception.tokenizer.tokenizer import COMPUTE_DTYPES
+    from vla_perception.tokenizer.devices import COMPUTE_DTYPES
 
     taken = {
         "token_strategy": presets.TOKEN_STRATEGIES,
         "projector": presets.PROJECTORS,
         "runtime": runtime.RUNTIMES,
-        "compute_dtype": tuple(COMPUTE_DTYPES),
+        "compute_dtype": ("auto", *COMPUTE_DTYPES),
     }
     node = {name: tuple(filter(None, SETTINGS[name].choices)) for name in taken}  # "" is the model's own
     assert node == taken
@@ -175,7 +175,7 @@ def test_the_node_and_the_command_offer_what_the_tokenizer_takes():
         ("tokenize", "compute_dtype"): taken["compute_dtype"],
         ("describe", "token_strategy"): taken["token_strategy"],
         ("describe", "projector"): taken["projector"],
-        ("describe", "dtype"): taken["compute_dtype"],
+        ("describe", "dtype"): tuple(COMPUTE_DTYPES),
         ("bench", "compute_dtype"): taken["compute_dtype"],
     }
 

@@ -201,6 +201,21 @@ def test_cameras_and_remappings(launch_file):
         module.run(params_file="/nowhere.yaml")
 
 
+def test_the_device_and_the_precision_are_left_open_unless_given(launch_file):
+    """The file's `auto` reaches the node, which hands it to the tokenizer (test_devices.py)."""
+    launch = launch_file("tokenizer.launch.py")
+    (node,) = kinds(launch.run(cameras="front", model="openvla-7b"), "Node")
+    assert not {"device", "compute_dtype"} & set(parameters_of(node))
+    file = yaml.safe_load(Path(node.kwargs["parameters"][0]).read_text())["/**/visual_tokenizer"]["ros__parameters"]
+    assert (file["device"], file["compute_dtype"]) == ("auto", "auto")
+    for name in FILES:
+        arguments = launch_file(name).arguments
+        assert {"device", "compute_dtype"} <= set(arguments), name
+    (node,) = kinds(launch.run(cameras="front", device="cuda:1", compute_dtype="float16"), "Node")
+    given = parameters_of(node)
+    assert (given["device"], given["compute_dtype"]) == ("cuda:1", "float16")
+
+
 def test_the_fast_dds_profile_can_be_left_out_and_is_not_replaced(launch_file):
     module = launch_file("tokenizer.launch.py")
     assert not kinds(module.run(fastdds_profile="false"), "SetEnvironmentVariable")
@@ -361,7 +376,7 @@ def test_show_args(ros2, name):
         [ros2, "launch", "vla_perception", name, "--show-args"], capture_output=True, text=True, timeout=60
     )
     assert result.returncode == 0, result.stderr
-    for argument in ("model", "device", "params_file", "view", "fastdds_profile"):
+    for argument in ("model", "device", "compute_dtype", "params_file", "view", "fastdds_profile"):
         assert f"'{argument}':" in result.stdout
 
 

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import gc
 import os
+import re
 import signal
 import threading
 import time
@@ -684,8 +685,12 @@ def test_autostart_and_signals_while_it_loads_and_while_it_works():
         assert loading.stop(signal.SIGINT) == 0, loading.output
     with RosProcess([*autostart, "-p", "max_rate_hz:=3"], domain) as working:
         working.wait_for("ready after", 90)
+        where = re.search(r"\[visual_tokenizer\]: computes on (\S+) in (\w+): ", working.output)
+        assert where and f"on {where[1]} in {where[2]}\n" in working.output  # also in the line that it is ready
         robot = Robot(domain, working)
         try:
+            told = wait_until(lambda: robot.diagnostics and robot.diagnostics[-1].get("model"), 10, "diagnostics")
+            assert (told["device"], told["compute_dtype"]) == where.groups()
             wait_until(lambda: robot.state == "active", 10, "active")
             robot.subscribe()
             for i in range(100):
@@ -693,7 +698,7 @@ def test_autostart_and_signals_while_it_loads_and_while_it_works():
                 if robot.tokens:
                     break
                 time.sleep(0.1)
-            assert robot.tokens
+            assert robot.tokens and robot.tokens[0].compute_dtype == where[2]
             assert working.stop(signal.SIGTERM) == 0, working.output
         finally:
             robot.close()

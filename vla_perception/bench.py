@@ -25,11 +25,12 @@ from torchvision.transforms import functional as transforms
 
 from vla_perception import __version__
 from vla_perception.tokenizer import VisualTokenizer
+from vla_perception.tokenizer.devices import COMPUTE_DTYPES
 from vla_perception.tokenizer.preprocess import letterbox_padding
 from vla_perception.tokenizer.presets import EncoderConfig
 from vla_perception.tokenizer.projector import Projector
 from vla_perception.tokenizer.runtime import PackedLinear, limit_threads, patches_as_products
-from vla_perception.tokenizer.tokenizer import COMPUTE_DTYPES, empty_network, random_weight
+from vla_perception.tokenizer.tokenizer import empty_network, random_weight
 
 #: Relative L2 distance of tokens from the plain way in float32 that rounding accounts for (docs/performance.md).
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -153,23 +154,23 @@ class _Clock:
 
 
 def run(
-    model: str, *, device: str, compute_dtype: str | None = None, runtime: str = "auto", views: Sequence[int] = (1,),
+    model: str, *, device: str = "auto", compute_dtype: str = "auto", runtime: str = "auto", views: Sequence[int] = (1,),
     baseline: bool = False, seconds: float = 30.0, json_file: Path | None = None,
 ) -> dict:  # fmt: skip
     """Measures, prints a report, writes `json_file`; returns what is written there.
 
     Args:
-        compute_dtype: None for bfloat16 on a GPU and float32 on a CPU.
+        device, compute_dtype: as `VisualTokenizer.load` takes them; the report has what ``auto`` came to.
         seconds: for each number of views.
 
     Raises:
         ValueError: the model cannot be loaded, or its tokens or pixel values are not those of the plain way.
     """
     limit_threads()
-    compute_dtype = compute_dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
     begun = time.perf_counter()
     tokenizer = VisualTokenizer.load(model, device=device, compute_dtype=compute_dtype, runtime=runtime)
     loading = time.perf_counter() - begun
+    compute_dtype = tokenizer.compute_dtype
     plain = PlainModel(tokenizer, COMPUTE_DTYPES[compute_dtype])
     # On a CPU in float32 the plain way is what is compared with: its weights need not be there twice.
     as_it_is = compute_dtype == "float32" and tokenizer.device.type == "cpu"

@@ -57,10 +57,7 @@ def _add_tokenize(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path, help="any picture file that PIL reads")
     add_model(parser)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument(
-        "--compute-dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="default: %(default)s"
-    )
+    add_placement(parser)
     parser.add_argument(
         "--output", default="tokens", choices=("tokens", "features"),
         help="tokens: after the projector; features: before it (default: %(default)s)",
@@ -74,6 +71,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help=MODEL_HELP)
     parser.add_argument("--adapter", metavar="DIRECTORY", help="LoRA adapter to add; none: not even the model's own")
     add_choices(parser)
+
+
+def add_placement(parser: argparse.ArgumentParser) -> None:
+    """The options that say where and in what precision a model computes."""
+    parser.add_argument(
+        "--device", default="auto", metavar="DEVICE",
+        help="auto, cpu, cuda or cuda:N; auto: a CUDA device that works, otherwise the CPU (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compute-dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto: bfloat16 on CUDA (float16 before Ampere), float32 on a CPU (default: %(default)s)",
+    )  # fmt: skip
 
 
 def add_choices(parser: argparse.ArgumentParser) -> None:
@@ -175,7 +184,7 @@ def _tokenize(options: argparse.Namespace) -> None:
     metadata = tokenizer.metadata() | {"images": [str(path) for path in options.images]}
     save_file({options.output: result}, options.out, metadata={"vla_perception": json.dumps(metadata, sort_keys=True)})
     print(
-        f"{options.out}: {options.output} {list(result.shape)} {options.compute_dtype}, "
+        f"{options.out}: {options.output} {list(result.shape)} {tokenizer.compute_dtype}, "
         f"{tokenizer.model} ({tokenizer.weights} weights), fingerprint {tokenizer.fingerprint[:12]}"
     )
 
@@ -221,11 +230,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         "else does not depend on it only at the top level. docs/performance.md says what the keys mean.",
     )
     parser.add_argument("--model", required=True, help="whatever `tokenize` takes; presets have random weights")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument(
-        "--compute-dtype", choices=("float32", "bfloat16", "float16"),
-        help="default: float32 on a CPU, bfloat16 on a GPU",
-    )  # fmt: skip
+    add_placement(parser)
     parser.add_argument(
         "--runtime", default="auto", help="auto, eager, onednn, graph or compile (docs/performance.md)"
     )

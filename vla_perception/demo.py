@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from vla_perception.bags import COMPRESSED_IMAGE, Bag, BagError, BagMessage
+from vla_perception.cli import add_placement
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("decode", "preprocess", "encode", "publish")
@@ -547,8 +548,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bag", default=str(ROOT / "examples" / "sample_bag"), help="folder, .mcap or .db3")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for report.json and tokens.png")
     parser.add_argument("--rate", type=float, default=1.0, help="speed of the replay")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compute-dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    add_placement(parser)
     parsed = parser.parse_args(arguments)
     if parsed.rate <= 0:
         parser.error("--rate must be above 0")

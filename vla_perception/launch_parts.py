@@ -60,7 +60,17 @@ def tokenizer_arguments(**replaced: DeclareLaunchArgument | None) -> list[Declar
             "weights. Empty: as in params_file.",
         ),
         "device": DeclareLaunchArgument(
-            "device", default_value="", description="cpu, cuda or cuda:N. Empty: as in params_file."
+            "device",
+            default_value="",
+            description="auto (a CUDA device that works, otherwise the CPU), cpu, cuda or cuda:N. Empty: as in "
+            "params_file, which has auto unless it is another file.",
+        ),
+        "compute_dtype": DeclareLaunchArgument(
+            "compute_dtype",
+            default_value="",
+            choices=["", "auto", "float32", "bfloat16", "float16"],
+            description="Precision of encoders and projector; auto: bfloat16 on CUDA (float16 before Ampere), float32 "
+            "on a CPU. Empty: as in params_file, which has auto unless it is another file.",
         ),
         "params_file": DeclareLaunchArgument(
             "params_file",
@@ -187,7 +197,7 @@ def tokenizer(
     if not params_file.is_file():
         raise ValueError(f"params_file:={params_file}: there is no such file")
     sim = is_true(context, "use_sim_time") if use_sim_time is None else use_sim_time
-    given: dict[str, Any] = {key: argument(context, key) for key in ("model", "device") if argument(context, key)}
+    given: dict[str, Any] = {key: argument(context, key) for key in ("model", "device", "compute_dtype") if argument(context, key)}
     if image_transport:
         given["image_transport"] = image_transport
     shared = {key: given[key] for key in ("image_transport",) if key in given}

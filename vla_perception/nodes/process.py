@@ -7,6 +7,7 @@ everything is torn down in one order on the main thread.
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import signal
@@ -24,6 +25,7 @@ from rclpy.executors import (
     SingleThreadedExecutor,
     TimeoutException,
 )
+from rclpy.impl.rcutils_logger import RcutilsLogger
 from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
@@ -35,6 +37,23 @@ Stop = Callable[[int], None]
 GRACE_SEC = 5.0
 #: Seconds that a callback may wait for a thread before others are looked for.
 _BUSY_SEC = 0.1
+
+
+class RosLogHandler(logging.Handler):
+    """What Python modules log, as log lines of a node: on its screen, in its file and on /rosout."""
+
+    def __init__(self, logger: RcutilsLogger) -> None:
+        super().__init__()
+        self._logger = logger
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # A call for each: rclpy does not let one line of code log at two severities.
+        if record.levelno >= logging.ERROR:
+            self._logger.error(self.format(record))
+        elif record.levelno >= logging.WARNING:
+            self._logger.warning(self.format(record))
+        else:
+            self._logger.info(self.format(record))
 
 
 def run_node(make_node: Callable[[Stop], Node], args: Sequence[str] | None = None, *, threads: int = 1) -> int:

@@ -42,7 +42,7 @@ from vla_perception.messages import images
 from vla_perception.messages.tokens import check_header
 from vla_perception.nodes.parameters import declare
 from vla_perception.nodes.pipeline import FAILURES, STAGES, Pipeline
-from vla_perception.nodes.process import GRACE_SEC, Stop, run_node
+from vla_perception.nodes.process import GRACE_SEC, RosLogHandler, Stop, run_node
 from vla_perception.nodes.synchronizer import HISTORY, POLICIES, SetSynchronizer
 from vla_perception.nodes.token_publisher import TokenPublisher
 
@@ -109,8 +109,15 @@ SETTINGS: dict[str, _Setting] = {
         choices=("", "linear", "gelu-mlp", "fused-gelu-mlp", "none"),
     ),
     "pool": _Setting(1, "k: k × k neighbouring patch tokens are averaged into one.", 1, 64),
-    "device": _Setting("cpu", "Where encoders and projector run: cpu, cuda or cuda:N."),
-    "compute_dtype": _Setting("float32", "Precision of encoders and projector.", choices=DTYPES),
+    "device": _Setting(
+        "auto",
+        "Where encoders and projector run: cpu, cuda or cuda:N; auto: a CUDA device that works, otherwise the CPU.",
+    ),
+    "compute_dtype": _Setting(
+        "auto",
+        "Precision of encoders and projector; auto: bfloat16 on CUDA (float16 before Ampere), float32 on a CPU.",
+        choices=("auto", *DTYPES),
+    ),
     "runtime": _Setting(
         "auto",
         "How the network runs: auto; eager; onednn (CPU); graph (CUDA graphs); compile (torch.compile, which takes a "
@@ -222,6 +229,10 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         self._told: dict[str, float] = {}
         self._failures: dict[str, int] = {}
 
+        # What the tokenizer says: where it computes and why, how far a download is, what it assumes.
+        self._log_handler = RosLogHandler(self.get_logger())
+        logging.getLogger("vla_perception").addHandler(self._log_handler)
+
         self._settings: dict[str, object] = {}
         for name, setting in SETTINGS.items():
             self._settings[name] = _checked(name, self._declare(name, setting))
@@ -320,6 +331,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         if (pipeline := self._pipeline) is not None:
             pipeline.close(GRACE_SEC)
         self._tokens.close_shared_memory()
+        logging.getLogger("vla_perception").removeHandler(self._log_handler)
         gc.unfreeze()  # or Triton complains about what Python never takes apart
 
     def _autostart(self) -> None:
@@ -338,7 +350,8 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         settings = dict(self._settings)
         views = len(settings["cameras"])
         self.get_logger().info(
-            f"loading {settings['model']} on {settings['device']} in {settings['compute_dtype']}, {views} camera(s)"
+            f"loading {settings['model']} (device {settings['device']}, compute_dtype {settings['compute_dtype']}), "
+            f"{views} camera(s)"
         )
         result: list[VisualTokenizer | BaseException] = []
         took: list[float] = []
@@ -405,12 +418,11 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             )
         for note in tokenizer.notes:
             self.get_logger().info(note)
-        if tokenizer.runtime_fallback:
-            self.get_logger().warning(f"runtime {tokenizer.runtime}, which is slower: {tokenizer.runtime_fallback}")
         self.get_logger().info(
             f"ready after {sum(took):.1f} s ({took[0]:.1f} s loading, {took[1]:.1f} s warm-up): {tokenizer.model} "
             f"({tokenizer.weights} weights), {tokenizer.tokens_per_view} tokens × {tokenizer.channels} channels per "
-            f"view, fingerprint {tokenizer.fingerprint[:12]}, runtime {tokenizer.runtime}"
+            f"view, fingerprint {tokenizer.fingerprint[:12]}, runtime {tokenizer.runtime} on {tokenizer.device} in "
+            f"{tokenizer.compute_dtype}"
         )
         return tokenizer
 
@@ -734,9 +746,10 @@ def _checked(name: str, value: object) -> object:
 
 def main(args: list[str] | None = None) -> int:
     """Executable `visual_tokenizer`; returns its exit code."""
-    # What the tokenizer says while it loads: how far a download is, and what it assumes.
     logging.basicConfig(format="%(name)s: %(message)s")
-    logging.getLogger("vla_perception").setLevel(logging.INFO)
+    own = logging.getLogger("vla_perception")  # goes through the node's logger
+    own.setLevel(logging.INFO)
+    own.propagate = False
     # Transitions, parameters and images, the service `encode`, and one to spare for the states.
     return run_node(VisualTokenizerNode, args, threads=4)
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from vla_perception.tokenizer.devices import COMPUTE_DTYPES
 from vla_perception.tokenizer.encoders import PatchEncoder
 from vla_perception.tokenizer.presets import PRESETS, EncoderConfig, ModelConfig, encoder_name, per_encoder
-from vla_perception.tokenizer.tokenizer import COMPUTE_DTYPES, empty_network
+from vla_perception.tokenizer.tokenizer import empty_network
 
 
 @dataclass(frozen=True)

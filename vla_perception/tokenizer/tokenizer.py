@@ -16,6 +16,7 @@ from torch import nn
 
 from vla_perception.tokenizer.checkpoint import Checkpoint, CheckpointError, WeightsDigest, fingerprint, merged
 from vla_perception.tokenizer.device_preprocess import FILTERS, DevicePreprocessor
+from vla_perception.tokenizer.devices import COMPUTE_DTYPES, Placement, place
 from vla_perception.tokenizer.encoders import PatchEncoder
 from vla_perception.tokenizer.layouts import open_model
 from vla_perception.tokenizer.prepare import Prepare, compose
@@ -25,8 +26,6 @@ from vla_perception.tokenizer.projector import Projector
 from vla_perception.tokenizer.runtime import make_runtime
 
 log = logging.getLogger(__name__)
-
-COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class VisualTokenizer:
         model: its name.
         weights: ``"checkpoint"`` or ``"random"``.
         notes: sentences for the user about where the weights come from.
-        device, compute_dtype: where and in what precision encoders and projector run.
+        device, compute_dtype: where and in what precision encoders and projector run; never ``auto``.
         network: encoders and projector. The runtime may change its modules when it first runs.
         grid: (rows, columns) of patch tokens, after pooling.
         channels: width of a token; `feature_channels` is the width before the projector.
@@ -172,8 +171,8 @@ class VisualTokenizer:
         cls,
         model: str | os.PathLike,
         *,
-        device: str = "cpu",
-        compute_dtype: str = "float32",
+        device: str = "auto",
+        compute_dtype: str = "auto",
         runtime: str = "auto",
         seed: int = 0,
         adapter: str | os.PathLike | None = None,
@@ -182,6 +181,7 @@ class VisualTokenizer:
         """A preset's name for random weights (drawn from `seed`), or anything that `from_checkpoint` takes.
 
         Args:
+            device, compute_dtype: see `devices.place`; what ``auto`` came to is in the attributes, and in the log.
             runtime: how the network runs on the device, one of `runtime.RUNTIMES`.
 
         Raises:
@@ -204,8 +204,8 @@ class VisualTokenizer:
         model: str | os.PathLike,
         *,
         adapter: str | os.PathLike | None = None,
-        device: str = "cpu",
-        compute_dtype: str = "float32",
+        device: str = "auto",
+        compute_dtype: str = "auto",
         runtime: str = "auto",
         **choices: object,
     ) -> VisualTokenizer:
@@ -223,7 +223,7 @@ class VisualTokenizer:
             CheckpointError: files are missing, damaged, or do not fit; lists the tensors at fault.
             ValueError: choices that make no sense; says why.
         """
-        target, dtype = _check_device(device), _check_dtype(compute_dtype)
+        placement = _place(device, compute_dtype)
         checkpoint, resizable = open_model(model, adapter, choices.get("image_size"))
         if resizable:  # its position embeddings are resampled already
             choices.pop("image_size", None)
@@ -240,7 +240,7 @@ class VisualTokenizer:
         cache = checkpoint.digest_cache(names)
         known = cache.read_text().strip() if cache is not None and cache.is_file() else ""
         digest = None if re.fullmatch("[0-9a-f]{64}", known) else WeightsDigest()
-        _fill(network, names, checkpoint.read(names), digest, target, dtype)
+        _fill(network, names, checkpoint.read(names), digest, placement.device, placement.dtype)
         if digest is not None:
             known = digest.hexdigest()
         if digest is not None and cache is not None:
@@ -256,7 +256,7 @@ class VisualTokenizer:
             network,
             weights="checkpoint",
             weights_digest=known,
-            compute_dtype=compute_dtype,
+            compute_dtype=placement.compute_dtype,
             runtime=runtime,
             notes=checkpoint.notes,
         )
@@ -268,8 +268,8 @@ class VisualTokenizer:
         *,
         weights: str = "random",
         seed: int = 0,
-        device: str = "cpu",
-        compute_dtype: str = "float32",
+        device: str = "auto",
+        compute_dtype: str = "auto",
         runtime: str = "auto",
         **choices: object,
     ) -> VisualTokenizer:
@@ -282,7 +282,7 @@ class VisualTokenizer:
             raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
         if weights != "random":
             raise ValueError(f"presets have random weights only, not {weights!r}; use from_checkpoint for trained ones")
-        target, dtype = _check_device(device), _check_dtype(compute_dtype)
+        placement = _place(device, compute_dtype)
         config = PRESETS[name].choose(trained=False, **choices)
         network = empty_network(config)
         names = network.canonical_tensors()
@@ -290,13 +290,13 @@ class VisualTokenizer:
         shapes = {canonical: tuple(state[inner].shape) for canonical, inner in names.items()}
         digest = WeightsDigest()
         drawn = ((canonical, {"": random_weight(canonical, shapes[canonical], seed)}) for canonical in sorted(names))
-        _fill(network, names, drawn, digest, target, dtype)
+        _fill(network, names, drawn, digest, placement.device, placement.dtype)
         return cls(
             config,
             network,
             weights="random",
             weights_digest=digest.hexdigest(),
-            compute_dtype=compute_dtype,
+            compute_dtype=placement.compute_dtype,
             runtime=runtime,
         )
 
@@ -481,17 +481,9 @@ def _fill(
     network.requires_grad_(False)
 
 
-def _check_dtype(name: str) -> torch.dtype:
-    if name not in COMPUTE_DTYPES:
-        raise ValueError(f"unknown compute dtype {name!r}; choose one of {', '.join(COMPUTE_DTYPES)}")
-    return COMPUTE_DTYPES[name]
-
-
-def _check_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used ({reason}); choose cpu, cuda or cuda:N") from error
-    return device
+def _place(device: str, compute_dtype: str) -> Placement:
+    placement = place(device, compute_dtype)
+    log.info("computes on %s", placement)
+    for warning in placement.warnings:
+        log.warning("%s", warning)
+    return placement

@@ -1,0 +1,130 @@
+"""Where a tokenizer computes and in what precision, where the user leaves it open: ``auto``.
+
+``device: auto`` is the first CUDA device on which an operation succeeds, otherwise the CPU; ``compute_dtype: auto`` is
+what the device multiplies fastest at a precision that models are evaluated in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: Compute capability from which on CUDA devices (Ampere) multiply bfloat16.
+_BFLOAT16_CAPABILITY = (8, 0)
+#: There with NVIDIA's driver: then a machine has a GPU, whatever PyTorch says. The second one is Jetson's.
+_DRIVER_FILES = (Path("/dev/nvidiactl"), Path("/dev/nvhost-ctrl-gpu"))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and in what precision a tokenizer computes.
+
+    Attributes:
+        device: a device on which an operation has succeeded.
+        compute_dtype: a key of `COMPUTE_DTYPES`.
+        reason: why it is these, as part of a sentence.
+        warnings: sentences about what this choice costs, or what keeps a GPU from being used.
+    """
+
+    device: torch.device
+    compute_dtype: str
+    reason: str
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return COMPUTE_DTYPES[self.compute_dtype]
+
+    def __str__(self) -> str:
+        return f"{self.device} in {self.compute_dtype}: {self.reason}"
+
+
+def place(device: str = "auto", compute_dtype: str = "auto") -> Placement:
+    """The device and the precision for what a user asks for; a short operation is run on the device.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; other devices of PyTorch's are taken as they are.
+        compute_dtype: ``auto``, or a key of `COMPUTE_DTYPES`. ``auto`` is bfloat16 on CUDA from compute capability 8.0
+            (Ampere) on, float16 before, and float32 on a CPU.
+
+    Raises:
+        ValueError: no such precision, or a device that does not work; says why.
+    """
+    if compute_dtype != "auto" and compute_dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"unknown compute dtype {compute_dtype!r}; choose one of auto, {', '.join(COMPUTE_DTYPES)}")
+    if device == "auto":
+        target, reason, warnings = _first_that_works()
+    else:
+        target, reason, warnings = _checked(device), "as asked for", []
+    chosen = compute_dtype
+    if target.type == "cuda":
+        capability = torch.cuda.get_device_capability(target)
+        reason = f"{torch.cuda.get_device_name(target)}, compute capability {'.'.join(map(str, capability))}, {reason}"
+        half = "bfloat16" if capability >= _BFLOAT16_CAPABILITY else "float16"
+        if compute_dtype == "auto":
+            chosen = half
+        elif compute_dtype == "float32":
+            warnings.append(
+                f"compute_dtype float32 on {target} takes some 4 to 6 times as long as {half} (an estimate) and twice "
+                f"the memory; auto or {half} is what models are evaluated in"
+            )
+        elif compute_dtype == "bfloat16" and half != "bfloat16":
+            warnings.append(
+                f"compute_dtype bfloat16 is slow on {target}, which has no instructions for it (compute capability 8.0 "
+                "has); take auto or float16"
+            )
+    elif compute_dtype == "auto":
+        chosen = "float32"
+    return Placement(target, chosen, reason, tuple(warnings))
+
+
+def _first_that_works() -> tuple[torch.device, str, list[str]]:
+    """The device for ``auto``, why it is that one, and warnings if there is a GPU and it is not used."""
+    failures = []
+    try:
+        torch.cuda.init()
+        count = torch.cuda.device_count()
+    except (RuntimeError, AssertionError) as error:
+        count, failures = 0, [_first_line(error)]
+    for index in range(count):
+        device = torch.device("cuda", index)
+        try:
+            _operate(device)
+        except (RuntimeError, AssertionError) as error:
+            failures.append(f"{device}: {_first_line(error)}")
+            continue
+        reason = "the first CUDA device that works" if failures else "a CUDA device that works"
+        return device, reason, [f"not used: {failure}" for failure in failures]
+    because = "; ".join(failures) or "PyTorch finds no CUDA device"
+    if count or any(file.exists() for file in _DRIVER_FILES):
+        warning = f"this machine has a GPU that cannot be used, so tokens are computed on the CPU, slowly: {because}"
+        return torch.device("cpu"), "no CUDA device works", [warning]
+    return torch.device("cpu"), f"no CUDA device ({because})", []
+
+
+def _checked(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            torch.cuda.init()
+            device = torch.device("cuda", torch.cuda.current_device())
+        _operate(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {name!r} cannot be used ({_first_line(error)}); choose auto, cpu, cuda or cuda:N"
+        ) from error
+    return device
+
+
+def _operate(device: torch.device) -> None:
+    """Allocates, computes and reads back; fails where a driver is too old, a kernel is missing or memory is taken."""
+    if torch.ones(2, device=device).sum().item() != 2.0:
+        raise RuntimeError("it computes 1 + 1 wrong")
+
+
+def _first_line(error: BaseException) -> str:
+    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return line[:300].rstrip(".")
