@@ -1,6 +1,7 @@
 """The design's choices, each against timm's own modules or another library's operations."""
 
 import argparse
+import inspect
 
 import numpy as np
 import pytest
@@ -141,6 +142,17 @@ def test_shapes_without_weights(name, choices, tokens, channels):
         pixels = [torch.empty(2, 3, encoder.image_size, encoder.image_size) for encoder in config.encoders]
         features, projected = network(pixels)
     assert features.shape == (2, tokens, channels) and projected.shape == (2, tokens, config.output_channels)
+
+
+def test_a_locked_model_locks_all_that_it_is_loaded_with():
+    pytest.importorskip("rclpy")
+    from vla_perception.nodes.visual_tokenizer import MODEL, SETTINGS
+    from vla_perception.tokenizer import VisualTokenizer
+    from vla_perception.tokenizer.presets import ModelConfig
+
+    taken = {*inspect.signature(VisualTokenizer.load).parameters, *inspect.signature(ModelConfig.choose).parameters}
+    assert set(MODEL) == taken - {"self", "seed", "choices", "trained"}
+    assert all(not SETTINGS[name].live for name in MODEL)
 
 
 def test_the_node_and_the_command_offer_what_the_tokenizer_takes():

@@ -305,6 +305,10 @@ def test_parameters(robot):
     assert "one of float32" in robot.set(compute_dtype="int8")
     assert "different names" in robot.set(cameras=["front", "front"])
     assert "no name" in robot.set(cameras=["front camera"])
+    assert "at most 64 names" in robot.set(cameras=[f"camera{i}" for i in range(65)])
+    assert "at most 200 characters" in robot.set(cameras=["x" * 201])
+    for name in ("adapter", "encoders", "sync_slop_sec", "cameras"):  # None: rclpy would take the parameter away
+        assert robot.set(**{name: None}), name
     assert robot.set(max_rate_hz=-1.0)
     assert not robot.set(max_rate_hz=5)  # an integer will do for a number
     robot.start(subscribe=False)
@@ -608,7 +612,33 @@ def test_model_and_timing_are_told(robot):
         assert 0 < p50 <= p95 <= p99
 
 
-# Within this process: what a model rarely does
+# Within this process: what a model rarely does, and who may set what
+
+
+def test_a_locked_model_is_settled_for_the_process():
+    from vla_perception.nodes.visual_tokenizer import MODEL, SETTINGS, VisualTokenizerNode
+
+    domain, context = free_domain(), rclpy.Context()
+    with in_domain(domain):
+        rclpy.init(args=["--ros-args", "-p", "model_locked:=true"], context=context, domain_id=domain)
+        node = VisualTokenizerNode(lambda _code: None, context=context)
+    try:
+        for configured in (False, True, False):
+            node._configured = configured
+            for name in MODEL:
+                (result,) = node.set_parameters([Parameter(name, value=SETTINGS[name].default)])
+                assert not result.successful and f"{name} keeps the value" in result.reason
+                assert "model_locked is true" in result.reason
+            together = [Parameter("max_rate_hz", value=3.0), Parameter("model", value="base")]
+            assert not node.set_parameters_atomically(together).successful
+            assert node._settings["max_rate_hz"] == 0.0 and node._settings["model"] == "small"
+            assert not node.set_parameters([Parameter("model_locked", value=False)])[0].successful
+        assert node.set_parameters([Parameter("max_rate_hz", value=3.0)])[0].successful
+        assert node.set_parameters([Parameter("cameras", value=["wrist"])])[0].successful
+    finally:
+        node.close()
+        node.destroy_node()
+        context.try_shutdown()
 
 
 def test_an_encoding_that_fails_and_tokens_that_are_not_finite(monkeypatch):

@@ -95,6 +95,12 @@ def tokenizer_arguments(**replaced: DeclareLaunchArgument | None) -> list[Declar
             choices=BOOLEANS,
             description="Whether the tokenizer configures and activates itself; false where a lifecycle manager does.",
         ),
+        "model_locked": DeclareLaunchArgument(
+            "model_locked",
+            default_value="true",
+            choices=BOOLEANS,
+            description="Whether the tokenizer refuses another model, adapter, device, … while it runs, whoever asks.",
+        ),
         "log_level": DeclareLaunchArgument(
             "log_level",
             default_value="info",
@@ -211,7 +217,12 @@ def tokenizer(
             "visual_tokenizer",
             parameters=[
                 str(params_file),
-                typed(**given, autostart=is_true(context, "autostart"), use_sim_time=sim),
+                typed(
+                    **given,
+                    autostart=is_true(context, "autostart"),
+                    model_locked=is_true(context, "model_locked"),
+                    use_sim_time=sim,
+                ),
             ],
             remappings=remappings,
             # Without it nothing here is of use.

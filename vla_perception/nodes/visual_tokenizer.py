@@ -56,6 +56,14 @@ TRIGGERS = ("continuous", "on_request")
 # What the tokenizer knows by these names, written again here: importing it would import torch (test_choices.py compares).
 DTYPES = ("float32", "bfloat16", "float16")
 RUNTIMES = ("auto", "eager", "onednn", "graph", "compile")
+#: What decides which model is loaded and how it runs: settled for the life of the process where model_locked is true.
+MODEL = (
+    "model", "adapter", "encoders", "image_size", "prepare", "token_strategy", "projector", "pool", "device",
+    "compute_dtype", "runtime",
+)  # fmt: skip
+#: Cameras, and characters of a camera's name: more is a mistake, and a peer must not make the node warm up for it.
+MAX_CAMERAS = 64
+MAX_CAMERA_NAME = 200
 #: Seconds without a frame, or without a set, after which something is wrong.
 QUIET_SEC = 5.0
 #: Seconds after which a publisher that was killed is not listed any more (Fast DDS: 20).
@@ -236,6 +244,13 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         self._settings: dict[str, object] = {}
         for name, setting in SETTINGS.items():
             self._settings[name] = _checked(name, self._declare(name, setting))
+        self._model_locked = declare(
+            self,
+            "model_locked",
+            False,
+            "Whether what decides on the model (model, adapter, device, …) keeps for the life of the process the value that "
+            "it was started with, whoever asks.",
+        )
         autostart = declare(
             self, "autostart", False, "Whether the node configures and activates itself, or ends if it cannot."
         )
@@ -465,6 +480,12 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             setting = SETTINGS.get(parameter.name)
             if setting is None:
                 continue
+            if self._model_locked and parameter.name in MODEL:
+                return SetParametersResult(
+                    successful=False,
+                    reason=f"{parameter.name} keeps the value that the process was started with, because model_locked is "
+                    "true: start it with another one",
+                )
             if self._configured and not setting.live:
                 return SetParametersResult(
                     successful=False,
@@ -731,6 +752,11 @@ def _checked(name: str, value: object) -> object:
         cameras = list(value or [])
         if not cameras or len(set(cameras)) != len(cameras):
             raise ValueError(f"cameras must be one or more different names, got {cameras}")
+        if len(cameras) > MAX_CAMERAS or max(map(len, cameras)) > MAX_CAMERA_NAME:
+            raise ValueError(
+                f"cameras must be at most {MAX_CAMERAS} names of at most {MAX_CAMERA_NAME} characters, got {len(cameras)} "
+                f"of at most {max(map(len, cameras))}"
+            )
         for camera in cameras:
             if not all(part.isidentifier() and part.isascii() for part in camera.removeprefix("/").split("/")):
                 raise ValueError(
