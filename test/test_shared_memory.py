@@ -1,5 +1,6 @@
 """Tokens through shared memory: the same as by the topic, nothing twice, and whatever fails leaves the topic."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from fake_tokenizer import make_tokens
 from ros_domain import RosProcess, free_domain, ros_environment, wait_until
 
-from vla_perception.messages import shared_memory
+from vla_perception.messages import shared_memory, shared_memory_services
 from vla_perception.messages.shared_memory import (
     COMING,
     DEPTH,
@@ -123,9 +124,10 @@ def test_domains_do_not_mix(ends):
 @needs_iceoryx2
 def test_a_full_dev_shm_is_an_error_and_no_bus_error(ends, monkeypatch):
     writer = ends(TokenWriter)
-    free = shared_memory.os.statvfs("/dev/shm")
-    monkeypatch.setattr(shared_memory.os, "statvfs", lambda _path: shared_memory.os.statvfs_result((*free[:4], 0, *free[5:])))
-    with pytest.raises(SharedMemoryError, match="/dev/shm has 0 MiB left"):
+    free = os.statvfs("/dev/shm")
+    full = os.statvfs_result((*free[:4], 0, *free[5:]))
+    monkeypatch.setattr(shared_memory_services.os, "statvfs", lambda _path: full)
+    with pytest.raises(SharedMemoryError, match="/dev/shm has 0.0 MiB left"):
         writer.write(make_tokens(0))
 
 

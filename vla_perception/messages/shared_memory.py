@@ -13,29 +13,36 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import threading
 import weakref
 from collections.abc import Iterator
 
+from vla_perception.messages.shared_memory_services import (
+    COMING,
+    DEPTH,
+    LENT,
+    WRITTEN,
+    FileIsEmpty,
+    SharedMemoryError,
+    look_at_files,
+    look_before,
+    make_sure_of_room,
+    open_services,
+    take_pages,
+)
 from vla_perception.messages.tokens import SCHEMA, VisualTokens
 
-#: Sets that wait for a reader at most; then its oldest one makes room.
-DEPTH = 10
-#: Sets that a reader holds without having copied them at most.
-LENT = 4
-#: Readers of one topic. A reader that finds no place stays with the topic.
-READERS = 8
-#: Writers of one topic: one, its successor while sets grow, and a killed one whose remains were not removed yet.
-WRITERS = 4
-#: Event identifiers: a set was written; a writer has come, has gone, was found dead; a set is about to be written.
-WRITTEN, WRITER_CAME, WRITER_LEFT, WRITER_DIED, COMING = range(5)
-
-_FOLDER = "/dev/shm"
-
-
-class SharedMemoryError(RuntimeError):
-    """Shared memory cannot be used (any more); the text says why."""
+__all__ = [
+    "COMING",
+    "DEPTH",
+    "LENT",
+    "WRITTEN",
+    "SharedMemoryError",
+    "TokenReader",
+    "TokenWriter",
+    "missing",
+    "service_name",
+]
 
 
 def service_name(topic: str, domain: int) -> str:
@@ -72,43 +79,18 @@ class _Services:
     def __init__(self, topic: str, domain: int) -> None:
         if reason := missing():
             raise SharedMemoryError(reason)
-        import iceoryx2
-
+        name = service_name(topic, domain)
         with _told(f"no shared memory for {topic}"):
-            # Its advice goes to stderr and is about what is handled here; IOX2_LOG_LEVEL brings it back.
-            iceoryx2.set_log_level_from_env_or(iceoryx2.LogLevel.Fatal)
-            # SIGINT and SIGTERM are the process's own.
-            mode = iceoryx2.SignalHandlingMode.Disabled
-            self._node = iceoryx2.NodeBuilder.new().signal_handling_mode(mode).create(iceoryx2.ServiceType.Ipc)
-            name = iceoryx2.ServiceName.new(service_name(topic, domain))
-            self._sets = (
-                self._node.service_builder(name)
-                .publish_subscribe(iceoryx2.Slice[ctypes.c_uint8])
-                .max_publishers(WRITERS)
-                .max_subscribers(READERS)
-                .max_nodes(2 * (WRITERS + READERS))
-                .history_size(0)
-                .subscriber_max_buffer_size(DEPTH)
-                .subscriber_max_borrowed_samples(LENT + 1)
-                .enable_safe_overflow(True)
-                .open_or_create()
-            )
-            self._events = (
-                self._node.service_builder(name)
-                .event()
-                .max_notifiers(WRITERS + READERS)
-                .max_listeners(READERS)
-                .max_nodes(2 * (WRITERS + READERS))
-                .event_id_max_value(COMING)
-                .notifier_created_event(iceoryx2.EventId.new(WRITER_CAME))
-                .notifier_dropped_event(iceoryx2.EventId.new(WRITER_LEFT))
-                .notifier_dead_event(iceoryx2.EventId.new(WRITER_DIED))
-                .open_or_create()
-            )
+            look_before(name)
+            self._node, self._sets, self._events = open_services(name)
 
     def tidy(self) -> None:
         """Removes what killed processes have left. Until then they still count as readers and writers."""
         with _told("killed processes cannot be cleaned up after"):
+            try:
+                look_at_files()
+            except FileIsEmpty:
+                return  # a process that begins, or what a killed one has left; the next time tells
             if (node := self._node) is not None:
                 node.try_cleanup_dead_nodes()
 
@@ -147,11 +129,13 @@ class TokenWriter(_Services):
             self._notifier.notify_with_custom_event_id(self._coming)
             parts = tokens.to_parts()
             size = sum(map(len, parts))
+            make_sure_of_room(0)  # headers and connections to new readers take some
             if size > self._capacity:
                 self._grow(size)
             loan = self._publisher.loan_slice_uninit(size)
             if size > self._filled.get(loan.payload_ptr, 0):
-                _make_sure_of_room(size)
+                make_sure_of_room(size)
+                take_pages(loan.payload_ptr, size)
                 self._filled[loan.payload_ptr] = size
             # Straight into what the readers map: the only copy on this side.
             target = memoryview((ctypes.c_uint8 * size).from_address(loan.payload_ptr)).cast("B")
@@ -258,15 +242,3 @@ class TokenReader(_Services):
                 self._listener.delete()
         finally:
             super().close()
-
-
-def _make_sure_of_room(size: int) -> None:
-    """SharedMemoryError if `size` more bytes might not fit: Linux would end the process with SIGBUS where it writes."""
-    with contextlib.suppress(FileNotFoundError):
-        state = os.statvfs(_FOLDER)
-        free = state.f_bavail * state.f_frsize
-        if free < size + 2**20:
-            raise SharedMemoryError(
-                f"{_FOLDER} has {free / 2**20:.0f} MiB left, a set of tokens takes {size / 2**20:.0f} (containers: "
-                "--shm-size)"
-            )
