@@ -9,6 +9,7 @@ import gc
 import os
 import re
 import signal
+import struct
 import threading
 import time
 from pathlib import Path
@@ -45,6 +46,7 @@ DEFAULTS = {
     "prepare": [""],
     "cameras": ["front"],
     "image_transport": "raw",
+    "max_image_pixels": 64_000_000,
     "token_dtype": "float32",
     "publish_features": False,
     "sync_policy": "approximate",
@@ -572,6 +574,24 @@ def test_compressed_images_of_a_remapped_camera(robot, tokenizer):
     message.header.stamp.sec = robot.next_stamp() // 10**9
     robot.send("wrist", message)
     assert_same_tokens(robot.wait_for_tokens(1)[0], tokenizer([pixels]))
+    # What is damaged or too large is counted, and the next one is encoded.
+    whole = cv2.imencode(".jpg", pixels[:, :, ::-1])[1].tobytes()
+
+    def send(data: bytes) -> None:
+        message = CompressedImage(format="jpeg", data=data)
+        message.header.stamp.sec, message.header.stamp.nanosec = divmod(robot.next_stamp(), 10**9)
+        robot.send("wrist", message)
+
+    vast = whole.replace(struct.pack(">HH", 96, 128), struct.pack(">HH", 32000, 32000))
+    for number, data in enumerate((whole[: len(whole) // 2] + b"\xff\xd9", vast), start=1):
+        send(data)
+        robot.counts("wrist", lambda counts, number=number: counts["undecodable"] == number)
+    assert not robot.set(max_image_pixels=96 * 128)
+    send(whole)
+    robot.wait_for_tokens(2)
+    assert not robot.set(max_image_pixels=96 * 128 - 1)
+    send(whole)
+    robot.counts("wrist", lambda counts: counts["undecodable"] == 3)
 
 
 def test_best_effort_publishers_and_cameras_that_are_missing(robot):

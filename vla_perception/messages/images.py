@@ -8,18 +8,18 @@ message's own memory. Any object with the message's fields will do, a generated 
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
-import zlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
+from vla_perception.messages import streams
+from vla_perception.messages.streams import MAX_PIXELS, ImageDecodeError, check_size
 
-class ImageDecodeError(ValueError):
-    """A camera message that cannot become an RGB picture. The text says why and what to change."""
-
+__all__ = ["ENCODINGS", "MAX_PIXELS", "ImageDecodeError", "compressed_to_rgb", "image_to_rgb", "narrow", "warm_up"]
 
 # Encodings of interleaved pixels: name -> (bytes per sample, samples per pixel). The generic OpenCV types come in
 # OpenCV's channel order, blue first, as everything in ROS that turns them into colour assumes.
@@ -40,8 +40,8 @@ _DEPTH_ADVICE = (
 )
 
 
-def image_to_rgb(msg) -> np.ndarray:
-    """uint8 [height, width, 3] of a sensor_msgs/Image of any encoding in `ENCODINGS`.
+def image_to_rgb(msg, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """uint8 [height, width, 3] of a sensor_msgs/Image of any encoding in `ENCODINGS` and at most `max_pixels`.
 
     The result may be a read-only view of `msg.data` with any strides (reversed for bgr8, 0 for mono8); copy it
     before writing to it. `step` 0 means tightly packed. Alpha is dropped. 16-bit samples v become v / 257, rounded.
@@ -51,8 +51,7 @@ def image_to_rgb(msg) -> np.ndarray:
     encoding, height, width = msg.encoding, int(msg.height), int(msg.width)
     if encoding not in ENCODINGS:
         raise ImageDecodeError(_refusal(encoding))
-    if height <= 0 or width <= 0:
-        raise ImageDecodeError(f"empty image: {width} x {height} pixels. Check the camera driver's settings")
+    check_size(width, height, max_pixels)
     data = _bytes(msg.data)
     step = int(msg.step)
 
@@ -74,70 +73,73 @@ def image_to_rgb(msg) -> np.ndarray:
     sample = wide if encoding in _SIXTEEN_BIT or encoding.endswith("16") else np.dtype(np.uint8)
     pixels = _pixels(data, height, width, step, sample, _SIXTEEN_BIT.get(encoding, 1))
     pixels = np.ascontiguousarray(pixels, sample.newbyteorder("="))  # a copy only if padded or swapped
-    if encoding in _BAYER and min(height, width) < 4:
-        raise ImageDecodeError(f"a {encoding} image of {width} x {height} pixels is too small to interpolate colours")
     return _to_rgb(pixels, {"16UC3": "bgr16", "16UC4": "bgra16"}.get(encoding, encoding))
 
 
-def compressed_to_rgb(msg) -> np.ndarray:
-    """uint8 [height, width, 3] of a sensor_msgs/CompressedImage that holds a JPEG or PNG stream.
+def compressed_to_rgb(msg, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """uint8 [height, width, 3] of a sensor_msgs/CompressedImage: JPEG or PNG of at most `max_pixels`.
 
     The stream says itself what it is; `format` (for example "rgb8; jpeg compressed bgr8") only serves to recognise
-    what is not a picture. Grey becomes RGB, alpha is dropped, 16-bit samples v become v / 257, rounded. Truncated
-    and corrupt streams are refused, although OpenCV would fill the missing part with grey.
-    Raises ImageDecodeError.
+    what is not a picture, and a Bayer mosaic ("bayer_rggb8; png compressed "), which becomes what image_to_rgb makes of
+    it. Grey becomes RGB, alpha is dropped, 16-bit samples v become v / 257, rounded. Truncated and corrupt streams are
+    refused (streams.py). Raises ImageDecodeError.
     """
     kind = str(msg.format)
+    shown = kind if len(kind) <= 100 else f"{kind[:100]}…"
     if "compressedDepth" in kind or kind.split(";")[0].strip() in ("16UC1", "32FC1"):
-        raise ImageDecodeError(f'a compressed image of format "{kind}" {_DEPTH_ADVICE}')
+        raise ImageDecodeError(f'a compressed image of format "{shown}" {_DEPTH_ADVICE}')
     data = _bytes(msg.data)
     if data.size == 0:
-        raise ImageDecodeError(f'empty compressed image (format "{kind}"). Check the camera driver')
+        raise ImageDecodeError(f'empty compressed image (format "{shown}"). Check the camera driver')
     stream = data.tobytes()
-    if stream.startswith(b"\xff\xd8"):
-        _check_jpeg(stream)
-    elif stream.startswith(b"\x89PNG\r\n\x1a\n"):
-        _check_png(stream)
-    else:
+    picture = streams.decode(stream, max_pixels)
+    if picture is None:
         raise ImageDecodeError(
-            f'a compressed image of format "{kind}" holds neither JPEG nor PNG (it begins with '
+            f'a compressed image of format "{shown}" holds neither JPEG nor PNG (it begins with '
             f"{stream[:8].hex(' ')}). Set the publisher's image_transport to jpeg or png"
         )
-    cv2 = _opencv()
-    try:
-        # UNCHANGED, as cv_bridge does: EXIF orientation is not applied, so pixels agree with camera_info, and
-        # 16-bit samples reach the same rounding as those of raw images.
-        picture = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
-    except cv2.error as error:
-        raise ImageDecodeError(f"OpenCV cannot decode the compressed image: {error}") from error
-    if picture is None:
-        raise ImageDecodeError(f'the compressed image (format "{kind}", {data.size} bytes) is corrupt')
+    if "bayer" in kind.lower() and (mosaic := _single_channel(picture)) is not None:
+        pattern = re.search("bayer_(rggb|bggr|gbrg|grbg)", kind.lower())
+        if pattern is None:
+            raise ImageDecodeError(
+                f'a compressed image of format "{shown}" holds a Bayer mosaic, but the format does not say which: let the '
+                'publisher write, for example, "bayer_rggb8; png compressed", or debayer before it compresses'
+            )
+        return _to_rgb(mosaic, f"{pattern[0]}{8 * mosaic.itemsize}")
     if picture.dtype == np.uint16:
         picture = narrow(picture)
-    if picture.dtype != np.uint8:
-        raise ImageDecodeError(f"compressed image of {picture.dtype} samples; expected 8 or 16 bits per channel")
     if picture.ndim == 2:
         return np.broadcast_to(picture[:, :, None], (*picture.shape, 3))
-    return picture[:, :, 2::-1]
+    return picture
+
+
+def _single_channel(picture: np.ndarray) -> np.ndarray | None:
+    """[height, width] of a grey picture, also of one with three equal channels; None of one in colour."""
+    if picture.ndim == 2:
+        return picture
+    first = picture[:, :, 0]
+    equal = all(np.array_equal(first, picture[:, :, channel]) for channel in (1, 2))
+    return np.ascontiguousarray(first) if equal else None
 
 
 def warm_up() -> None:
     """Loads what decoding and converting take, so that the first picture does not pay for it: hundredths
     of a second, and more where OpenCV still has to be read from a disk.
 
-    Raises ImportError where there is no OpenCV. 8-bit colour and grey do without.
+    Raises ImportError where there is no OpenCV or no simplejpeg. 8-bit colour and grey of raw images do without.
     """
-    cv2 = _opencv()
-    cv2.imdecode(cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1], cv2.IMREAD_UNCHANGED)
+    cv2 = streams.import_opencv()
     _to_rgb(np.zeros((2, 2, 2), np.uint8), "yuyv")
+    for extension in (".png", ".jpg"):
+        streams.decode(cv2.imencode(extension, np.zeros((8, 8, 3), np.uint8))[1].tobytes())
 
 
 def _refusal(encoding: str) -> str:
     if encoding == "":
         return "the image's encoding is empty. Check the camera driver"
     if encoding[:1].isdigit() or "depth" in encoding.lower():
-        return f"an image of encoding {encoding} {_DEPTH_ADVICE}"
-    return f'unknown image encoding "{encoding}". Known are: {", ".join(ENCODINGS)}'
+        return f"an image of encoding {encoding[:100]} {_DEPTH_ADVICE}"
+    return f'unknown image encoding "{encoding[:100]}". Known are: {", ".join(ENCODINGS)}'
 
 
 # Layout: from the message's bytes to arrays of samples.
@@ -219,6 +221,9 @@ def _yuv_planes_to_rgb(data, height, width, step, encoding) -> np.ndarray:
 
 
 def _to_rgb(pixels: np.ndarray, encoding: str) -> np.ndarray:
+    if encoding in _BAYER and min(pixels.shape) < 4:
+        height, width = pixels.shape
+        raise ImageDecodeError(f"a {encoding} image of {width} x {height} pixels is too small to interpolate colours")
     convert = _cv_bridge() if encoding in CV_BRIDGE_ENCODINGS else None
     picture = convert(pixels, encoding) if convert else None
     return opencv_to_rgb(pixels, encoding) if picture is None else picture
@@ -227,7 +232,7 @@ def _to_rgb(pixels: np.ndarray, encoding: str) -> np.ndarray:
 def opencv_to_rgb(pixels: np.ndarray, encoding: str) -> np.ndarray:
     """uint8 [height, width, 3] by OpenCV. `pixels`: samples in native byte order, for the planar encodings
     (nv12, nv21, i420) as OpenCV wants them: uint8 [height * 3 / 2, width]."""
-    cv2 = _opencv()
+    cv2 = streams.import_opencv()
     # OpenCV names a Bayer pattern by the second row's second and third pixel, ROS by the first row's first two.
     code = {
         "mono16": cv2.COLOR_GRAY2RGB,
@@ -253,9 +258,17 @@ def opencv_to_rgb(pixels: np.ndarray, encoding: str) -> np.ndarray:
     return narrow(picture) if picture.dtype == np.uint16 else picture
 
 
+#: Samples that are converted at a time.
+_AT_A_TIME = 1 << 18
+
+
 def narrow(picture: np.ndarray) -> np.ndarray:
     """uint16 -> uint8, full range to full range: v / 257, rounded; never a tie, 257 is odd."""
-    return ((picture.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    narrowed = np.empty(picture.shape, np.uint8)
+    rows = max(1, _AT_A_TIME // max(1, picture[:1].size))
+    for top in range(0, len(picture), rows):  # the sums need 32 bits: not of everything at once
+        narrowed[top : top + rows] = (picture[top : top + rows].astype(np.uint32) + 128) // 257
+    return narrowed
 
 
 CV_BRIDGE_ENCODINGS = {"mono16", "rgb16", "bgr16", "rgba16", "bgra16", "uyvy", "yuyv", *_BAYER}
@@ -310,52 +323,3 @@ def cv_bridge_is_loadable() -> bool:
     if int(np.__version__.split(".")[0]) < 2:
         return True
     return all(b"numpy._core._multiarray_umath" in library.read_bytes() for library in libraries)
-
-
-def _opencv():
-    try:
-        import cv2
-    except ImportError as error:
-        raise ImportError(
-            "such an image needs OpenCV: pip install opencv-python-headless, or apt install python3-opencv"
-        ) from error
-    return cv2
-
-
-# Streams: whether they are whole. OpenCV decodes what is there and fills up the rest without a word.
-
-
-def _check_jpeg(stream: bytes):
-    """Raises ImageDecodeError unless the stream has a scan and, after it, its end marker."""
-    position = 2
-    while position + 4 <= len(stream) and stream[position] == 0xFF:
-        marker = stream[position + 1]
-        if marker == 0xFF:  # fill byte
-            position += 1
-        elif marker == 0xDA:
-            # Searched from here on, because an EXIF thumbnail in the header has an end marker of its own.
-            if stream.rfind(b"\xff\xd9", position) < 0:
-                raise ImageDecodeError(f"JPEG image is truncated: {len(stream)} bytes, and no end marker")
-            return
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # markers without a length
-            position += 2
-        else:
-            position += 2 + int.from_bytes(stream[position + 2 : position + 4], "big")
-    raise ImageDecodeError(f"JPEG image is corrupt or truncated: no picture in its {len(stream)} bytes")
-
-
-def _check_png(stream: bytes):
-    """Raises ImageDecodeError unless every chunk up to the last (IEND) is there with the right checksum."""
-    position = 8
-    while position + 12 <= len(stream):
-        length = int.from_bytes(stream[position : position + 4], "big")
-        end = position + 12 + length
-        if end > len(stream):
-            break
-        checksum = zlib.crc32(stream[position + 4 : end - 4])
-        if checksum != int.from_bytes(stream[end - 4 : end], "big"):
-            raise ImageDecodeError(f"PNG image is corrupt: wrong checksum at byte {end - 4}")
-        if stream[position + 4 : position + 8] == b"IEND":
-            return
-        position = end
-    raise ImageDecodeError(f"PNG image is truncated: {len(stream)} bytes, and no end chunk")

@@ -138,6 +138,13 @@ SETTINGS: dict[str, _Setting] = {
     "image_transport": _Setting(
         "raw", "raw: <camera>/image_raw; compressed: <camera>/image_raw/compressed.", choices=TRANSPORTS
     ),
+    "max_image_pixels": _Setting(
+        64_000_000,  # streams.MAX_PIXELS
+        "A larger image is counted as undecodable, before anything of it is decoded.",
+        1,
+        1_000_000_000,
+        live=True,
+    ),
     "token_dtype": _Setting("bfloat16", "Type of the tokens in the message.", choices=DTYPES, live=True),
     "publish_features": _Setting(
         False, "Whether the message also carries the features before the projector.", live=True
@@ -288,7 +295,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                 settings["cameras"], settings["sync_policy"], settings["sync_slop_sec"], settings["max_age_sec"]
             ),
             settings,
-            decode=_to_rgb,
+            decode=self._to_rgb,
             publish=self._tokens.publish,
             wanted=self._tokens.wanted,
             complain=self._complain,
@@ -566,6 +573,10 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             if camera.numbered:
                 camera.senders.add(number, now)
 
+    def _to_rgb(self, message: Image | CompressedImage) -> np.ndarray:
+        decode = images.compressed_to_rgb if isinstance(message, CompressedImage) else images.image_to_rgb
+        return decode(message, self._settings["max_image_pixels"])
+
     def _on_encode(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         if (pipeline := self._pipeline) is None:
             response.success, response.message = False, "the node is not active"
@@ -730,11 +741,6 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             hardware_id=self.get_fully_qualified_name(),
             values=[KeyValue(key=key, value=str(value)) for key, value in values.items()],
         )
-
-
-def _to_rgb(message: Image | CompressedImage) -> np.ndarray:
-    compressed = isinstance(message, CompressedImage)
-    return images.compressed_to_rgb(message) if compressed else images.image_to_rgb(message)
 
 
 def _checked(name: str, value: object) -> object:

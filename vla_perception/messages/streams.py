@@ -1,0 +1,266 @@
+"""JPEG and PNG streams as arrays: refused unless they are whole, and bounded before anything is decoded.
+
+OpenCV and Pillow fill what a damaged JPEG lacks with grey and say nothing. simplejpeg reports libjpeg's warnings, and
+gives the same pixels in the same time (test_streams.py compares all three).
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+#: Pixels of an image unless another bound is given; the default of the node's parameter max_image_pixels.
+MAX_PIXELS = 64_000_000
+#: Pixels of a side: what JPEG can hold. What goes through images row by row is bounded by this.
+MAX_SIDE = 65_500
+#: Progressive JPEGs have 10 scans or so; each one costs a pass over the whole image.
+MAX_SCANS = 32
+#: Bytes between the end of the data and the next marker that are taken for a camera's oddity. Logitech's C270 and C910
+#: leave up to 9; more are what a hole leaves.
+MAX_STRAY_BYTES = 16
+#: Parts between restart markers that are looked at one by one.
+_MAX_RESTARTS = 1024
+#: Pixels of an image that stray bytes are looked for in, which takes several times as long as to decode it.
+_MAX_REPAIRED = 1 << 23
+#: Bytes of header that are copied for them.
+_MAX_HEADERS = 1 << 25
+_END = b"\xff\xd9"
+
+
+class ImageDecodeError(ValueError):
+    """A camera message that cannot become an RGB picture. The text says why and what to change."""
+
+
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """ImageDecodeError if an image has no pixels, or more than it may have."""
+    if height <= 0 or width <= 0:
+        raise ImageDecodeError(f"empty image: {width} x {height} pixels. Check the camera driver's settings")
+    if width * height > max_pixels:
+        raise ImageDecodeError(
+            f"an image of {width} x {height} pixels is larger than max_image_pixels allows ({max_pixels})"
+        )
+    if max(width, height) > MAX_SIDE:
+        raise ImageDecodeError(f"an image of {width} x {height} pixels: no side may be longer than {MAX_SIDE}")
+
+
+def decode(stream: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray | None:
+    """[height, width] grey, or [height, width, 3] RGB (alpha is dropped), uint8 or uint16; None if neither JPEG nor PNG.
+
+    EXIF orientation is not applied, as with cv_bridge, so that pixels agree with camera_info.
+
+    Raises:
+        ImageDecodeError: it is larger than allowed, truncated or corrupt.
+        ImportError: a library is missing; says which.
+    """
+    if stream.startswith(b"\xff\xd8"):
+        return decode_jpeg(stream, max_pixels)
+    if stream.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _decode_png(stream, max_pixels)
+    return None
+
+
+# JPEG
+
+
+@dataclass(frozen=True)
+class _JpegHeader:
+    """What stands before a JPEG's first scan. frame, scan: where the markers SOFn and SOS begin."""
+
+    frame: int
+    scan: int
+    width: int
+    height: int
+    components: int
+    sequential: bool
+    mcu: tuple[int, int]  # width and height in pixels of what an interleaved scan codes together
+    restart_interval: int  # in such units; 0: no restart markers
+
+
+def decode_jpeg(stream: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """uint8 [height, width] of a grey JPEG, [height, width, 3] RGB of any other. See `decode`.
+
+    A stream without Huffman tables (MJPEG of USB cameras) has the standard's. What libjpeg only warns of is refused
+    (a hole in the data, a missing end), but for a few stray bytes between the data and the marker that ends it.
+    """
+    simplejpeg = import_simplejpeg()
+    header = _read_jpeg_header(stream)
+    check_size(header.width, header.height, max_pixels)
+    # An upper bound: what is coded has no such bytes, and nothing but scans should follow the first one.
+    if stream.count(b"\xff\xda", header.scan) > MAX_SCANS:
+        raise ImageDecodeError(f"JPEG image has more than {MAX_SCANS} scans, which would take too long to decode")
+    kind = "GRAY" if header.components == 1 else "RGB"
+    try:
+        pixels = simplejpeg.decode_jpeg(stream, kind)
+    except ValueError as error:
+        try:
+            pixels = simplejpeg.decode_jpeg(_without_stray_bytes(stream, header, error), kind)
+        except ValueError:
+            raise ImageDecodeError(f"JPEG image is corrupt or truncated: {error}") from error
+    return pixels[:, :, 0] if header.components == 1 else pixels
+
+
+def import_simplejpeg():
+    try:
+        import simplejpeg
+    except ImportError as error:
+        raise ImportError("JPEG images need simplejpeg: pip install simplejpeg") from error
+    return simplejpeg
+
+
+def _read_jpeg_header(stream: bytes) -> _JpegHeader:
+    """Reads segment by segment as libjpeg does, so that the first SOFn is the one that counts."""
+    position, frame, restart_interval = 2, 0, 0
+    while position + 4 <= len(stream) and stream[position] == 0xFF:
+        marker = stream[position + 1]
+        length = int.from_bytes(stream[position + 2 : position + 4], "big")
+        if marker == 0xFF:  # a fill byte
+            position += 1
+            continue
+        if marker == 0x01 or 0xD0 <= marker <= 0xD7:  # markers without a length
+            position += 2
+            continue
+        if marker < 0xC0 or length < 2 or position + 2 + length > len(stream):
+            break
+        if marker == 0xDA:
+            if not frame or length < 6:
+                break
+            return _jpeg_header(stream, frame, position, restart_interval)
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # tables, reserved, arithmetic conditioning
+            if frame or length < 8 or length < 8 + 3 * stream[position + 9]:
+                break
+            frame = position
+        elif marker == 0xDD and length == 4:
+            restart_interval = int.from_bytes(stream[position + 4 : position + 6], "big")
+        position += 2 + length
+    raise ImageDecodeError(f"JPEG image is corrupt or truncated: no picture in its {len(stream)} bytes")
+
+
+def _jpeg_header(stream: bytes, frame: int, scan: int, restart_interval: int) -> _JpegHeader:
+    height, width = (int.from_bytes(stream[frame + at : frame + at + 2], "big") for at in (5, 7))
+    components = stream[frame + 9]
+    sampling = [stream[frame + 11 + 3 * index] for index in range(components)]
+    across, down = (max((value >> shift & 15 for value in sampling), default=1) for shift in (4, 0))
+    return _JpegHeader(
+        frame, scan, width, height, components,
+        # All components in one sequential scan: what cameras send.
+        sequential=stream[frame + 1] in (0xC0, 0xC1) and stream[scan + 4] == components,
+        mcu=(8, 8) if components == 1 else (8 * across, 8 * down),
+        restart_interval=restart_interval,
+    )  # fmt: skip
+
+
+def _without_stray_bytes(stream: bytes, header: _JpegHeader, error: ValueError) -> bytes:
+    """The stream without stray bytes before its restart and end markers; ValueError if there is more to it.
+
+    libjpeg tells only its last warning. So every part between two markers is decoded as a small JPEG of its own, whose
+    only warning then is what ails that part, and which must decode without one when the stray bytes are cut off.
+    """
+    warned = re.search("extraneous bytes before marker 0xd[0-79]", str(error))
+    if not warned or not header.sequential or header.width * header.height > _MAX_REPAIRED:
+        raise error
+    start = header.scan + 2 + int.from_bytes(stream[header.scan + 2 : header.scan + 4], "big")
+    end = stream.find(_END, start)
+    across, down = (-(-size // unit) for size, unit in zip((header.width, header.height), header.mcu))
+    units, interval = across * down, header.restart_interval or across * down
+    count = -(-units // interval)
+    if count == 1:
+        return stream[:start] + _without_stray(stream[:start], stream[start:end]) + _END
+    markers = [(match.start(), match[0][1]) for match in re.finditer(rb"\xff[\xd0-\xd7]", stream[start:end])]
+    # A hole may take whole parts with it.
+    in_order = [marker for _, marker in markers] == [0xD0 + index % 8 for index in range(count - 1)]
+    wide = interval * header.mcu[0] > MAX_SIDE  # a part becomes one row
+    if not in_order or wide or count > _MAX_RESTARTS or count * start > _MAX_HEADERS:
+        raise error
+    borders = [-2, *(at for at, _ in markers), end - start]
+    cleaned = [stream[:start]]
+    for index in range(count):
+        width = min(interval, units - index * interval) * header.mcu[0]
+        size = header.mcu[1].to_bytes(2, "big") + width.to_bytes(2, "big")
+        head = stream[: header.frame + 5] + size + stream[header.frame + 9 : start]
+        part = _without_stray(head, stream[start + borders[index] + 2 : start + borders[index + 1]])
+        last = index == count - 1
+        cleaned += [part, _END] if last else [_to_its_end(head, part), bytes((0xFF, 0xD0 + index % 8))]
+    return b"".join(cleaned)
+
+
+def _without_stray(head: bytes, data: bytes) -> bytes:
+    """`data`, the coded part of a JPEG that begins with `head`, such that libjpeg finds nothing amiss; or ValueError."""
+    decode_jpeg = import_simplejpeg().decode_jpeg
+    try:
+        decode_jpeg(head + data + _END)
+        return data
+    except ValueError as error:
+        stray = re.search(r"(\d+) extraneous bytes before marker 0xd9", str(error))
+        if stray is None:
+            raise
+        if not any(data[-int(stray[1]) :]):
+            # Padding, however long. All of it goes: zeros decode to something, so they could stand for what was lost.
+            data = data.rstrip(b"\0")
+            data += b"\0" if data.endswith(b"\xff") else b""
+        elif int(stray[1]) <= MAX_STRAY_BYTES:
+            data = data[: -int(stray[1])]
+        else:
+            raise
+    decode_jpeg(head + data + _END)
+    return data
+
+
+def _to_its_end(head: bytes, data: bytes) -> bytes:
+    """The same without what libjpeg read ahead and did not need: it does not warn of that before every marker."""
+    for _ in range(MAX_STRAY_BYTES):
+        try:
+            import_simplejpeg().decode_jpeg(head + data[:-1] + _END)
+        except ValueError:
+            break
+        data = data[:-1]
+    return data
+
+
+# PNG
+
+
+def _decode_png(stream: bytes, max_pixels: int) -> np.ndarray:
+    check_png(stream, max_pixels)
+    cv2 = import_opencv()
+    try:
+        # UNCHANGED: 16-bit samples reach the same rounding as those of raw images.
+        picture = cv2.imdecode(np.frombuffer(stream, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:
+        raise ImageDecodeError(f"OpenCV cannot decode the PNG image: {error}") from error
+    if picture is None or picture.dtype not in (np.uint8, np.uint16):
+        raise ImageDecodeError(f"PNG image of {len(stream)} bytes is corrupt")
+    return picture if picture.ndim == 2 else picture[:, :, 2::-1]
+
+
+def check_png(stream: bytes, max_pixels: int = MAX_PIXELS) -> None:
+    """ImageDecodeError unless every chunk up to the last (IEND) is there with the right checksum, within the bounds."""
+    if stream[8:16] != b"\0\0\0\rIHDR" or len(stream) < 33:
+        raise ImageDecodeError(f"PNG image is corrupt or truncated: no header in its {len(stream)} bytes")
+    check_size(*(int.from_bytes(stream[at : at + 4], "big") for at in (16, 20)), max_pixels)
+    position = 8
+    view = memoryview(stream)
+    while position + 12 <= len(stream):
+        length = int.from_bytes(stream[position : position + 4], "big")
+        end = position + 12 + length
+        if end > len(stream):
+            break
+        checksum = zlib.crc32(view[position + 4 : end - 4])
+        if checksum != int.from_bytes(stream[end - 4 : end], "big"):
+            raise ImageDecodeError(f"PNG image is corrupt: wrong checksum at byte {end - 4}")
+        if stream[position + 4 : position + 8] == b"IEND":
+            return
+        position = end
+    raise ImageDecodeError(f"PNG image is truncated: {len(stream)} bytes, and no end chunk")
+
+
+def import_opencv():
+    try:
+        import cv2
+    except ImportError as error:
+        raise ImportError(
+            "such an image needs OpenCV: pip install opencv-python-headless, or apt install python3-opencv"
+        ) from error
+    return cv2
