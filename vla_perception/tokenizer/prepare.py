@@ -23,7 +23,6 @@ from functools import lru_cache
 from types import MappingProxyType
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 
 #: Row-major 2 × 3 map of picture coordinates, in which pixel i covers [i, i + 1).
@@ -60,6 +59,7 @@ def parse_chains(
 
     Raises:
         ValueError: an unknown step or a number that makes no sense.
+        ImportError: a step needs a library that is missing; says which.
     """
     if isinstance(prepare, Mapping):
         chains = {camera: [steps] if isinstance(steps, str) else list(steps) for camera, steps in prepare.items()}
@@ -88,6 +88,7 @@ def parse_step(text: str, image_sizes: Sequence[int] = ()) -> Step:
         (quality,) = _numbers(text, argument or "95", 1)
         if not 1 <= quality <= 100:
             raise ValueError(f"prepare step {text!r}: JPEG's quality is 1 to 100")
+        _simplejpeg()
         return Step(f"jpeg:{quality}", lambda image: _jpeg(image, quality), _map_identity)
     if name in ("lanczos3", "center_crop_tf"):
         size = _size(text, argument, image_sizes)
@@ -151,8 +152,7 @@ def compose(outer: Sequence[float], inner: Sequence[float]) -> Affine:
 
 def resize_lanczos3(image: np.ndarray, size: int) -> np.ndarray:
     """uint8 [height, width, 3] → uint8 [size, size, 3], rounded as OpenVLA's evaluation code does it."""
-    values = image.astype(np.float32)
-    values = _apply(values, *_lanczos3_taps(image.shape[0], size))
+    values = _apply(image, *_lanczos3_taps(image.shape[0], size))
     values = _apply(values.swapaxes(0, 1), *_lanczos3_taps(image.shape[1], size)).swapaxes(0, 1)
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
@@ -163,13 +163,12 @@ def crop_and_resize(image: np.ndarray, size: int) -> np.ndarray:
     ``tf.image.crop_and_resize`` between two ``convert_image_dtype``, in float32: bilinear without antialiasing, and
     the corner pixels' centres of the crop fall on those of the result.
     """
-    values = image.astype(np.float32) * np.float32(1 / 255)
     top, bottom, down = _crop_samples(image.shape[0], size)
     left, right, across = _crop_samples(image.shape[1], size)
     across, down = across[None, :, None], down[:, None, None]
 
     def row(index: np.ndarray) -> np.ndarray:
-        pixels = values[index]
+        pixels = image[index] * np.float32(1 / 255)  # only the rows that are needed: a large picture is not copied
         return pixels[:, left] + (pixels[:, right] - pixels[:, left]) * across
 
     above = row(top)
@@ -220,13 +219,21 @@ def _map_region(
     return (1.0, 0.0, -float(x), 0.0, 1.0, -float(y)), height, width
 
 
+def _simplejpeg():
+    try:
+        import simplejpeg
+    except ImportError as error:
+        raise ImportError("the prepare step jpeg needs simplejpeg: pip install simplejpeg") from error
+    return simplejpeg
+
+
 def _jpeg(image: np.ndarray, quality: int) -> np.ndarray:
     buffer = io.BytesIO()
     # What TensorFlow's encode_jpeg does by default: 4:2:0, baseline.
     Image.fromarray(np.ascontiguousarray(image)).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
     # TensorFlow decodes with the fast inverse transform, up to 16 levels from the accurate one, which is all that PIL
     # and OpenCV have.
-    return simplejpeg.decode_jpeg(buffer.getvalue(), "RGB", fastdct=True, fastupsample=False)
+    return _simplejpeg().decode_jpeg(buffer.getvalue(), "RGB", fastdct=True, fastupsample=False)
 
 
 @lru_cache(maxsize=32)
@@ -258,7 +265,7 @@ def _sin(x: np.ndarray) -> np.ndarray:
 
 
 def _apply(values: np.ndarray, first: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """float32 [source, …] → [target, …]: the taps added one after the other, as TensorFlow adds them."""
+    """uint8 or float32 [source, …] → float32 [target, …]: the taps added one after the other, as TensorFlow adds them."""
     last = values.shape[0] - 1
     result = np.zeros((len(first), *values.shape[1:]), np.float32)
     for tap in range(weights.shape[1]):
