@@ -1,22 +1,29 @@
 """uint8 RGB pictures → each encoder's ``pixel_values`` on the device, bit-identical to `preprocess`.
 
-A picture crosses to the device once, as the bytes it is. PIL resizes 8-bit pictures in exact integer arithmetic
+An image crosses to the device once, as the bytes that the camera sent. PIL resizes 8-bit images in exact integer arithmetic
 (``Resample.c``): weights of 22 fractional bits, one pass along the rows and one along the columns, each rounded and
 clipped to 8 bits. So the same sums over the same weights give the same pixels on any device. They are int32 here, as
 in PIL, and not matrix products: float64 is as exact and slow on most devices, and float32 in two halves is exact only
-as long as nobody allows TF32.
+as long as nobody allows TF32. On CUDA each pass is one Triton kernel (`preprocess_kernels`); where there is no Triton,
+or it cannot compile, PyTorch does the same sums in some 20 kernels.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import torch
 
+from vla_perception.tokenizer.image_layout import Layout, memory_of
 from vla_perception.tokenizer.preprocess import (
+    Preprocessor,
     check_image,
     check_pillow,
     crop_offset,
@@ -26,7 +33,11 @@ from vla_perception.tokenizer.preprocess import (
 )
 from vla_perception.tokenizer.presets import EncoderConfig
 
+log = logging.getLogger(__name__)
+
 _PRECISION_BITS = 22
+#: Bytes that are copied into pinned memory at a time; they cross to the device while the next are copied.
+_CHUNK = 1 << 20
 #: Products of one pass that are in memory at a time, 4 bytes each.
 _MAX_PRODUCTS = 1 << 25
 
@@ -87,11 +98,164 @@ def resampling_taps(length: int, target: int, interpolation: int) -> tuple[np.nd
     return indices, weights
 
 
+@dataclass(frozen=True, eq=False)
+class _Resize:
+    """One resize of all images of one size, for the encoders that share it. Everything lies on the device.
+
+    Attributes:
+        encoders: their indices.
+        views: int64 [views, VIEW_COLUMNS] of `preprocess_kernels`: layouts, and places in the outputs.
+        across, down: taps of the two passes, (int32 first index [side], int32 weights [taps, side]).
+        rows: (first, number) of the padded image's rows that the second pass reads.
+    """
+
+    encoders: tuple[int, ...]
+    views: torch.Tensor
+    across: tuple[torch.Tensor, torch.Tensor]
+    down: tuple[torch.Tensor, torch.Tensor]
+    size: tuple[int, int]
+    padding: tuple[int, int]
+    fill: tuple[int, int, int]
+    rows: tuple[int, int]
+
+
+class PreprocessPlan:
+    """How images of certain sizes and layouts in memory become pixel values; made by `DevicePreprocessor.plan`.
+
+    Two steps, so that the second can be a part of a CUDA graph:
+
+        plan = preprocessor.plan(images)            # cached; equal for images of equal sizes and layouts
+        source = plan.upload(images)                # or plan.upload(images, into=static_source)
+        plan.run(source, outputs)                   # kernels only
+
+    `run` launches kernels on the current stream and nothing else: it does not wait for the device, copies nothing from the
+    host, and what memory it takes comes from torch's allocator, so in a capture from the graph's own pool. A graph that holds
+    it reads the same `source` and writes the same `outputs` at every replay, and needs the plan as long as it lives. Plans
+    are read only: any number of threads may use one.
+
+    Attributes:
+        layouts: of the images, one per view. A graph is for one value of this.
+        nbytes: length of the source.
+        outputs: shape of each output, [views, 3, side, side] per encoder.
+    """
+
+    def __init__(self, owner: DevicePreprocessor, layouts: tuple[Layout, ...], kernels: ModuleType | None) -> None:
+        self.layouts = layouts
+        self.nbytes = sum(layout.nbytes for layout in layouts)
+        self.outputs = [(len(layouts), 3, config.image_size, config.image_size) for config in owner.encoders]
+        self._owner = owner
+        self._kernels = kernels
+        self._starts = np.cumsum([0, *(layout.nbytes for layout in layouts)]).tolist()
+        sizes: dict[tuple[int, int], list[int]] = {}
+        for view, layout in enumerate(layouts):
+            sizes.setdefault((layout.height, layout.width), []).append(view)
+        self._sizes = sizes
+        self._resizes = (
+            [
+                owner.make_resize(sharing, size, self._view_table(views))
+                for size, views in sizes.items()
+                for sharing in owner.sharing
+            ]
+            if kernels
+            else []
+        )
+
+    def _view_table(self, views: Sequence[int]) -> torch.Tensor:
+        rows = [(self._starts[view] + self.layouts[view].offset, *self.layouts[view].strides, view) for view in views]
+        return torch.tensor(rows, dtype=torch.int64).to(self._owner.device)
+
+    def upload(self, images: Sequence[np.ndarray], into: torch.Tensor | None = None) -> torch.Tensor:
+        """The images' memory → uint8 [nbytes] on the device, `into` if that is given.
+
+        It is copied into pinned memory at once, so `images` are no longer needed; on a GPU the copy to the device may still
+        be running on the current stream.
+
+        Args:
+            images: of the sizes and layouts that the plan was made for; ValueError if not.
+        """
+        device = self._owner.device
+        if into is None:
+            into = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        # The allocator gives a pinned block out again only when the copies that were queued from it are done.
+        host = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=True) if device.type == "cuda" else into
+        pinned = host.numpy()
+        if len(images) != len(self.layouts):
+            raise ValueError(f"the plan is for {len(self.layouts)} images, got {len(images)}")
+        for image, layout, start in zip(images, self.layouts, self._starts):
+            actual, memory = memory_of(image)
+            if actual != layout:
+                raise ValueError(f"the plan is for an image of {layout}, got {actual}; make a plan for these images")
+            # In parts of whole rows where there are gaps between them: each crosses while the next is copied.
+            row_bytes = memory.shape[1] if memory.ndim == 2 else 1
+            step = max(1, _CHUNK // row_bytes)
+            for first in range(0, len(memory), step):
+                part = memory[first : first + step]
+                begin = start + first * row_bytes
+                end = begin + part.size
+                np.copyto(pinned[begin:end].reshape(part.shape), part)
+                if host is not into:
+                    into[begin:end].copy_(host[begin:end], non_blocking=True)
+        return into
+
+    def run(self, source: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:
+        """What `upload` gave → normalized pixel values, rounded to the dtype of each output.
+
+        Args:
+            outputs: contiguous, one per encoder, shaped as `self.outputs`, of float32, bfloat16 or float16.
+        """
+        tables = [self._owner.tables[index][output.dtype] for index, output in enumerate(outputs)]
+        if self._kernels is None:
+            self._run_in_torch(source, tables, outputs)
+            return
+        # Triton launches on the current device.
+        with torch.cuda.device(source.device) if source.is_cuda else contextlib.nullcontext():
+            for resize in self._resizes:
+                between = self._kernels.along_rows(
+                    source, resize.views, resize.across, resize.size, resize.padding, resize.fill, resize.rows
+                )
+                chosen = [(tables[index], outputs[index]) for index in resize.encoders]
+                self._kernels.along_columns(
+                    between, resize.views, resize.down, resize.rows[0], *(list(part) for part in zip(*chosen))
+                )
+
+    def _run_in_torch(
+        self, source: torch.Tensor, tables: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
+    ) -> None:
+        owner = self._owner
+        for (height, width), views in self._sizes.items():
+            planes = self._planes(source, height, width, views)
+            for sharing in owner.sharing:
+                levels = owner.resize(planes, owner.encoders[sharing[0]]).long()
+                for index in sharing:
+                    values = tables[index][owner.channels, levels]
+                    if len(views) == len(self.layouts):
+                        outputs[index].copy_(values)
+                    else:
+                        for view, value in zip(views, values):
+                            outputs[index][view].copy_(value)
+
+    def _planes(self, source: torch.Tensor, height: int, width: int, views: Sequence[int]) -> torch.Tensor:
+        """uint8 [views, 3, height, width]: a view of `source` for one image, a copy for several."""
+        parts = []
+        for view in views:
+            layout = self.layouts[view]
+            counts = (3, height, width)
+            strides = (layout.strides[2], *layout.strides[:2])
+            first = layout.offset + sum(step * (count - 1) for step, count in zip(strides, counts) if step < 0)
+            forward = source.as_strided(counts, [abs(step) for step in strides], self._starts[view] + first)
+            backward = [dim for dim, step in enumerate(strides) if step < 0]
+            parts.append(forward.flip(backward) if backward else forward)
+        return parts[0][None] if len(parts) == 1 else torch.stack(parts)
+
+
 class DevicePreprocessor:
-    """Pictures → one float32 tensor per encoder, computed on `device`; the same values as `preprocess.Preprocessor`.
+    """Images → one tensor per encoder, computed on `device`; the same values as `preprocess.Preprocessor`.
 
     Args:
         encoders: in the order in which tensors are returned; their interpolations must be among `FILTERS`.
+
+    Attributes:
+        fallback: why Triton's kernels are not used on a GPU; empty if they are, and on a CPU.
 
     Raises:
         ImportError: see `check_pillow`; what is accepted must not depend on the device.
@@ -99,43 +263,108 @@ class DevicePreprocessor:
 
     def __init__(self, encoders: Sequence[EncoderConfig], device: torch.device) -> None:
         check_pillow()
-        self._encoders = tuple(encoders)
-        self._device = device
-        self._tables = [torch.from_numpy(normalisation_table(config)).to(device) for config in encoders]
+        self.encoders = tuple(encoders)
+        self.device = device
+        geometries = [config.geometry for config in encoders]
+        #: Encoders that share a resize, by their indices.
+        self.sharing = [
+            tuple(index for index, other in enumerate(geometries) if other == geometry)
+            for geometry in dict.fromkeys(geometries)
+        ]
+        # Rounded once, here: a table's value in the encoders' dtype is what casting the float32 one would give.
+        self.tables = [
+            {
+                dtype: torch.from_numpy(normalisation_table(config)).to(dtype).to(device)
+                for dtype in (torch.float32, torch.bfloat16, torch.float16)
+            }
+            for config in encoders
+        ]
         self._fills = {
             config.fill: torch.tensor(config.fill, dtype=torch.uint8, device=device).view(1, 3, 1, 1)
             for config in encoders
             if config.resize_strategy == "letterbox"
         }
-        self._channels = torch.arange(3, device=device).view(3, 1, 1)
+        self.channels = torch.arange(3, device=device).view(3, 1, 1)
         # Cameras have few sizes; whoever sends many pays for the weights again.
         self._taps = functools.lru_cache(maxsize=64)(self._make_taps)
+        self._kernel_taps = functools.lru_cache(maxsize=64)(self._make_kernel_taps)
+        self._plan = functools.lru_cache(maxsize=16)(self._make_plan)
+        self.fallback = ""
+        self._kernels = None
+        if device.type == "cuda":
+            self._use_kernels()
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """uint8 [height, width, 3] pictures of any sizes → per encoder float32 [views, 3, side, side].
+        """uint8 [height, width, 3] images of any sizes → per encoder float32 [views, 3, side, side].
 
         On a GPU the result may still be being computed on the current stream; `images` are no longer needed.
         """
         if isinstance(images, np.ndarray) and images.ndim == 3:
             images = [images]
+        plan = self.plan(images)
+        outputs = [torch.empty(shape, dtype=torch.float32, device=self.device) for shape in plan.outputs]
+        plan.run(plan.upload(images), outputs)
+        return outputs
+
+    def plan(self, images: Sequence[np.ndarray]) -> PreprocessPlan:
+        """The plan for uint8 [height, width, 3] images of these sizes and layouts; their content does not matter.
+
+        Cached; for new sizes it computes weights and copies them to the device, which takes some milliseconds.
+
+        Raises:
+            ValueError: no such images.
+        """
         if len(images) == 0:
             raise ValueError("no image given; pass at least one uint8 [height, width, 3] array")
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for view, image in enumerate(images):
-            groups.setdefault(check_image(image).shape, []).append(view)
-        parts: list[list[torch.Tensor]] = [[] for _ in self._encoders]
-        for views in groups.values():
-            planes = self._upload([images[view] for view in views])
-            shared: dict[tuple, torch.Tensor] = {}
-            for config, table, part in zip(self._encoders, self._tables, parts):
-                if config.geometry not in shared:
-                    shared[config.geometry] = self.resize(planes, config).long()
-                part.append(table[self._channels, shared[config.geometry]])
-        if len(groups) == 1:
-            return [part[0] for part in parts]
-        order = [view for views in groups.values() for view in views]
-        back = torch.tensor(np.argsort(order), device=self._device)
-        return [torch.cat(part)[back] for part in parts]
+        return self._plan(tuple(memory_of(check_image(image))[0] for image in images))
+
+    def _make_plan(self, layouts: tuple[Layout, ...]) -> PreprocessPlan:
+        return PreprocessPlan(self, layouts, self._kernels)
+
+    def _use_kernels(self) -> None:
+        """Takes the kernels if they compile here and give PIL's values; says why not in `fallback`."""
+        image = np.random.default_rng(0).integers(0, 256, (45, 60, 4), dtype=np.uint8)[::-1, :, 2::-1]
+        try:
+            from vla_perception.tokenizer import preprocess_kernels
+
+            self._kernels = preprocess_kernels
+            for got, expected in zip(self([image]), Preprocessor(self.encoders)([image])):
+                if not torch.equal(got.cpu(), expected):
+                    raise ArithmeticError("their values are not PIL's on this device")
+        except Exception as error:
+            self._kernels = None
+            self.fallback = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
+            log.warning("preprocessing without Triton's kernels, which is slower: %s", self.fallback)
+        self._plan.cache_clear()
+
+    def make_resize(self, sharing: tuple[int, ...], size: tuple[int, int], views: torch.Tensor) -> _Resize:
+        """What the kernels need for the encoders of these indices, which share a resize, and images of (height, width)."""
+        config = self.encoders[sharing[0]]
+        height, width = size
+        top, left, fill = 0, 0, (0, 0, 0)
+        if config.resize_strategy == "letterbox":
+            (top, left), fill = letterbox_padding(height, width), config.fill
+        padded_height, padded_width = height + 2 * top, width + 2 * left
+        new_height, new_width = resized_size(padded_height, padded_width, config)
+        across, _ = self._kernel_taps(padded_width, new_width, config.interpolation, config.image_size)
+        down, rows = self._kernel_taps(padded_height, new_height, config.interpolation, config.image_size)
+        return _Resize(sharing, views, across, down, size, (top, left), fill, rows)
+
+    def _make_kernel_taps(
+        self, length: int, target: int, interpolation: int, side: int
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[int, int]]:
+        """First index and weights of the `side` pixels that the centre crop leaves of `target`; (first, number) read."""
+        offset = crop_offset(target, side)
+        if length == target:  # PIL leaves out this pass
+            indices, weights = np.arange(length)[:, None], np.full((length, 1), 1 << _PRECISION_BITS, np.int32)
+        else:
+            indices, weights = resampling_taps(length, target, interpolation)
+        indices, weights = indices[offset : offset + side], weights[offset : offset + side]
+        padding = -weights.shape[1] % 4
+        weights = np.pad(weights.T, ((0, padding), (0, 0)))
+        first = indices[:, 0].astype(np.int32)
+        taps = tuple(torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in (first, weights))
+        return taps, (int(indices.min()), int(indices.max() - indices.min()) + 1)
 
     def resize(self, planes: torch.Tensor, config: EncoderConfig) -> torch.Tensor:
         """uint8 [views, 3, height, width] → uint8 [views, 3, image_size, image_size] by the encoder's strategy."""
@@ -149,18 +378,6 @@ class DevicePreprocessor:
         for dim, target in ((3, new_width), (2, new_height)):
             planes = self._resample(planes, dim, target, config)
         return planes
-
-    def _upload(self, images: Sequence[np.ndarray]) -> torch.Tensor:
-        """Pictures of one size → uint8 [views, 3, height, width] on the device."""
-        # From pinned memory the copy runs beside the host. The allocator gives a pinned block out again only when
-        # the copies that were queued from it are done.
-        host = torch.empty((len(images), *images[0].shape), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        # Views of BGR pictures, as cameras and JPEG give them, are turned there: NumPy copies reversed ones slowly.
-        reversed_channels = all(image.strides[2] < 0 for image in images)
-        for row, image in zip(host.numpy(), images):
-            row[...] = image[:, :, ::-1] if reversed_channels else image
-        planes = host.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
-        return planes.flip(1) if reversed_channels else planes
 
     def _make_taps(
         self, dim: int, length: int, target: int, interpolation: int, side: int
@@ -177,7 +394,7 @@ class DevicePreprocessor:
             indices, weights = indices.T, weights.T
         else:
             weights = weights[:, :, None]
-        return indices.reshape(-1).to(self._device), weights.contiguous().to(self._device)
+        return indices.reshape(-1).to(self.device), weights.contiguous().to(self.device)
 
     def _resample(self, planes: torch.Tensor, dim: int, target: int, config: EncoderConfig) -> torch.Tensor:
         """One pass of PIL's resize, and of the centre crop, along dimension 2 or 3 of uint8 planes."""
