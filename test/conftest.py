@@ -6,6 +6,7 @@ import signal
 import sys
 import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 from ros_domain import ROOT, RosProcess, domains_of_a_module, free_domain, in_domain
@@ -16,6 +17,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["ROS_DOMAIN_ID"] = str(free_domain())
     os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
     os.environ.pop("ROS_STATIC_PEERS", None)
+    # Triton reads this when it is imported: without a GPU its kernels are tested in its interpreter.
+    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/nvmap").exists():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     # Ctrl-C works in the processes of a test, also where a shell has begun the run in the background.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     logs = tempfile.TemporaryDirectory(prefix="vla_perception-logs-")

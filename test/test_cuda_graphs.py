@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from vla_perception.tokenizer import VisualTokenizer, cuda_graphs  # noqa: E402
 from vla_perception.tokenizer.cuda_graphs import CudaGraphs  # noqa: E402
-from vla_perception.tokenizer.runtime import patches_as_products  # noqa: E402
+from vla_perception.tokenizer.fused_blocks import patches_as_products  # noqa: E402
 
 #: What CUDA says when somebody else has broken off a capture.
 BROKEN_OFF = "CUDA error: operation failed due to a previous error during capture"

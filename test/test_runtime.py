@@ -6,7 +6,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 
-from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
+from vla_perception.tokenizer import VisualTokenizer, fused_blocks  # noqa: E402
 from vla_perception.tokenizer import runtime as runtimes  # noqa: E402
 from vla_perception.tokenizer.runtime import limit_threads, onednn_gains  # noqa: E402
 
@@ -89,12 +89,12 @@ def test_patch_embedding_as_a_product_equals_the_convolution():
     convolution = torch.nn.Conv2d(3, 20, 14, stride=14)
     for height, width in ((28, 42), (33, 55)):  # the second has pixels beyond the last whole patch
         pixels = torch.randn(2, 3, height, width)
-        product = runtimes.PatchProduct(convolution)(pixels)
+        product = fused_blocks.PatchProduct(convolution)(pixels)
         torch.testing.assert_close(product, convolution(pixels), rtol=1e-4, atol=1e-5)
     tokenizer = load(runtime="eager")
     names = set(tokenizer.network.state_dict())
     expected = tokenizer(pictures(2)).tokens
-    runtimes.patches_as_products(tokenizer.network)
+    fused_blocks.patches_as_products(tokenizer.network)
     assert not [module for module in tokenizer.network.modules() if isinstance(module, torch.nn.Conv2d)]
     assert set(tokenizer.network.state_dict()) == names
     torch.testing.assert_close(tokenizer(pictures(2)).tokens, expected, rtol=1e-4, atol=1e-4)
@@ -122,10 +122,10 @@ def test_threads_follow_the_quota_of_a_container(monkeypatch, tmp_path, quota, c
 @torch.inference_mode()
 def test_blocks_whose_scaling_is_fused_give_what_timms_do():
     tokenizer, fused = load(runtime="eager"), load(runtime="eager")
-    runtimes.scale_in_one(fused.network)
+    fused_blocks.scale_in_one(fused.network)
     kinds = [[type(block) for block in encoder.vit.blocks] for encoder in fused.network.encoders.values()]
     dinov2, siglip = map(set, kinds)
-    assert dinov2 == {runtimes.ScaledBlock} and siglip == {runtimes.Block}  # SigLIP has no LayerScale
+    assert dinov2 == {fused_blocks.ScaledBlock} and siglip == {fused_blocks.Block}  # SigLIP has no LayerScale
     assert fused.network.state_dict().keys() == tokenizer.network.state_dict().keys()
     error, _ = distance(fused(pictures(2)).tokens, tokenizer(pictures(2)).tokens)
     assert 0 < error < 1e-6

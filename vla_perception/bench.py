@@ -26,10 +26,11 @@ from torchvision.transforms import functional as transforms
 from vla_perception import __version__
 from vla_perception.tokenizer import VisualTokenizer
 from vla_perception.tokenizer.devices import COMPUTE_DTYPES
+from vla_perception.tokenizer.fused_blocks import patches_as_products
 from vla_perception.tokenizer.preprocess import letterbox_padding
 from vla_perception.tokenizer.presets import EncoderConfig
 from vla_perception.tokenizer.projector import Projector
-from vla_perception.tokenizer.runtime import PackedLinear, limit_threads, patches_as_products
+from vla_perception.tokenizer.runtime import PackedLinear, limit_threads
 from vla_perception.tokenizer.tokenizer import empty_network, random_weight
 
 #: Relative L2 distance of tokens from the plain way in float32 that rounding accounts for (docs/performance.md).

@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import threading
@@ -24,10 +25,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from timm.models.vision_transformer import Block, LayerScale
 from torch import nn
-from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
+
+from vla_perception.tokenizer.fused_blocks import fuse_blocks, patches_as_products, replace_modules, scale_in_one
+
+log = logging.getLogger(__name__)
 
 RUNTIMES = ("auto", "eager", "onednn", "graph", "compile")
 
@@ -50,11 +53,14 @@ class Runtime:
     Attributes:
         name: what runs, one of `RUNTIMES` without ``auto``.
         fallback: why that is not what was asked for; empty if it is.
+        kernels: between the matrix products: ``pytorch``, or ``triton``; the first with a reason where the second was
+            wanted.
     """
 
     def __init__(self, network: Network, device: torch.device, dtype: torch.dtype) -> None:
         self.name = "eager"
         self.fallback = ""
+        self.kernels = "pytorch"
         self._network = network
         self._device = device
         self._dtype = dtype
@@ -87,7 +93,7 @@ class OneDnn(Runtime):
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         with self._lock:
             if not self._packed:
-                _replace(self._network, nn.Linear, PackedLinear)
+                replace_modules(self._network, nn.Linear, PackedLinear)
                 self._packed = True
         return super().__call__(pixel_values, features)
 
@@ -128,36 +134,6 @@ if torch.backends.mkldnn.is_available():
         return 2 * math.prod(values_shape) * weight_shape[0]
 
 
-class PatchProduct(nn.Module):
-    """A convolution whose stride is its kernel, as the matrix product that it is."""
-
-    def __init__(self, convolution: nn.Conv2d) -> None:
-        super().__init__()
-        self.weight, self.bias = convolution.weight, convolution.bias
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[views, 3, height, width] → [views, channels, rows, columns]; what no whole patch covers is not seen."""
-        side = self.weight.shape[-1]
-        rows, columns = pixels.shape[2] // side, pixels.shape[3] // side
-        pixels = pixels[:, :, : rows * side, : columns * side]
-        patches = pixels.unflatten(3, (columns, side)).unflatten(2, (rows, side)).permute(0, 2, 4, 1, 3, 5)
-        values = functional.linear(patches.flatten(3), self.weight.flatten(1), self.bias)
-        return values.permute(0, 3, 1, 2)
-
-
-class ScaledBlock(nn.Module):
-    """timm's block with LayerScale, its scaling and residual sum one operation: 46 kernels fewer in `openvla-7b`."""
-
-    def __init__(self, block: Block) -> None:
-        super().__init__()
-        self.norm1, self.attn, self.ls1 = block.norm1, block.attn, block.ls1
-        self.norm2, self.mlp, self.ls2 = block.norm2, block.mlp, block.ls2
-
-    def forward(self, values: torch.Tensor, **attention: object) -> torch.Tensor:
-        values = torch.addcmul(values, self.attn(self.norm1(values), **attention), self.ls1.gamma)
-        return torch.addcmul(values, self.mlp(self.norm2(values)), self.ls2.gamma)
-
-
 def make_runtime(name: str, network: Network, device: torch.device, dtype: torch.dtype) -> Runtime:
     """The runtime called `name`; it may change the network's modules for its purpose.
 
@@ -173,24 +149,21 @@ def make_runtime(name: str, network: Network, device: torch.device, dtype: torch
         raise ValueError(f"runtime graph needs a CUDA device, not {device}; choose auto")
     if name == "onednn" and (device.type != "cpu" or not torch.backends.mkldnn.is_available()):
         raise ValueError(f"runtime onednn needs a CPU, and a PyTorch with oneDNN, not {device}; choose auto")
-    if device.type == "cuda":
-        patches_as_products(network)
-        scale_in_one(network)
-    if device.type == "cuda" and name != "eager":
-        from vla_perception.tokenizer.cuda_graphs import CudaGraphs  # which builds on what is here
+    if device.type != "cuda":
+        return {"eager": Runtime, "onednn": OneDnn, "compile": Compiled}[name](network, device, dtype)
+    patches_as_products(network)
+    without = fuse_blocks(network, dtype) if name == "graph" else "not asked for"
+    scale_in_one(network)
+    if name == "eager":
+        return Runtime(network, device, dtype)
+    from vla_perception.tokenizer.cuda_graphs import CudaGraphs  # which builds on what is here
 
-        return CudaGraphs(network, device, dtype, compiled=name == "compile")
-    return {"eager": Runtime, "onednn": OneDnn, "compile": Compiled}[name](network, device, dtype)
-
-
-def patches_as_products(network: nn.Module | Network) -> None:
-    """Patch embeddings by cuBLAS: cuDNN would run float32 convolutions in TF32, and has no kernel for 3 channels."""
-    _replace(network, nn.Conv2d, PatchProduct)
-
-
-def scale_in_one(network: nn.Module | Network) -> None:
-    """LayerScale and residual sum as one operation, in the blocks that have it."""
-    _replace(network, Block, lambda block: ScaledBlock(block) if isinstance(block.ls1, LayerScale) else block)
+    runtime = CudaGraphs(network, device, dtype, compiled=name == "compile")
+    if name == "graph":
+        runtime.kernels = f"pytorch ({without})" if without else "triton"
+        if without:
+            log.warning("PyTorch's kernels instead of Triton's, which is slower: %s", without)
+    return runtime
 
 
 def onednn_gains(dtype: torch.dtype) -> bool:
@@ -231,11 +204,3 @@ def limit_threads(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         if cores < torch.get_num_threads():
             torch.set_num_threads(cores)
     return torch.get_num_threads()
-
-
-def _replace(network: nn.Module | Network, kind: type[nn.Module], replacement: Callable[[nn.Module], nn.Module]) -> None:
-    """Puts `replacement(module)` in the place of every module of exactly that kind, freeing one after the other."""
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is kind:
-                setattr(parent, name, replacement(child))

@@ -1,0 +1,144 @@
+"""What lies between a transformer block's matrix products, as Triton kernels.
+
+Each rounds where PyTorch's operations round in the same place, so results differ in last bits alone: sums in float32,
+stored in the tensors' dtype. All tensors are contiguous and on one device, which is the current one. To be imported
+only where Triton is installed; ``TRITON_INTERPRET=1`` runs the kernels on a CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+#: Elements per program of `gelu`.
+_GELU_BLOCK = 1024
+#: Queries and keys that a program of `attention` holds at a time, warps, and stages of loads that run ahead.
+ATTENTION_BLOCKS = (64, 64, 4, 2)
+
+
+@triton.jit
+def _add_layer_norm_kernel(
+    values, delta, gamma, weight, bias, total, normal,
+    epsilon, channels: tl.constexpr, has_delta: tl.constexpr, has_gamma: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    columns = tl.arange(0, block)
+    inside = columns < channels
+    at = tl.program_id(0).to(tl.int64) * channels + columns
+    row = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
+    if has_delta:
+        step = tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
+        if has_gamma:
+            step *= tl.load(gamma + columns, mask=inside, other=0.0).to(tl.float32)
+        # Normalized is what the residual stream holds, rounded.
+        rounded = (row + step).to(total.dtype.element_ty)
+        tl.store(total + at, rounded, mask=inside)
+        row = rounded.to(tl.float32)
+    centred = tl.where(inside, row - tl.sum(row, 0) / channels, 0.0)
+    variance = tl.sum(centred * centred, 0) / channels
+    scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    result = centred * (1.0 / tl.sqrt(variance + epsilon)) * scale + shift
+    tl.store(normal + at, result.to(normal.dtype.element_ty), mask=inside)
+
+
+def add_layer_norm(
+    values: torch.Tensor,
+    delta: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    norm: torch.nn.LayerNorm,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``values + delta * gamma`` and its layer norm over the last dimension, [..., channels] each.
+
+    Args:
+        values, delta: [..., channels]; without `delta` the sum is `values`.
+        gamma: [channels]; None for 1.
+        norm: with weight and bias.
+    """
+    values = values.contiguous()
+    channels = values.shape[-1]
+    normal = torch.empty_like(values)
+    total = values if delta is None else torch.empty_like(values)
+    delta = values if delta is None else delta.contiguous()
+    block = triton.next_power_of_2(channels)
+    _add_layer_norm_kernel[(values.numel() // channels,)](
+        values, delta, values if gamma is None else gamma, norm.weight, norm.bias, total, normal,
+        norm.eps, channels, total is not values, gamma is not None, block, num_warps=max(1, min(8, block // 512)),
+    )  # fmt: skip
+    return total, normal
+
+
+@triton.jit
+def _gelu_kernel(values, result, length, block: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = at < length
+    x = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
+    x = x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    tl.store(result + at, x.to(result.dtype.element_ty), mask=inside)
+
+
+def gelu(values: torch.Tensor) -> torch.Tensor:
+    """Exact GELU, by the error function."""
+    values = values.contiguous()
+    result = torch.empty_like(values)
+    length = values.numel()
+    _gelu_kernel[(triton.cdiv(length, _GELU_BLOCK),)](values, result, length, _GELU_BLOCK)
+    return result
+
+
+@triton.jit
+def _attention_kernel(
+    projected, result, tokens, scale,
+    heads: tl.constexpr, width: tl.constexpr, padded: tl.constexpr, rows: tl.constexpr, keys: tl.constexpr,
+):  # fmt: skip
+    # FlashAttention's online softmax: one program holds `rows` queries of one head and goes through all keys.
+    head = tl.program_id(1) % heads
+    stride: tl.constexpr = 3 * heads * width  # from one token to the next
+    view = (tl.program_id(1) // heads).to(tl.int64) * tokens
+    start = projected + view * stride + head * width
+    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    column = tl.arange(0, padded)
+    in_width = column < width
+    query_mask = (row < tokens)[:, None] & in_width[None, :]
+    query = tl.load(start + row[:, None] * stride + column[None, :], mask=query_mask, other=0.0)
+    highest = tl.full([rows], float("-inf"), tl.float32)
+    weight = tl.zeros([rows], tl.float32)
+    summed = tl.zeros([rows, padded], tl.float32)
+    for first in range(0, tokens, keys):
+        other = first + tl.arange(0, keys)
+        key_mask = (other < tokens)[:, None] & in_width[None, :]
+        at = other[:, None] * stride + column[None, :]
+        key = tl.load(start + heads * width + at, mask=key_mask, other=0.0)
+        score = tl.dot(query, tl.trans(key)) * scale
+        score = tl.where((other < tokens)[None, :], score, float("-inf"))
+        higher = tl.maximum(highest, tl.max(score, 1))
+        share = tl.exp2(score - higher[:, None])
+        fade = tl.exp2(highest - higher)
+        value = tl.load(start + 2 * heads * width + at, mask=key_mask, other=0.0)
+        summed = summed * fade[:, None] + tl.dot(share.to(value.dtype), value)
+        weight = weight * fade + tl.sum(share, 1)
+        highest = higher
+    out = result + (view + row[:, None]) * (heads * width) + head * width + column[None, :]
+    tl.store(out, (summed / weight[:, None]).to(result.dtype.element_ty), mask=query_mask)
+
+
+def attention(projected: torch.Tensor, heads: int, scale: float) -> torch.Tensor:
+    """Softmax attention of every token over all tokens of its view.
+
+    Args:
+        projected: [views, tokens, 3 · heads · width], float16 or bfloat16: queries, keys and values, of all heads each,
+            as one linear layer gives them. width is at most 128.
+
+    Returns:
+        [views, tokens, heads · width].
+    """
+    projected = projected.contiguous()
+    views, tokens, channels = projected.shape
+    width = channels // (3 * heads)
+    result = projected.new_empty(views, tokens, heads * width)
+    rows, keys, warps, stages = ATTENTION_BLOCKS
+    _attention_kernel[(triton.cdiv(tokens, rows), views * heads)](
+        projected, result, tokens, scale * 1.4426950408889634,  # exp2 is what the hardware has
+        heads, width, max(16, triton.next_power_of_2(width)), rows, keys, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return result
