@@ -1,12 +1,15 @@
 """token_viewer: where colours are painted, that they stay; then the node over DDS."""
 
+import re
 import signal
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vla_perception.messages.tokens import View, VisualTokens
-from vla_perception.token_picture import overlay, side_by_side
+from vla_perception.token_picture import overlay, side_by_side, side_by_side_size
 
 ROWS, COLUMNS, CHANNELS = 3, 4, 16
 HEIGHT, WIDTH = 30, 48
@@ -47,9 +50,41 @@ def test_a_turned_grid_is_painted_turned():
     assert np.array_equal(overlay(colours, turned, HEIGHT, WIDTH), overlay(colours, WHOLE, HEIGHT, WIDTH)[::-1, ::-1])
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_large_view_is_painted_like_a_small_one(seed):
+    """Against a loop over pixels; 700 columns make several blocks of rows."""
+    rng = np.random.default_rng(seed)
+    height, width = int(rng.integers(380, 500)), 700
+    colours, picture = noise(ROWS, COLUMNS, 3), noise(height, width, 3, seed=seed)
+    turned = [0.0, COLUMNS / height, 0.3, ROWS / width, 0.0, -0.4]
+    straight = [COLUMNS / width * 1.2, 0.0, -0.3, 0.0, ROWS / height, 0.4]
+    affine = (turned, straight, list(rng.normal(size=6) * [0.01, 0.01, 2, 0.01, 0.01, 2]))[seed % 3]
+    shown = overlay(colours, affine, height, width, picture, 1.0)
+    for y, x in zip(rng.integers(0, height, 500), rng.integers(0, width, 500)):
+        column = int(np.floor(affine[0] * (x + 0.5) + affine[1] * (y + 0.5) + affine[2]))
+        row = int(np.floor(affine[3] * (x + 0.5) + affine[4] * (y + 0.5) + affine[5]))
+        inside = 0 <= row < ROWS and 0 <= column < COLUMNS
+        assert np.array_equal(shown[y, x], colours[row, column] if inside else picture[y, x])
+
+
+def test_painting_a_large_view_takes_little_more_memory_than_the_view():
+    import tracemalloc
+
+    tracemalloc.start()
+    try:
+        for affine in ((ROWS / 4000, 0, 0, 0, COLUMNS / 3000, 0), (0, ROWS / 3000, 0, COLUMNS / 4000, 0, 0)):
+            for _ in range(2):  # nothing is kept either
+                overlay(noise(ROWS, COLUMNS, 3), affine, 3000, 4000)
+        assert tracemalloc.get_traced_memory()[1] < 1.5 * 3000 * 4000 * 3
+    finally:
+        tracemalloc.stop()
+
+
 def test_pictures_side_by_side_have_one_height():
     first, second = noise(30, 48, 3), noise(60, 80, 3)
     both = side_by_side([first, second])
+    assert side_by_side_size([(30, 48), (60, 80)]) == both.shape[:2]
+    assert side_by_side_size([(10**6, 1), (1, 10**6)]) == (10**6, 10**12 + 1)
     assert both.shape == (30, 48 + 40, 3)
     assert np.array_equal(both[:, :48], first)
     assert {tuple(p) for p in both[:, 48:].reshape(-1, 3)} <= {tuple(p) for p in second.reshape(-1, 3)}
@@ -220,8 +255,8 @@ def test_node_shows_all_views_or_one():
 
         wait_until(shown, 20, "a picture")
         assert robot.shown[0].width == WIDTH
-        robot.tokens.publish(to_message(tokens(token_values(1), 2)))
-        process.wait_for("no camera 'wrist' among front")
+        robot.tokens.publish(to_message(tokens(token_values(1, views=2), 2, cameras=("front", "wrist_left"))))
+        process.wait_for("no camera 'wrist' among front, wrist_left: did you mean 'wrist_left'?")
         assert process.stop() == 0, process.output
 
 
@@ -241,6 +276,72 @@ def test_node_says_once_what_it_cannot_read():
             publisher.publish(CompressedImage(format="jpeg"))
         assert process.stop() == 0
         assert process.output.count("no token message") == 1
+
+
+def of_sizes(sizes, names=None):
+    """Tokens of views with these (height, width)."""
+    names = names or [f"c{index}" for index in range(len(sizes))]
+    message = tokens(token_values(1, views=len(sizes)), 1, cameras=[str(index) for index in range(len(sizes))])
+    views = [
+        View(name, "camera", 10**9, height, width, (COLUMNS / width, 0, 0, 0, ROWS / height, 0))
+        for name, (height, width) in zip(names, sizes)
+    ]
+    return replace(message, views=tuple(views))
+
+
+def hostile_messages():
+    return {
+        "beyond": of_sizes([(8192, 8192)]),
+        "line": of_sizes([(1, 10**9 - 1)]),
+        "thin beside flat": of_sizes([(10**6, 1), (1, 10**6)]),
+        "a strip that grows": of_sizes([(4000, 10), (1, 4000)]),
+        "together": of_sizes([(4000, 4000)] * 3),
+        "many cameras": of_sizes([(8, 8)] * 500),
+        "names": of_sizes(
+            [(8, 8)] * 9,
+            ["~/{node}", "a//b", "", "/", "x" * 999, "é", "a b", "parameter_events/../x", "{"],
+        ),
+        "NaN": tokens(np.full((1, ROWS * COLUMNS, CHANNELS), 3e38, np.float32), 1),
+    }
+
+
+@pytest.mark.ros
+def test_no_message_ends_the_viewer_or_fills_its_memory():
+    domain = free_domain()
+    with Listener(domain) as listener, viewer(domain) as process:
+        robot = Robot(listener)
+        robot.connect()
+        status = Path(f"/proc/{process.process.pid}/status")
+        for name, message in hostile_messages().items():
+            robot.tokens.publish(to_message(message))
+            shown = robot.show(tokens(token_values(1), 2, stamp_ns=10**9 * (500 + len(name))))
+            assert (shown.height, shown.width) == (HEIGHT, WIDTH), name
+        for number in range(20):  # ever other cameras: those of before are given up
+            names = [f"n{number}_{index}" for index in range(16)]
+            message = of_sizes([(8, 8)] * 16, names)
+            robot.show(replace(message, views=tuple(replace(v, stamp_ns=10**9 * (900 + number)) for v in message.views)))
+        subscribed = [topic for topic, _ in listener.node.get_topic_names_and_types() if "_" in topic and "/n" in topic]
+        counted = sum(listener.node.count_subscribers(topic) for topic in subscribed)
+        assert counted <= 32, counted  # some may only just have gone
+        peak_kb = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+        assert peak_kb < 600 << 10
+        assert process.stop() == 0, process.output
+    for said in ("at most 33554432 are", "side by side cannot be shown", "500 views: at most 16", "no pictures of camera"):
+        assert said in process.output, (said, process.output)
+
+
+@pytest.mark.ros
+def test_the_pictures_that_are_kept_are_bounded():
+    from vla_perception.nodes.token_viewer import HISTORY, _History
+
+    history = _History()
+    for _ in range(1000):
+        history.keep(CompressedImage(data=bytes(10)), 10**6)
+    assert len(history.messages) == HISTORY
+    history.keep(CompressedImage(data=bytes(10**6 - 5)), 10**6)
+    assert len(history.messages) == 1
+    history.keep(CompressedImage(data=bytes(10**6 + 1)), 10**6)  # too large: what is there stays
+    assert len(history.messages) == 1 and len(history.messages[0].data) == 10**6 - 5
 
 
 @pytest.mark.ros

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
+
+#: Pixels that are painted at a time: what is needed meanwhile is several times as large as they are.
+_AT_A_TIME = 1 << 18
 
 
 def overlay(
@@ -23,35 +25,63 @@ def overlay(
     the picture.
     """
     rows, columns = colours.shape[:2]
-    index = _patch_of_pixel(tuple(affine), height, width, rows, columns)
-    # One more colour for the pixels of no patch (index -1).
-    painted = np.concatenate([colours.reshape(-1, 3), np.zeros((1, 3), np.uint8)])[index]
-    if picture is None:
-        return painted
-    share = np.where(index >= 0, round(opacity * 256), 0).astype(np.uint16)[:, :, None]
-    return ((picture * (256 - share) + painted * share + 128) >> 8).astype(np.uint8)
+    # One more row and column for the pixels of no patch.
+    painted = np.zeros((rows + 1, columns + 1, 3), np.uint8)
+    painted[:rows, :columns] = colours
+    share = np.zeros((rows + 1, columns + 1, 1), np.uint16)
+    share[:rows, :columns] = round(opacity * 256)
+    result = np.empty((height, width, 3), np.uint8)
+    step = max(1, _AT_A_TIME // width)
+    for top in range(0, height, step):
+        block = slice(top, min(height, top + step))
+        row, column = _patch_of_pixel(affine, np.arange(block.start, block.stop), width, rows, columns)
+        colour = painted[row, column]
+        if picture is not None:
+            part = share[row, column]
+            colour = (picture[block] * (256 - part) + colour * part + 128) >> 8
+        result[block] = colour
+    return result
 
 
-@lru_cache(maxsize=8)
-def _patch_of_pixel(affine: tuple, height: int, width: int, rows: int, columns: int) -> np.ndarray:
-    """int32 [height, width]: index of the patch that a pixel's centre lies in, -1 outside the grid."""
+def _patch_of_pixel(
+    affine: Sequence[float], lines: np.ndarray, width: int, rows: int, columns: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of the patch that a pixel's centre lies in, (rows, columns) outside the grid.
+
+    Integers that broadcast to [lines, width]: [lines, 1] and [1, width] unless the grid is turned by 90 degrees.
+    """
     a, b, c, d, e, f = affine
-    x, y = np.arange(width) + 0.5, np.arange(height)[:, None] + 0.5
-    column, row = np.floor(a * x + b * y + c), np.floor(d * x + e * y + f)
-    inside = (column >= 0) & (column < columns) & (row >= 0) & (row < rows)
-    return np.where(inside, row * columns + column, -1).astype(np.int32)
+    x, y = np.arange(width)[None] + 0.5, lines[:, None] + 0.5
+    column = np.floor(a * x + b * y + c if b else a * x + c)
+    row = np.floor(d * x + e * y + f if d else e * y + f)
+    return (
+        np.where((row >= 0) & (row < rows), row, rows).astype(np.intp),
+        np.where((column >= 0) & (column < columns), column, columns).astype(np.intp),
+    )
+
+
+def side_by_side_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """(height, width) of what `side_by_side` makes of pictures of these heights and widths."""
+    height = sizes[0][0]
+    return height, sum(_width_at(height, *size) for size in sizes)
 
 
 def side_by_side(pictures: Sequence[np.ndarray]) -> np.ndarray:
     """uint8 [h, w, 3]: pictures next to each other, all at the first one's height (nearest pixel, aspect kept)."""
+    if len(pictures) == 1:
+        return pictures[0]
     height = pictures[0].shape[0]
     return np.concatenate([_at_height(picture, height) for picture in pictures], axis=1)
+
+
+def _width_at(height: int, of_height: int, of_width: int) -> int:
+    return max(1, round(of_width * height / of_height))
 
 
 def _at_height(picture: np.ndarray, height: int) -> np.ndarray:
     if picture.shape[0] == height:
         return picture
-    width = max(1, round(picture.shape[1] * height / picture.shape[0]))
+    width = _width_at(height, *picture.shape[:2])
     rows = (np.arange(height) + 0.5) * picture.shape[0] // height
     columns = (np.arange(width) + 0.5) * picture.shape[1] // width
     return picture[rows.astype(int)[:, None], columns.astype(int)]

@@ -5,31 +5,39 @@ tokens (and <camera>/image_raw, or <camera>/image_raw/compressed) -> token_image
 
 from __future__ import annotations
 
+import difflib
 import sys
+import time
 from array import array
 from collections import deque
 
 import numpy as np
 from rclpy.event_handler import SubscriptionEventCallbacks
-from rclpy.exceptions import InvalidTopicNameException
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CompressedImage, Image
 from std_srvs.srv import Trigger
 
-from vla_perception.messages.images import ImageDecodeError, compressed_to_rgb, image_to_rgb
-from vla_perception.messages.tokens import TokenFormatError, View, VisualTokens, from_message
+from vla_perception.messages.images import compressed_to_rgb, image_to_rgb, warm_up
+from vla_perception.messages.tokens import View, VisualTokens, from_message
 from vla_perception.nodes.parameters import declare
 from vla_perception.nodes.process import Stop, run_node
 from vla_perception.principal_components import PrincipalComponents
-from vla_perception.token_picture import overlay, side_by_side
+from vla_perception.token_picture import overlay, side_by_side, side_by_side_size
 
-#: Pictures kept per camera until their tokens arrive, in bytes as received; encoding may take seconds on a CPU.
-HISTORY_BYTES = 64 << 20
+#: Pictures kept until their tokens arrive, of all cameras together, in bytes as received; encoding may take seconds on a
+#: CPU.
+HISTORY_BYTES = 256 << 20
+#: And at most so many of a camera.
+HISTORY = 100
+#: Cameras whose pictures are subscribed to.
+MAX_CAMERAS = 16
 #: A picture that is this far from the tokens' stamp still serves where the exact one is not there.
 NEAR_NS = 200_000_000
-#: Pixels of a view beyond which the message is taken for damaged.
-MAX_PIXELS = 1 << 26
+#: Pixels of what is shown; the camera's picture, the message and DDS's copies of it take some 20 bytes for each.
+MAX_PIXELS = 1 << 25
+#: Seconds between two equal log lines.
+REPEAT_SEC = 30.0
 #: Tokens that a basis is fitted to. More cost seconds and change little.
 FIT_TOKENS = 768
 
@@ -58,6 +66,25 @@ def _at_most(rows: np.ndarray, count: int) -> np.ndarray:
     return rows[:: -(-len(rows) // count)]
 
 
+class _History:
+    """The last messages of one camera."""
+
+    def __init__(self):
+        self.messages: deque = deque(maxlen=HISTORY)
+
+    def keep(self, message, most_bytes: int):
+        if len(message.data) > most_bytes:
+            return
+        self.messages.append(message)
+        while sum(len(kept.data) for kept in self.messages) > most_bytes:
+            self.messages.popleft()
+
+    def nearest(self, stamp_ns: int):
+        """The message whose stamp is closest, if it is within NEAR_NS."""
+        found = min(self.messages, key=lambda message: abs(_stamp_ns(message) - stamp_ns), default=None)
+        return found if found is not None and abs(_stamp_ns(found) - stamp_ns) <= NEAR_NS else None
+
+
 class TokenViewer(Node):
     def __init__(self, _stop: Stop):
         super().__init__("token_viewer")
@@ -75,14 +102,16 @@ class TokenViewer(Node):
             if value not in choices:
                 raise ValueError(f'{name} is {" or ".join(choices)}, not "{value}"')
         self._compressed = transport == "compressed"
+        if self._compressed:
+            warm_up()  # ImportError says what is missing
 
         self._basis: ColourBasis | None = None
         self._basis_of = None  # what model the basis belongs to
-        self._pictures: dict[str, deque] = {}  # camera -> messages, oldest first
+        self._pictures: dict[str, _History] = {}  # of each camera that is subscribed to, or cannot be
         self._picture_subscriptions: dict[str, object] = {}
         self._best_effort: set[str] = set()  # cameras to subscribe to anew, because they offer no more
         self._resubscribe = self.create_guard_condition(self._subscribe_anew)
-        self._complaint = ""
+        self._told: dict[str, float] = {}  # what was logged, and when
         self._publisher = self.create_publisher(Image, "token_image", 5)
         self.create_subscription(CompressedImage, "tokens", self._on_tokens, 2)
         self.create_service(Trigger, "~/refit", self._on_refit)
@@ -96,26 +125,49 @@ class TokenViewer(Node):
         return response
 
     def _on_tokens(self, message: CompressedImage):
-        try:
-            if not self._publisher.get_subscription_count():
-                return
-            tokens = from_message(message)
-            for view in tokens.views:
-                self._watch(view.camera)
-            picture = self._draw(tokens)
-        except (TokenFormatError, ValueError, KeyError) as error:
-            self._complain(str(error.args[0]) if error.args else repr(error))
+        if not self._publisher.get_subscription_count():
             return
-        self._complaint = ""
-        height, width = picture.shape[:2]
-        image = Image(header=message.header, height=height, width=width, encoding="rgb8", step=3 * width)
-        data = array("B")
-        data.frombytes(memoryview(np.ascontiguousarray(picture)).cast("B"))
-        image.data = data
-        self._publisher.publish(image)
+        try:
+            tokens = from_message(message)
+            shown = self._shown(tokens)
+            self._watch([tokens.views[index].camera for index in shown])
+            picture = self._draw(tokens, shown)
+            height, width = picture.shape[:2]
+            image = Image(header=message.header, height=height, width=width, encoding="rgb8", step=3 * width)
+            data = array("B")
+            data.frombytes(memoryview(np.ascontiguousarray(picture)).cast("B"))
+            image.data = data
+            self._publisher.publish(image)
+        except KeyError as error:  # another camera may come with the next message
+            self._complain(str(error.args[0]), self.get_logger().warning)
+        except ValueError as error:
+            self._complain(str(error), self.get_logger().error)
+        except Exception as error:  # noqa: BLE001 - whatever a message does, the next one is shown
+            self._complain(f"a message cannot be shown: {type(error).__name__}: {error}", self.get_logger().error)
 
-    def _draw(self, tokens: VisualTokens) -> np.ndarray:
+    def _shown(self, tokens: VisualTokens) -> list[int]:
+        """Indices of the views to show. KeyError for a camera that is not there, ValueError for too much."""
         camera = self.get_parameter("camera").value
+        if camera and camera not in tokens.cameras:
+            names = ", ".join(tokens.cameras[:MAX_CAMERAS])
+            alike = difflib.get_close_matches(camera[:200], [name[:200] for name in tokens.cameras[:1000]], 1, 0.5)
+            raise KeyError(f"no camera {camera!r} among {names}" + (f": did you mean {alike[0]!r}?" if alike else ""))
+        shown = [tokens.cameras.index(camera)] if camera else list(range(len(tokens.views)))
+        if len(shown) > MAX_CAMERAS:
+            raise ValueError(f"a message of {len(shown)} views: at most {MAX_CAMERAS} are shown; set `camera` to one")
+        sizes = [(tokens.views[index].height, tokens.views[index].width) for index in shown]
+        for height, width in sizes:
+            if not 0 < height * width <= MAX_PIXELS:
+                raise ValueError(f"a view of {width} x {height} pixels cannot be shown; at most {MAX_PIXELS} are")
+        height, width = side_by_side_size(sizes)
+        if max(height * width, sum(height * width for height, width in sizes)) > MAX_PIXELS:
+            raise ValueError(
+                f"views that fill {width} x {height} pixels side by side cannot be shown, at most {MAX_PIXELS} are: set "
+                "`camera` to one of them"
+            )
+        return shown
+
+    def _draw(self, tokens: VisualTokens, shown: list[int]) -> np.ndarray:
         values = tokens.features_float32() if self._show == "features" else tokens.float32()
         grids = tokens.on_grid(values)
         views, rows, columns, channels = grids.shape
@@ -127,71 +179,78 @@ class TokenViewer(Node):
         if valid.any():
             painted = self._basis.colours(grids[valid].reshape(-1, channels))
             colours[valid] = painted.reshape(-1, rows, columns, 3)
-        shown = range(views)
-        if camera:
-            tokens.view(camera)  # KeyError names the cameras that there are
-            shown = [tokens.cameras.index(camera)]
         return side_by_side([self._draw_view(tokens.views[i], colours[i]) for i in shown])
 
     def _draw_view(self, view: View, colours: np.ndarray) -> np.ndarray:
-        if not 0 < view.height * view.width <= MAX_PIXELS:
-            raise ValueError(f"a view of {view.width} x {view.height} pixels cannot be shown")
         picture = self._picture_of(view)
         opacity = self.get_parameter("opacity").value if view.valid else 0.0
         return overlay(colours, view.affine, view.height, view.width, picture, opacity)
 
     def _picture_of(self, view: View) -> np.ndarray | None:
         """The picture with the view's stamp, or one close to it, decoded; None where there is none of its size."""
-        history = self._pictures.get(view.camera, ())
-        nearest = min(history, key=lambda m: abs(_stamp_ns(m) - view.stamp_ns), default=None)
-        if nearest is None or abs(_stamp_ns(nearest) - view.stamp_ns) > NEAR_NS:
+        nearest = self._pictures[view.camera].nearest(view.stamp_ns)
+        if nearest is None:
             return None
         try:
-            picture = compressed_to_rgb(nearest) if self._compressed else image_to_rgb(nearest)
-        except ImageDecodeError:
+            decode = compressed_to_rgb if self._compressed else image_to_rgb
+            picture = decode(nearest, view.height * view.width)
+        except ValueError:
             return None  # the tokenizer counts and reports these
         return picture if picture.shape[:2] == (view.height, view.width) else None
 
-    def _watch(self, camera: str, reliability=ReliabilityPolicy.RELIABLE):
-        """Subscribes to a camera's pictures, once."""
-        if camera in self._pictures:
-            return
-        history = self._pictures[camera] = deque()
+    def _watch(self, cameras: list[str]):
+        """Subscribes to the pictures of these cameras, and no longer to others' where they would be too many."""
+        missing = [camera for camera in cameras if camera not in self._pictures]
+        if len(self._pictures) + len(missing) > MAX_CAMERAS:
+            for camera in [camera for camera in self._pictures if camera not in cameras]:
+                self._forget(camera)
+        for camera in missing:
+            self._subscribe(camera, ReliabilityPolicy.RELIABLE)
+
+    def _forget(self, camera: str):
+        del self._pictures[camera]
+        if (subscription := self._picture_subscriptions.pop(camera, None)) is not None:
+            self.destroy_subscription(subscription)
+
+    def _subscribe(self, camera: str, reliability: ReliabilityPolicy):
+        history = self._pictures[camera] = _History()
 
         def keep(message):
-            history.append(message)
-            while len(history) > 1 and sum(len(kept.data) for kept in history) > HISTORY_BYTES:
-                history.popleft()
+            history.keep(message, HISTORY_BYTES // len(self._pictures))
 
         def offers_less(_event):
             self._best_effort.add(camera)  # a subscription cannot be replaced inside its own callback
             self._resubscribe.trigger()
 
-        # Only the base name is remapped by ROS; the compressed topic follows it, as with image_transport.
         try:
+            # Only the base name is remapped by ROS; the compressed topic follows it, as with image_transport.
             topic = self.resolve_topic_name(f"{camera}/image_raw") + ("/compressed" if self._compressed else "")
-        except InvalidTopicNameException:
-            return
-        self._picture_subscriptions[camera] = self.create_subscription(
-            CompressedImage if self._compressed else Image,
-            topic,
-            keep,
-            QoSProfile(depth=5, reliability=reliability),
-            event_callbacks=SubscriptionEventCallbacks(incompatible_qos=offers_less),
-        )
+            self._picture_subscriptions[camera] = self.create_subscription(
+                CompressedImage if self._compressed else Image,
+                topic,
+                keep,
+                QoSProfile(depth=5, reliability=reliability),
+                event_callbacks=SubscriptionEventCallbacks(incompatible_qos=offers_less),
+            )
+        except Exception as error:  # noqa: BLE001 - rclpy has many for a name that is none; its tokens are shown without
+            self.get_logger().warning(f"no pictures of camera {camera[:100]!r}: {' '.join(str(error).split())[:300]}")
 
     def _subscribe_anew(self):
         while self._best_effort:
             camera = self._best_effort.pop()
-            self.destroy_subscription(self._picture_subscriptions.pop(camera))
-            del self._pictures[camera]
-            self._watch(camera, ReliabilityPolicy.BEST_EFFORT)
+            if camera in self._pictures:
+                self._forget(camera)
+                self._subscribe(camera, ReliabilityPolicy.BEST_EFFORT)
 
-    def _complain(self, text: str):
-        """Once, not for every message."""
-        if text != self._complaint:
-            self._complaint = text
-            self.get_logger().error(text)
+    def _complain(self, text: str, log):
+        """Now and then, not for every message."""
+        text, now = text if len(text) <= 500 else f"{text[:500]}…", time.monotonic()
+        if now - self._told.get(text, -REPEAT_SEC) < REPEAT_SEC:
+            return
+        if len(self._told) >= 32:
+            self._told.clear()
+        self._told[text] = now
+        log(text)
 
 
 def _stamp_ns(message) -> int:
