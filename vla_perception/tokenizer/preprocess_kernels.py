@@ -35,11 +35,12 @@ def _along_rows(
     row_stride = tl.load(views + view * VIEW + 1)
     pixel_stride = tl.load(views + view * VIEW + 2).to(tl.int32)
     channel_stride = tl.load(views + view * VIEW + 3).to(tl.int32)
-    x = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    y = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    # Of two dimensions from the start: a vector that is loaded and then broadcast goes through shared memory.
+    x = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    y = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     source_y = y + rows_first - top
     row_inside = (y < rows) & (source_y >= 0) & (source_y < height)
-    line = source + offset + source_y[:, None] * row_stride
+    line = source + offset + source_y * row_stride
     source_x = tl.load(first + x, mask=x < side, other=0) - left
     red = tl.full((ROWS, COLUMNS), 1 << 21, tl.int32)
     green = tl.full((ROWS, COLUMNS), 1 << 21, tl.int32)
@@ -47,16 +48,16 @@ def _along_rows(
     for begin in range(0, taps, STEP):
         for step in tl.static_range(STEP):
             tap = begin + step
-            weight = tl.load(weights + tap * side + x, mask=x < side, other=0)[None, :]
+            weight = tl.load(weights + tap * side + x, mask=x < side, other=0)
             column = source_x + tap
-            inside = row_inside[:, None] & ((column >= 0) & (column < width))[None, :]
-            pixel = line + column[None, :] * pixel_stride
+            inside = row_inside & (column >= 0) & (column < width)
+            pixel = line + column * pixel_stride
             red += tl.load(pixel, mask=inside, other=fill_r).to(tl.int32) * weight
             green += tl.load(pixel + channel_stride, mask=inside, other=fill_g).to(tl.int32) * weight
             blue += tl.load(pixel + 2 * channel_stride, mask=inside, other=fill_b).to(tl.int32) * weight
     plane = rows * side
-    at = output + view * 3 * plane + y[:, None] * side + x[None, :]
-    written = (y < rows)[:, None] & (x < side)[None, :]
+    at = output + view * 3 * plane + y * side + x
+    written = (y < rows) & (x < side)
     tl.store(at, tl.minimum(tl.maximum(red >> 22, 0), 255).to(tl.uint8), mask=written)
     tl.store(at + plane, tl.minimum(tl.maximum(green >> 22, 0), 255).to(tl.uint8), mask=written)
     tl.store(at + 2 * plane, tl.minimum(tl.maximum(blue >> 22, 0), 255).to(tl.uint8), mask=written)
@@ -77,21 +78,21 @@ def _along_columns(
     plane = tl.program_id(2)
     channel = plane % 3
     place = tl.load(views + (plane // 3) * VIEW + 4)
-    x = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    y = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    x = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    y = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     source_y = tl.load(first + y, mask=y < side, other=0) - rows_first
-    inside = (y < side)[:, None] & (x < side)[None, :]
-    source = between + plane * rows * side + x[None, :]
+    inside = (y < side) & (x < side)
+    source = between + plane * rows * side + x
     total = tl.full((ROWS, COLUMNS), 1 << 21, tl.int32)
     for begin in range(0, taps, STEP):
         for step in tl.static_range(STEP):
             tap = begin + step
-            weight = tl.load(weights + tap * side + y, mask=y < side, other=0)[:, None]
+            weight = tl.load(weights + tap * side + y, mask=y < side, other=0)
             # What lies behind the last row has weight 0.
-            row = tl.minimum(source_y + tap, rows - 1)[:, None]
+            row = tl.minimum(source_y + tap, rows - 1)
             total += tl.load(source + row * side, mask=inside, other=0).to(tl.int32) * weight
     level = tl.minimum(tl.maximum(total >> 22, 0), 255) + channel * 256
-    at = (place * 3 + channel) * side * side + y[:, None] * side + x[None, :]
+    at = (place * 3 + channel) * side * side + y * side + x
     tl.store(output0 + at, tl.load(table0 + level), mask=inside)
     if BOTH:
         tl.store(output1 + at, tl.load(table1 + level), mask=inside)
