@@ -253,6 +253,7 @@ class DevicePreprocessor:
 
     Args:
         encoders: in the order in which tensors are returned; their interpolations must be among `FILTERS`.
+        kernels: whether Triton's are used where they can be.
 
     Attributes:
         fallback: why Triton's kernels are not used on a GPU; empty if they are, and on a CPU.
@@ -261,7 +262,7 @@ class DevicePreprocessor:
         ImportError: see `check_pillow`; what is accepted must not depend on the device.
     """
 
-    def __init__(self, encoders: Sequence[EncoderConfig], device: torch.device) -> None:
+    def __init__(self, encoders: Sequence[EncoderConfig], device: torch.device, kernels: bool = True) -> None:
         check_pillow()
         self.encoders = tuple(encoders)
         self.device = device
@@ -291,7 +292,7 @@ class DevicePreprocessor:
         self._plan = functools.lru_cache(maxsize=16)(self._make_plan)
         self.fallback = ""
         self._kernels = None
-        if device.type == "cuda":
+        if device.type == "cuda" and kernels:
             self._use_kernels()
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
