@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import stat
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -12,8 +14,18 @@ from sensor_msgs.msg import CameraInfo
 DISTORTION_MODELS = {"plumb_bob": (4, 5), "rational_polynomial": (8, 12, 14), "equidistant": (4,), "fisheye": (4,)}
 
 
+#: Bytes of a calibration file. Real ones have one or two thousand, and parsing 50 000 takes a second.
+MAX_BYTES = 1 << 15
+#: Brackets within brackets. A calibration has two.
+_MAX_DEPTH = 20
+
+
 class CalibrationError(ValueError):
     """A calibration file that cannot be used. The text names the file and what is wrong in it."""
+
+    def __init__(self, text: str) -> None:
+        # It may quote a file of any content, and goes into logs.
+        super().__init__(text if len(text) <= 500 else f"{text[:500]}…")
 
 
 def uncalibrated(width: int, height: int) -> CameraInfo:
@@ -40,21 +52,53 @@ def read_calibration(location: str) -> CameraInfo:
     `location`: a path, file://PATH, or package://PACKAGE/PATH (needs ament_index_python).
     Raises CalibrationError if there is no such file or anything in it does not fit.
     """
-    import yaml
-
-    path = _local_path(location)
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        path = _local_path(location)
+    except (ValueError, LookupError, RuntimeError, OSError) as error:
+        if isinstance(error, CalibrationError):
+            raise
+        raise CalibrationError(f"{location!r} names no calibration file: {error}") from error
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device may never end
+            raise OSError("it is not a file")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise OSError(f"it has more than {MAX_BYTES} bytes")
+        text = data.decode()
+    except (OSError, ValueError) as error:
         raise CalibrationError(f"cannot read the calibration file {path}: {error}") from error
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise CalibrationError(f"calibration file {path} is no YAML: {error}") from error
-    try:
-        return _from_yaml(content)
+        return _from_yaml(_parse(text))
     except ValueError as error:
         raise CalibrationError(f"calibration file {path}: {error}") from error
+
+
+def _parse(text: str):
+    """YAML of strings, lists and dictionaries; ValueError if it is none, or refers to itself.
+
+    Numbers stay text: YAML 1.1 takes 1e-05, as C++ writes it, for none. Nothing is made of tags such as !!python or
+    !!timestamp, and aliases, of which a few lines make billions of values, are refused.
+    """
+    import yaml
+
+    class Loader(yaml.BaseLoader):
+        depth = 0
+
+        def compose_node(self, parent, index):
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError("it has an alias (*name): write the values themselves")
+            self.depth += 1
+            if self.depth > _MAX_DEPTH:
+                raise ValueError(f"it is nested more than {_MAX_DEPTH} levels deep")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+    try:
+        return yaml.load(text, Loader)  # noqa: S506 - made of BaseLoader, which makes nothing but strings
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"it is no YAML: {error}") from error
 
 
 def _local_path(location: str) -> Path:
@@ -78,7 +122,7 @@ def _from_yaml(content) -> CameraInfo:
         raise ValueError("expected keys such as image_width and camera_matrix, as camera_calibration writes them")
     width, height = (_size(content, name) for name in ("image_width", "image_height"))
     model = content.get("distortion_model", "plumb_bob")  # files from before the key existed
-    if model not in DISTORTION_MODELS:
+    if not isinstance(model, str) or model not in DISTORTION_MODELS:
         raise ValueError(f"unknown distortion_model {model!r}; known are {', '.join(DISTORTION_MODELS)}")
     camera = _matrix(content, "camera_matrix", 3, 3)
     if camera[0] <= 0 or camera[4] <= 0 or camera[6:] != [0, 0, 1]:
@@ -101,10 +145,10 @@ def _from_yaml(content) -> CameraInfo:
 
 
 def _size(content: dict, name: str) -> int:
-    value = content.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= 65536:
-        raise ValueError(f"{name} must be a number of pixels, got {value!r}")
-    return value
+    text = content.get(name)
+    if not isinstance(text, str) or not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) <= 65536:
+        raise ValueError(f"{name} must be a number of pixels, got {text!r}")
+    return int(text)
 
 
 def _matrix(content: dict, name: str, rows: int, columns: int | None, default: list | None = None) -> list[float]:
@@ -115,8 +159,12 @@ def _matrix(content: dict, name: str, rows: int, columns: int | None, default: l
     data = matrix.get("data") if isinstance(matrix, dict) else None
     if not isinstance(data, list):
         raise ValueError(f"{name} is missing or has no data")
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in data):
+    try:
+        values = [float(text) for text in data]
+    except (TypeError, ValueError):
+        values = [math.nan]
+    if not all(map(math.isfinite, values)):
         raise ValueError(f"{name} holds something other than finite numbers")
-    if columns is not None and len(data) != rows * columns:
-        raise ValueError(f"{name} must be {rows} x {columns}, got {len(data)} values")
-    return [float(value) for value in data]
+    if columns is not None and len(values) != rows * columns:
+        raise ValueError(f"{name} must be {rows} x {columns}, got {len(values)} values")
+    return values
