@@ -74,6 +74,18 @@ def test_several_views_of_different_sizes_and_layouts():
         assert torch.equal(got, reference(np.ascontiguousarray(image), config))
 
 
+@pytest.mark.parametrize("strategy, why", [("resize-crop", "too narrow"), ("letterbox", "too long")])
+@pytest.mark.parametrize("size", [(1, 65_500), (65_500, 1), (2, 20_000)])
+@pytest.mark.parametrize("side", [98, 4096])
+def test_strips_are_refused_before_they_fill_the_memory(strategy, why, size, side):
+    """Scaled to their short side, or padded to a square, they would be gigabytes."""
+    config = EncoderConfig("siglip", "vit_tiny_patch16_224", side, HALF, HALF, strategy)
+    strip = np.broadcast_to(np.zeros(3, np.uint8), (*size, 3))
+    for refused in (lambda: source_to_grid(*size, config, 14), lambda: Preprocessor([config])([strip])):
+        with pytest.raises(ValueError, match=why):
+            refused()
+
+
 @pytest.fixture
 def two_sizes():
     """Encoders that share no resize, and two pictures for them: four resizes."""

@@ -18,6 +18,11 @@ from PIL import Image
 
 from vla_perception.tokenizer.presets import EncoderConfig
 
+#: Pixels of a padded or scaled picture; PIL takes 4 bytes for each.
+_MAX_PIXELS = 1 << 28
+#: How many times longer than wide a picture may be that is scaled to its short side.
+_MAX_RATIO = 256
+
 
 def check_pillow() -> None:
     """Refuses a Pillow whose resize gives other values than models were trained on.
@@ -43,10 +48,13 @@ def check_image(image: np.ndarray) -> np.ndarray:
 
 
 def resized_size(height: int, width: int, config: EncoderConfig) -> tuple[int, int]:
-    """(height, width) that the picture (padded already, for ``letterbox``) is scaled to."""
+    """(height, width) that the picture (padded already, for ``letterbox``) is scaled to; ValueError if it is a strip."""
     side = config.image_size
     if config.resize_strategy == "resize-naive":
         return side, side
+    ratio = max(height, width) / min(height, width)
+    if ratio > _MAX_RATIO or side * side * ratio > _MAX_PIXELS:
+        raise ValueError(f"a picture of {width} × {height} pixels is too narrow to be scaled to a short side of {side}")
     # torchvision: the short side becomes `side`, the long one is truncated.
     long_side = int(side * max(height, width) / min(height, width))
     return (long_side, side) if height >= width else (side, long_side)
@@ -58,8 +66,13 @@ def crop_offset(length: int, side: int) -> int:
 
 
 def letterbox_padding(height: int, width: int) -> tuple[int, int]:
-    """Rows above and below, columns left and right, as OpenVLA's ``letterbox_pad_transform`` adds them."""
+    """Rows above and below, columns left and right, as OpenVLA's ``letterbox_pad_transform`` adds them.
+
+    ValueError if that would make a picture which fills the memory.
+    """
     longest = max(height, width)
+    if longest * longest > _MAX_PIXELS:
+        raise ValueError(f"a picture of {width} × {height} pixels is too long to be padded to a square")
     return int((longest - height) / 2), int((longest - width) / 2)
 
 
