@@ -146,7 +146,7 @@ def run_without(blocked: str, code: str) -> None:
 
 
 #: What a policy's environment need not have.
-HEAVY = r"torch|torchvision|timm|cv2|PIL|rosbags|mujoco"
+HEAVY = r"torch|torchvision|timm|cv2|PIL|rosbags|mcap|mujoco"
 
 
 def test_tokens_are_read_with_numpy_alone():
