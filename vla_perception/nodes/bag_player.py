@@ -1,6 +1,6 @@
 """Node `bag_player`: replays a bag's messages, as the CDR bytes that were recorded, at the recorded spacing.
 
-Reads MCAP and SQLite bags with `rosbags`, so neither rosbag2 nor the message definitions are needed, only the
+Reads MCAP and SQLite bags in Python, so neither rosbag2 nor the message definitions are needed, only the
 Python packages of the message types that are played. When the bag is over and every reliable subscriber has
 acknowledged, the process ends with 0.
 """
@@ -8,7 +8,10 @@ acknowledged, the process ends with 0.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
+import math
+import re
 import sys
 import threading
 import time
@@ -18,6 +21,7 @@ from typing import Any, TextIO
 
 from rcl_interfaces.msg import ParameterDescriptor
 from rclpy.duration import Duration
+from rclpy.exceptions import NameValidationException
 from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
@@ -30,6 +34,15 @@ CLOCK_HZ = 50.0
 
 # Headers whose new stamp is remembered, for the messages that share them; they follow each other closely.
 REMEMBERED_STAMPS = 256
+
+# Bytes of a message with an empty frame_id: encapsulation, stamp, the string's length.
+SHORTEST_HEADER = 16
+
+# Seconds of silence that are logged where max_gap_sec cuts none.
+GAP_SEC = 10.0
+
+# Silences that are logged one by one; further ones are counted.
+LOGGED_GAPS = 5
 
 # Seconds that subscribers get at the end to acknowledge what is still on its way.
 ACKNOWLEDGE_SEC = 10.0
@@ -53,6 +66,9 @@ class BagPlayer(Node):
         self._loop = self._parameter("loop", False, "Start over at the end instead of ending.")
         offset = self._number("start_offset_sec", 0.0, "Seconds of the bag to leave out at its beginning.", least=0.0)
         clock = self._parameter("clock", False, "Publish the bag's time on /clock, for nodes with use_sim_time.")
+        self._max_gap_sec = self._number(
+            "max_gap_sec", 10.0, "Longer silences in the bag are cut down to this, in its seconds; 0: none is.", least=0.0
+        )
         self._wanted = self._parameter(
             "wait_for_subscribers", 0, "Wait for this many subscriptions to every image topic before starting."
         )
@@ -69,8 +85,9 @@ class BagPlayer(Node):
             raise ValueError(f"queue_depth is {depth}, expected at least 1")
         self._bag = Bag(bag)
         self._topics = self._playable([f"/{t.lstrip('/')}" for t in topics if t] or self._bag.camera_topics())
-        self._start_ns = self._bag.start_ns + round(offset * 1e9)
-        if self._start_ns > self._bag.end_ns:
+        # Without an offset nothing is filtered by time: the times that a bag says of itself may be wrong.
+        self._start_ns = self._bag.start_ns + round(offset * 1e9) if offset else None
+        if self._start_ns is not None and self._start_ns > self._bag.end_ns:
             raise ValueError(f"start_offset_sec is {offset:g}, but {bag} is only {self._bag.seconds:.1f} s long")
         self._stamp_log: TextIO | None = Path(stamp_log).expanduser().open("w") if stamp_log else None
 
@@ -80,9 +97,19 @@ class BagPlayer(Node):
             reliability=ReliabilityPolicy.RELIABLE,
             durability=DurabilityPolicy.VOLATILE,
         )
-        self._outlets = {topic: self._outlet(topic, qos) for topic in self._topics}
+        self._outlets: dict[str, Outlet] = {}
+        for topic in self._topics:
+            try:
+                self._outlets[topic] = self._outlet(topic, qos)
+            except (NameValidationException, RuntimeError) as error:  # RuntimeError: of DDS, where it is too long
+                self.get_logger().warning(f"Left out, for its name: {topic[:300]} ({' '.join(str(error).split())[:300]})")
+        self._topics = list(self._outlets)
+        if not self._topics:
+            raise ValueError(f"nothing to play: {bag} has no topic with a name that can be published")
         self._clock = self.create_publisher(Clock, "/clock", 10) if clock else None
         self._clock_due = 0.0
+        self._clock_complained = False
+        self._gaps = 0
         self._ending = threading.Event()
         self._player = threading.Thread(target=self._run, name="player", daemon=True)
         self._player.start()
@@ -106,7 +133,7 @@ class BagPlayer(Node):
         """A float that may be given as an integer too (`rate:=2`), which a parameter of type double refuses."""
         descriptor = ParameterDescriptor(description=text, read_only=True, dynamic_typing=True)
         value = self.declare_parameter(name, default, descriptor).value
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"{name} is {value!r}, expected a number")
         if (above is not None and not value > above) or (least is not None and not value >= least):
             bound = f"above {above:g}" if above is not None else f"at least {least:g}"
@@ -160,7 +187,8 @@ class BagPlayer(Node):
             played += count
             rounds += 1
             if count == 0 and not self._ending.is_set():
-                self.get_logger().error("Nothing to play: no message of these topics after start_offset_sec")
+                after = " after start_offset_sec" if self._start_ns is not None else ""
+                self.get_logger().error(f"Nothing to play: the bag holds no message of these topics{after}")
                 return 1
             if not self._loop:
                 break
@@ -212,40 +240,55 @@ class BagPlayer(Node):
         """
         stamps: dict[bytes, int] = {}
         counts: dict[str, int] = {}
-        first_ns = last_ns = None
+        pace = Pace(self._rate, self._max_gap_sec)
         for message in self._bag.messages(self._topics, start_ns=self._start_ns):
-            if first_ns is None:
-                first_ns = message.time_ns
-            last_ns = message.time_ns
-            due = start + (message.time_ns - first_ns) / 1e9 / self._rate
+            due = start + pace.due(message.time_ns)
+            if pace.gap_sec > (self._max_gap_sec or GAP_SEC):
+                self._log_gap(pace.gap_sec)
             if not self._sleep_until(due, message.time_ns):
                 break
             self._publish(message, stamps)
             counts[message.topic] = counts.get(message.topic, 0) + 1
-        if first_ns is None or not counts:
+        if not counts:
             return 0, start
-        length = (last_ns - first_ns) / 1e9 / self._rate
+        length = pace.elapsed_sec
         gap = length / max(1, max(counts.values()) - 1) or 1.0 / self._rate
         return sum(counts.values()), start + length + gap
+
+    def _log_gap(self, gap_sec: float) -> None:
+        self._gaps += 1
+        if self._gaps > LOGGED_GAPS:
+            return
+        cut = f", cut down to {self._max_gap_sec:g} s (max_gap_sec)" if self._max_gap_sec else " (max_gap_sec is 0)"
+        last = "; further ones are not logged" if self._gaps == LOGGED_GAPS else ""
+        self.get_logger().warning(f"Nothing was recorded for {gap_sec:.1f} s{cut}{last}")
 
     def _sleep_until(self, due: float, time_ns: int) -> bool:
         """Waits until `due` (monotonic seconds), when the bag's time is `time_ns`. False if the process ends."""
         while not self._ending.is_set():
             now = time.monotonic()
             if self._clock is not None and (now >= self._clock_due or now >= due):
-                bag_ns = time_ns - round(max(0.0, due - now) * self._rate * 1e9)
-                message = Clock()
-                message.clock.sec, message.clock.nanosec = divmod(bag_ns, 1_000_000_000)
-                self._clock.publish(message)
+                self._publish_clock(time_ns - round(max(0.0, due - now) * self._rate * 1e9))
                 self._clock_due = now + 1 / CLOCK_HZ
             if now >= due:
                 return True
-            self._ending.wait(due - now if self._clock is None else min(due, self._clock_due) - now)
+            wait = due - now if self._clock is None else min(due, self._clock_due) - now
+            self._ending.wait(min(wait, threading.TIMEOUT_MAX))
         return False
+
+    def _publish_clock(self, bag_ns: int) -> None:
+        seconds, nanoseconds = divmod(bag_ns, 1_000_000_000)
+        if -(2**31) <= seconds < 2**31:
+            message = Clock()
+            message.clock.sec, message.clock.nanosec = seconds, nanoseconds
+            self._clock.publish(message)
+        elif not self._clock_complained:
+            self._clock_complained = True
+            self.get_logger().warning(f"/clock cannot tell {seconds} s, when a message was recorded: it stands still")
 
     def _publish(self, message: BagMessage, stamps: dict[bytes, int]) -> None:
         outlet, cdr, stamp_ns = self._outlets[message.topic], message.cdr, None
-        if outlet.has_header:
+        if outlet.has_header and len(cdr) >= SHORTEST_HEADER:  # a shorter one is played as it is
             if self._restamp:
                 # A picture and its camera_info have the same header (stamp and frame), and keep one stamp between
                 # them: whoever joins the two does so by equal stamps.
@@ -288,12 +331,43 @@ class Outlet:
         self.last_stamp_ns = 0
 
 
+class Pace:
+    """When messages are due: spaced as they were recorded, by the rate, with silences of at most `max_gap_sec`.
+
+    Attributes: elapsed_sec (from the first message to the last, as played), gap_sec (recorded, before the last one).
+    """
+
+    def __init__(self, rate: float, max_gap_sec: float):
+        self._rate, self._max_gap_sec = rate, max_gap_sec
+        self._last_ns: int | None = None
+        self.elapsed_sec = 0.0
+        self.gap_sec = 0.0
+
+    def due(self, time_ns: int) -> float:
+        """Seconds after the first message at which that of `time_ns` is due. A time that goes back is due at once."""
+        self.gap_sec = 0.0 if self._last_ns is None else max(0, time_ns - self._last_ns) / 1e9
+        self._last_ns = time_ns
+        gap = min(self.gap_sec, self._max_gap_sec) if self._max_gap_sec else self.gap_sec
+        self.elapsed_sec += gap / self._rate
+        return self.elapsed_sec
+
+
 def message_class(name: str) -> type | None:
-    """The Python class of a message type ("sensor_msgs/msg/Image"), None if its package is not installed."""
+    """The Python class of a message type ("sensor_msgs/msg/Image"), None if its package is not installed.
+
+    The name comes from a file, so only what rosidl has generated is imported, and no other module of that name.
+    """
     package, _, rest = name.partition("/")
+    kind = rest.rpartition("/")[2]
+    if not (re.fullmatch(r"[a-z]\w*", package, re.ASCII) and re.fullmatch(r"[A-Z]\w*", kind, re.ASCII)):
+        return None
     try:
-        return getattr(importlib.import_module(f"{package}.msg"), rest.rpartition("/")[2])
-    except (ImportError, AttributeError):
+        spec = importlib.util.find_spec(package)  # finds it without running it
+        folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+        if not any(next(Path(folder).glob(f"{package}_s__rosidl_typesupport_*"), None) for folder in folders):
+            return None
+        return getattr(importlib.import_module(f"{package}.msg"), kind)
+    except (ImportError, AttributeError, ValueError):
         return None
 
 
