@@ -5,11 +5,13 @@ ros2 launch vla_perception real_camera.launch.py cameras:=front=rtsp://192.168.0
 ros2 launch vla_perception real_camera.launch.py driver:=realsense2_camera cameras:="front=123456789012,wrist="
 """
 
-from launch.actions import DeclareLaunchArgument, OpaqueFunction
+from launch.actions import OpaqueFunction
 
 from launch import LaunchDescription
 from vla_perception.launch_parts import (
     argument,
+    check_arguments,
+    declare,
     ends_everything,
     fastdds_profile,
     node,
@@ -23,30 +25,36 @@ from vla_perception.launch_parts import (
 
 DRIVERS = ["opencv", "v4l2_camera", "usb_cam", "realsense2_camera"]  # see PARTS
 
-ARGUMENTS = [
-    DeclareLaunchArgument(
-        "cameras",
-        default_value="front=/dev/video0",
-        description="name=source, comma-separated. A source is a device (/dev/video0); with driver:=opencv also an "
-        "RTSP or HTTP stream or a video file; with driver:=realsense2_camera a serial number, or nothing for the "
-        "first camera found.",
-    ),
-    DeclareLaunchArgument(
-        "driver",
-        default_value="opencv",
-        choices=DRIVERS,
-        description="What reads the cameras. opencv comes with this package, the others are packages of the "
-        "distribution.",
-    ),
-    DeclareLaunchArgument("width", default_value="0", description="Pixels; 0: the driver's own."),
-    DeclareLaunchArgument("height", default_value="0", description="Pixels; 0: the driver's own."),
-    DeclareLaunchArgument("rate_hz", default_value="0.0", description="Pictures per second; 0: the driver's own."),
-    DeclareLaunchArgument(
-        "camera_params_file",
-        default_value="",
-        description="Parameter file for the drivers (calibration, exposure, …); it wins over the arguments here.",
-    ),
-]
+ARGUMENTS = dict(
+    [
+        declare(
+            "cameras",
+            default_value="front=/dev/video0",
+            description="name=source, comma-separated. A source is a device (/dev/video0); with driver:=opencv also an "
+            "RTSP or HTTP stream or a video file; with driver:=realsense2_camera a serial number, or nothing for the "
+            "first camera found.",
+        ),
+        declare(
+            "driver",
+            default_value="opencv",
+            choices=DRIVERS,
+            description="What reads the cameras. opencv comes with this package, the others are packages of the "
+            "distribution.",
+        ),
+        declare("width", default_value="0", description="Pixels; 0: the driver's own."),
+        declare("height", default_value="0", description="Pixels; 0: the driver's own."),
+        declare("rate_hz", default_value="0.0", description="Pictures per second; 0: the driver's own."),
+        declare(
+            "camera_params_file",
+            default_value="",
+            description="Parameter file for the drivers (calibration, exposure, …); it wins over the arguments here.",
+        ),
+    ]
+)
+
+
+def declared():
+    return ARGUMENTS | tokenizer_arguments(cameras=None, use_sim_time=None)
 
 
 # Per driver: package, executable, node name, parameters, and the topic within the camera's namespace. Pictures keep
@@ -98,6 +106,7 @@ PARTS = {
 
 
 def start(context):
+    warnings = check_arguments(context, declared(), __file__)
     driver = argument(context, "driver")
     if driver != "opencv":
         require_package(driver, f"driver:={driver}")
@@ -140,6 +149,7 @@ def start(context):
             )
         )
     return [
+        *warnings,
         *fastdds_profile(context),
         *drivers,
         *tokenizer(context, topics, image_transport=argument(context, "image_transport"), use_sim_time=False),
@@ -147,6 +157,4 @@ def start(context):
 
 
 def generate_launch_description():
-    return LaunchDescription(
-        [*ARGUMENTS, *tokenizer_arguments(cameras=None, use_sim_time=None), OpaqueFunction(function=start)]
-    )
+    return LaunchDescription([*declared().values(), OpaqueFunction(function=start)])

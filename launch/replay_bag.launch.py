@@ -6,13 +6,15 @@ ros2 launch vla_perception replay_bag.launch.py bag:=drive.mcap loop:=true rate:
 
 import re
 
-from launch.actions import DeclareLaunchArgument, LogInfo, OpaqueFunction, TimerAction
+from launch.actions import LogInfo, OpaqueFunction, TimerAction
 
 from launch import LaunchDescription
 from vla_perception.launch_parts import (
     BOOLEANS,
     argument,
     bag_camera_topics,
+    check_arguments,
+    declare,
     ends_everything,
     fastdds_profile,
     is_true,
@@ -27,40 +29,55 @@ from vla_perception.launch_parts import (
 IMAGES = {"sensor_msgs/msg/Image": "raw", "sensor_msgs/msg/CompressedImage": "compressed"}
 #: What other image transports send as CompressedImage.
 NO_PICTURES = ("/compressedDepth", "/zstd")
+#: Words in the names of topics whose images have a camera's encoding, and are not what a policy sees.
+NOT_COLOR = re.compile(
+    r"(?<![a-z])(depth|disparity|infra(red)?|ir|thermal|confidence|labels?|mask|seg|segmentation|semantic)(?![a-z])"
+    r"|depth|infra",
+    re.IGNORECASE,
+)
 #: Seconds that the last frames get to become tokens, when the player has ended, which waits for acknowledgements first.
 #: Not so many that the tokenizer begins to complain of silent cameras.
 LINGER_SEC = 2.0
 #: Seconds that the player waits for the tokenizer: a large checkpoint takes a while to load.
 LOADING_SEC = 900.0
 
-ARGUMENTS = [
-    DeclareLaunchArgument("bag", description="Folder with metadata.yaml, .mcap or .db3 file to play."),
-    DeclareLaunchArgument(
-        "cameras",
-        default_value="",
-        description="Cameras, comma-separated, in the order of the views: name=<topic in the bag, without "
-        "/compressed>; a name alone means /<name>/image_raw. Empty: every image topic of the bag that is not depth or "
-        "infrared, by name.",
-    ),
-    DeclareLaunchArgument(
-        "image_transport",
-        default_value="",
-        choices=["", *IMAGES.values()],
-        description="raw or compressed: which recorded topics are played. Empty: as the cameras were recorded, raw "
-        "where both are there.",
-    ),
-    DeclareLaunchArgument("rate", default_value="1.0", description="Speed: 2.0 plays twice as fast."),
-    DeclareLaunchArgument(
-        "loop", default_value="false", choices=BOOLEANS, description="Whether to start over at the end."
-    ),
-    DeclareLaunchArgument("start_offset", default_value="0.0", description="Seconds of the bag to leave out."),
-    DeclareLaunchArgument(
-        "use_sim_time",
-        default_value="false",
-        choices=BOOLEANS,
-        description="Whether the bag's time is published on /clock and used by the nodes.",
-    ),
-]
+ARGUMENTS = dict(
+    [
+        declare("bag", description="Folder with metadata.yaml, .mcap or .db3 file to play."),
+        declare(
+            "cameras",
+            default_value="",
+            description="Cameras, comma-separated, in the order of the views: name=<topic in the bag, without "
+            "/compressed>; a name alone means /<name>/image_raw. Empty: every image topic of the bag that is a camera's by "
+            "its recorded encoding, and whose name does not say depth, infrared, labels or the like.",
+        ),
+        declare(
+            "image_transport",
+            default_value="",
+            choices=["", *IMAGES.values()],
+            description="raw or compressed: which recorded topics are played. Empty: as the cameras were recorded, raw "
+            "where both are there.",
+        ),
+        declare(
+            "max_gap",
+            default_value="10.0",
+            description="Longer silences in the bag are cut down to this, in its seconds; 0: none is.",
+        ),
+        declare("rate", default_value="1.0", description="Speed: 2.0 plays twice as fast."),
+        declare("loop", default_value="false", choices=BOOLEANS, description="Whether to start over at the end."),
+        declare("start_offset", default_value="0.0", description="Seconds of the bag to leave out."),
+        declare(
+            "use_sim_time",
+            default_value="false",
+            choices=BOOLEANS,
+            description="Whether the bag's time is published on /clock and used by the nodes.",
+        ),
+    ]
+)
+
+
+def declared():
+    return ARGUMENTS | tokenizer_arguments(cameras=None, image_transport=None, use_sim_time=None)
 
 
 def find_cameras(bag, wanted):
@@ -72,15 +89,16 @@ def find_cameras(bag, wanted):
             base = topic.removesuffix("/compressed") if IMAGES[kind] == "compressed" else topic
             found.setdefault(base, {})[IMAGES[kind]] = topic
     if not found:
-        raise ValueError(f"bag:={bag} has no image topic")
+        raise ValueError(f"bag:={bag} has no image topic with a camera's encoding (16UC1, 32FC1 and the like are depth)")
     if not wanted:
         wanted = {}
         for base in sorted(found):
             name = re.sub(r"\W", "_", re.sub(r"/image(_raw|_color|_rect|_rect_color)?$", "", base).strip("/")) or "camera"
-            if not re.search("depth|infra", base, re.IGNORECASE) and name not in wanted:
+            if not NOT_COLOR.search(base) and name not in wanted:
                 wanted[name if not name[0].isdigit() else f"camera_{name}"] = base
         if not wanted:
-            raise ValueError(f"bag:={bag} has only depth or infrared images: {', '.join(found)}; name cameras:=…")
+            listed = ", ".join(found)
+            raise ValueError(f"bag:={bag} has only depth, infrared or label images, by name: {listed}; name cameras:=…")
     cameras = {}
     for name, topic in wanted.items():
         base = "/" + (topic or f"{name}/image_raw").strip("/").removesuffix("/compressed")
@@ -91,6 +109,7 @@ def find_cameras(bag, wanted):
 
 
 def start(context):
+    warnings = check_arguments(context, declared(), __file__)
     bag = argument(context, "bag")
     cameras, topics = find_cameras(bag, parse_cameras(argument(context, "cameras")))
     transport = argument(context, "image_transport")
@@ -102,9 +121,17 @@ def start(context):
         raise ValueError(f"the cameras are recorded partly raw, partly compressed ({listed}): choose with cameras:=…")
     transport = transport or shared[0]
     images = [kinds[transport] for _, kinds in cameras.values()]
-    # A camera that sends nothing but JPEG may leave out the suffix that the tokenizer expects.
-    suffixes = {topic: f"{topic}/compressed" for topic in images if not topic.endswith("/compressed")}
     infos = [f"{base.rpartition('/')[0]}/camera_info" for base, _ in cameras.values()]
+    played = [*images, *(topic for topic in infos if topic in topics)]
+    # A bag's topics are absolute: without this, two robots' bags in one domain would be played onto the same ones.
+    namespace = argument(context, "namespace").strip("/")
+    above = f"/{namespace}" if namespace else ""
+    # A camera that sends nothing but JPEG may leave out the suffix that the tokenizer expects.
+    suffixed = {topic for topic in images if transport == "compressed" and not topic.endswith("/compressed")}
+    moved = {topic: above + topic + "/compressed" * (topic in suffixed) for topic in played}
+    moved = [(topic, to) for topic, to in moved.items() if topic != to]
+    # So is the bag's time. The tokenizer reads it there; what else has use_sim_time needs the same remapping.
+    clock = [("/clock", f"{above}/clock")] if namespace else []
 
     sim = is_true(context, "use_sim_time")
 
@@ -118,29 +145,29 @@ def start(context):
         parameters=[
             typed(
                 bag=bag,
-                topics=[*images, *(topic for topic in infos if topic in topics)],
+                topics=played,
                 rate=number(context, "rate"),
                 loop=is_true(context, "loop"),
                 start_offset_sec=number(context, "start_offset"),
+                max_gap_sec=number(context, "max_gap"),
                 clock=sim,
                 wait_for_subscribers=1,
                 wait_timeout_sec=LOADING_SEC,
             )
         ],
-        remappings=list(suffixes.items()) if transport == "compressed" else [],
+        remappings=[*moved, *clock],
         on_exit=on_exit,
     )
     listed = ", ".join(f"{name} ({topic})" for name, topic in zip(cameras, images, strict=True))
-    # Absolute topics, as they are in the bag, whatever the namespace.
-    bases = {name: base for name, (base, _) in cameras.items()}
+    bases = {name: above + base for name, (base, _) in cameras.items()}
     return [
+        *warnings,
         LogInfo(msg=f"cameras of the bag: {listed}"),
         *fastdds_profile(context),
         player,
-        *tokenizer(context, bases, image_transport=transport, use_sim_time=sim),
+        *tokenizer(context, bases, image_transport=transport, use_sim_time=sim, remappings=clock),
     ]
 
 
 def generate_launch_description():
-    common = tokenizer_arguments(cameras=None, image_transport=None, use_sim_time=None)
-    return LaunchDescription([*ARGUMENTS, *common, OpaqueFunction(function=start)])
+    return LaunchDescription([*declared().values(), OpaqueFunction(function=start)])

@@ -8,13 +8,15 @@ ros2 launch vla_perception sim_camera.launch.py simulator:=gazebo
 import shlex
 from pathlib import Path
 
-from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription, OpaqueFunction
+from launch.actions import IncludeLaunchDescription, OpaqueFunction
 from launch.launch_description_sources import PythonLaunchDescriptionSource
 
 from launch import LaunchDescription
 from vla_perception.launch_parts import (
     BOOLEANS,
     argument,
+    check_arguments,
+    declare,
     ends_everything,
     fastdds_profile,
     is_true,
@@ -28,38 +30,42 @@ from vla_perception.launch_parts import (
     typed,
 )
 
-ARGUMENTS = [
-    DeclareLaunchArgument(
-        "simulator",
-        default_value="mujoco",
-        choices=["mujoco", "gazebo"],
-        description="mujoco comes with `pip install mujoco`; gazebo needs the distribution's ros_gz_sim and "
-        "ros_gz_bridge.",
-    ),
-    DeclareLaunchArgument(
-        "scene",
-        default_value="",
-        description="MJCF file (mujoco) or SDF world (gazebo). Empty: a table-top scene with the cameras front and "
-        "wrist.",
-    ),
-    DeclareLaunchArgument(
-        "cameras",
-        default_value="front,wrist",
-        description="Names of the scene's cameras, comma-separated, in the order of the views. With gazebo their "
-        "sensors' topics are <name>/image_raw and <name>/camera_info.",
-    ),
-    DeclareLaunchArgument("width", default_value="320", description="Of every picture, in pixels (mujoco)."),
-    DeclareLaunchArgument("height", default_value="240", description="Of every picture, in pixels (mujoco)."),
-    DeclareLaunchArgument("rate_hz", default_value="10.0", description="Pictures per simulated second (mujoco)."),
-    DeclareLaunchArgument(
-        "real_time_factor",
-        default_value="1.0",
-        description="Simulated seconds per second (mujoco); 0: as fast as it goes.",
-    ),
-    DeclareLaunchArgument(
-        "gui", default_value="false", choices=BOOLEANS, description="Whether Gazebo shows its window."
-    ),
-]
+ARGUMENTS = dict(
+    [
+        declare(
+            "simulator",
+            default_value="mujoco",
+            choices=["mujoco", "gazebo"],
+            description="mujoco comes with `pip install mujoco`; gazebo needs the distribution's ros_gz_sim and "
+            "ros_gz_bridge.",
+        ),
+        declare(
+            "scene",
+            default_value="",
+            description="MJCF file (mujoco) or SDF world (gazebo). Empty: a table-top scene with the cameras front and "
+            "wrist.",
+        ),
+        declare(
+            "cameras",
+            default_value="front,wrist",
+            description="Names of the scene's cameras, comma-separated, in the order of the views. With gazebo their "
+            "sensors' topics are <name>/image_raw and <name>/camera_info.",
+        ),
+        declare("width", default_value="320", description="Of every picture, in pixels (mujoco)."),
+        declare("height", default_value="240", description="Of every picture, in pixels (mujoco)."),
+        declare("rate_hz", default_value="10.0", description="Pictures per simulated second (mujoco)."),
+        declare(
+            "real_time_factor",
+            default_value="1.0",
+            description="Simulated seconds per second (mujoco); 0: as fast as it goes.",
+        ),
+        declare("gui", default_value="false", choices=BOOLEANS, description="Whether Gazebo shows its window."),
+    ]
+)
+
+
+def declared():
+    return ARGUMENTS | tokenizer_arguments(cameras=None, use_sim_time=None)
 
 
 def mujoco(context, cameras):
@@ -120,11 +126,13 @@ def gazebo(context, cameras):
 
 
 def start(context):
+    warnings = check_arguments(context, declared(), __file__)
     cameras = parse_cameras(argument(context, "cameras"))
     if not cameras or any(cameras.values()):
         raise ValueError("cameras: the names of the scene's cameras are expected, for example front,wrist")
     simulator = {"mujoco": mujoco, "gazebo": gazebo}[argument(context, "simulator")]
     return [
+        *warnings,
         *fastdds_profile(context),
         *simulator(context, cameras),
         *tokenizer(context, cameras, image_transport=argument(context, "image_transport"), use_sim_time=True),
@@ -132,6 +140,4 @@ def start(context):
 
 
 def generate_launch_description():
-    return LaunchDescription(
-        [*ARGUMENTS, *tokenizer_arguments(cameras=None, use_sim_time=None), OpaqueFunction(function=start)]
-    )
+    return LaunchDescription([*declared().values(), OpaqueFunction(function=start)])

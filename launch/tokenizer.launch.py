@@ -7,16 +7,25 @@ ros2 launch vla_perception tokenizer.launch.py cameras:=front=/camera/camera/col
 from launch.actions import OpaqueFunction
 
 from launch import LaunchDescription
-from vla_perception.launch_parts import argument, fastdds_profile, parse_cameras, tokenizer, tokenizer_arguments
+from vla_perception.launch_parts import (
+    argument,
+    check_arguments,
+    fastdds_profile,
+    parse_cameras,
+    tokenizer,
+    tokenizer_arguments,
+)
 
 
 def start(context):
+    warnings = check_arguments(context, tokenizer_arguments(), __file__)
     cameras = parse_cameras(argument(context, "cameras"))
     return [
+        *warnings,
         *fastdds_profile(context),
         *tokenizer(context, cameras, image_transport=argument(context, "image_transport")),
     ]
 
 
 def generate_launch_description():
-    return LaunchDescription([*tokenizer_arguments(), OpaqueFunction(function=start)])
+    return LaunchDescription([*tokenizer_arguments().values(), OpaqueFunction(function=start)])

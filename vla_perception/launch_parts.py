@@ -6,11 +6,14 @@ It runs in the Python of `ros2`, which may lack what the nodes' Python has (torc
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ from launch_ros.parameter_descriptions import ParameterValue
 from launch import LaunchContext
 
 BOOLEANS = ["true", "false"]
+#: Arguments of `ros2 launch` itself, which it hands on among the others.
+LAUNCH_OPTIONS = ("launch-prefix", "launch-prefix-filter")
 #: Later distributions read the first one, and warn in every process where they find the second one.
 PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
 #: These read the second one. So may a distribution whose name is not known.
@@ -38,8 +43,13 @@ def share(*parts: str) -> Path:
     return Path(get_package_share_directory("vla_perception")).joinpath(*parts)
 
 
-def tokenizer_arguments(**replaced: DeclareLaunchArgument | None) -> list[DeclareLaunchArgument]:
-    """The arguments that every launch file has. `replaced`: others in the place of some, or None for none."""
+def declare(name: str, **options: Any) -> tuple[str, DeclareLaunchArgument]:
+    """An argument of a launch file, by its name."""
+    return name, DeclareLaunchArgument(name, **options)
+
+
+def tokenizer_arguments(**replaced: None) -> dict[str, DeclareLaunchArgument]:
+    """The arguments that every launch file has, by name. `replaced`: those that it has not, or as its own."""
     arguments = {
         "cameras": DeclareLaunchArgument(
             "cameras",
@@ -115,11 +125,42 @@ def tokenizer_arguments(**replaced: DeclareLaunchArgument | None) -> list[Declar
             "(config/fastdds.xml, docs/transport.md). A profile that the environment sets is kept.",
         ),
     }
-    return [argument for argument in (arguments | replaced).values() if argument is not None]
+    return {name: action for name, action in arguments.items() if name not in replaced}
 
 
 def argument(context: LaunchContext, name: str) -> str:
     return LaunchConfiguration(name).perform(context).strip()
+
+
+def check_arguments(context: LaunchContext, declared: Collection[str], launch_file: str) -> list:
+    """Names what was given but is not in `declared`: `ros2 launch` takes any argument without a word.
+
+    ValueError for one on the command line of `ros2 launch … launch_file`. Where another launch file includes it, its
+    arguments are seen here too, so only those that look like a mistake are named, in a warning.
+    """
+    file = Path(launch_file).name
+    called = any(Path(word).name == file for word in sys.argv)
+    given = [word.partition(":=")[0] for word in context.argv if ":=" in word] if called else context.launch_configurations
+    unknown = [name for name in dict.fromkeys(given) if name not in declared and name not in LAUNCH_OPTIONS]
+    advice = {name: _advice(name, declared, 0.6 if called else 0.85) for name in unknown}
+    if called and unknown:
+        named = "; ".join(f"{name}:= ({advice[name] or 'it has ' + ', '.join(sorted(declared))})" for name in unknown)
+        raise ValueError(f"{file} has no argument {named}")
+    return [LogInfo(msg=f"warning: {file} has no argument {n}:= ({text})") for n, text in advice.items() if text]
+
+
+def _advice(name: str, declared: Collection[str], cutoff: float) -> str:
+    """What may have been meant; "" if nothing is near."""
+    defaults = share("config", "visual_tokenizer.yaml")
+    parameters = re.findall(r"^ +(\w+):", defaults.read_text(), re.MULTILINE) if defaults.is_file() else []
+    if name not in parameters:
+        if near := difflib.get_close_matches(name, declared, 1, cutoff):
+            return f"is {near[0]}:= meant?"
+        parameters = difflib.get_close_matches(name, parameters, 1, max(cutoff, 0.8))
+    if not parameters:
+        return ""
+    meant = name if name in parameters else parameters[0]
+    return f"{meant} is a parameter of the tokenizer: write it into a file and name that in params_file:="
 
 
 def is_true(context: LaunchContext, name: str) -> bool:
@@ -196,7 +237,12 @@ def typed(**values: Any) -> dict[str, ParameterValue]:
 
 
 def tokenizer(
-    context: LaunchContext, cameras: dict[str, str], *, image_transport: str = "", use_sim_time: bool | None = None
+    context: LaunchContext,
+    cameras: dict[str, str],
+    *,
+    image_transport: str = "",
+    use_sim_time: bool | None = None,
+    remappings: Sequence[tuple[str, str]] = (),
 ) -> list:
     """The tokenizer and, if wanted, the viewer. `cameras`: name -> topic (empty: <name>/image_raw); {}: by the file."""
     params_file = Path(argument(context, "params_file")).expanduser()
@@ -209,7 +255,7 @@ def tokenizer(
     shared = {key: given[key] for key in ("image_transport",) if key in given}
     if cameras:
         given["cameras"] = list(cameras)
-    remappings = [(f"{name}/image_raw", topic) for name, topic in cameras.items() if topic]
+    remappings = [*((f"{name}/image_raw", topic) for name, topic in cameras.items() if topic), *remappings]
     actions: list = [
         node(
             context,
@@ -259,7 +305,7 @@ import json, sys
 try:
     from vla_perception.bags import Bag, BagError
 except ImportError as error:
-    sys.exit(f"{error} in {sys.executable}; bags are read with the package rosbags: pip install rosbags")
+    sys.exit(f"{error} in {sys.executable}, which cannot read bags")
 try:
     with Bag(sys.argv[1]) as bag:
         print(json.dumps({name: bag.topics[name].type for name in bag.camera_topics()}))
