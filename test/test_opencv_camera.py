@@ -2,6 +2,7 @@
 
 import os
 import signal
+import struct
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -54,6 +55,70 @@ def test_a_file_loops(video):
     shown = [index_of(source.read().pixels) for _ in range(2 * FRAMES + 1)]
     source.close()
     assert shown == [*range(FRAMES), *range(FRAMES), 0]
+
+
+def with_rate(video, path, rate, scale):
+    """The test video with other frames per second in its header (AVI: rate / scale)."""
+    content = bytearray(open(video, "rb").read())
+    at = content.index(b"strh") + 8 + 20
+    content[at : at + 8] = struct.pack("<II", scale, rate)
+    path.write_bytes(content)
+    return str(path)
+
+
+@pytest.mark.parametrize(("rate", "scale"), [(1_000_000, 1), (90_000, 1), (1000, 1), (1, 1000), (2**31, 1), (0, 0)])
+def test_frames_per_second_that_no_camera_has(video, tmp_path, rate, scale):
+    odd = with_rate(video, tmp_path / "odd.avi", rate, scale)
+    capture = cv2.VideoCapture(odd)
+    said = capture.get(cv2.CAP_PROP_FPS)
+    capture.release()
+    source = VideoSource(odd, loop=False)
+    source.open()
+    assert source.remark if not 0.1 <= said <= 480 else not source.remark
+    if source.remark:
+        assert f"says that it has {said:g} frames per second" in source.remark
+        assert source._rate_hz == 30
+    assert [index_of(source.read().pixels) for _ in range(FRAMES)] == list(range(FRAMES))
+    source.close()
+    asked = VideoSource(odd, rate_hz=500.0)
+    asked.open()
+    assert asked.remark == "" and asked._rate_hz == 500
+    asked.close()
+
+
+@pytest.mark.parametrize("said", [0.0, -1.0, -25.0, float("nan"), float("inf"), 1e6, 1e300, 481.0, 1e-9, 0.09])
+def test_paces_that_opencv_may_report(video, said):
+    source = VideoSource(video)
+    source._set_pace(said)
+    assert source._rate_hz == 30 and source.remark
+    source._set_pace(23.976)
+    assert source._rate_hz == 23.976 and not source.remark
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -1.0])
+def test_a_rate_that_is_none_is_refused(video, rate):
+    with pytest.raises(SourceError, match="rate_hz"):
+        VideoSource(video, rate_hz=rate)
+
+
+def test_a_file_that_cannot_be_rewound_loops(tmp_path):
+    """JPEGs one after the other: OpenCV does not seek in it."""
+    path = tmp_path / "frames.mjpeg"
+    pictures = [np.full((HEIGHT, WIDTH, 3), level(index), np.uint8) for index in range(FRAMES)]
+    path.write_bytes(b"".join(cv2.imencode(".jpg", picture)[1].tobytes() for picture in pictures))
+    source = VideoSource(str(path), rate_hz=1000.0)
+    source.open()
+    assert [index_of(source.read().pixels) for _ in range(2 * FRAMES + 1)] == [*range(FRAMES), *range(FRAMES), 0]
+    path.write_bytes(b"no film any more")
+    with pytest.raises(SourceError, match="cannot read|holds no frame"):
+        for _ in range(FRAMES):
+            source.read()
+
+
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SourceError, match="is a pipe"):
+        VideoSource(str(tmp_path / "pipe")).open()
 
 
 def test_kinds_of_sources():

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 import re
+import stat
 import time
 from dataclasses import dataclass
 
 import numpy as np
+
+#: Frames per second of a file that says none, or one that no camera has (1000 is what WebM says for want of a rate).
+DEFAULT_RATE_HZ = 30.0
+RATES_HZ = (0.1, 480.0)
 
 
 class SourceError(RuntimeError):
@@ -29,6 +35,8 @@ class VideoSource:
     width, height, rate_hz, pixel_format (four characters, "MJPG"): asked of a device, which may choose otherwise;
     rate_hz also sets the pace of a file. 0 and "" leave it to the source. loop: a file starts again at its end.
     timeout_sec: when a silent stream counts as broken.
+
+    Attribute `remark`: what is odd about an open source, in a sentence; "" if nothing is.
     """
 
     def __init__(self, source, *, width=0, height=0, rate_hz=0.0, pixel_format="", loop=True, timeout_sec=5.0):
@@ -38,6 +46,8 @@ class VideoSource:
             )
         if pixel_format and len(pixel_format) != 4:
             raise SourceError(f'pixel_format is four characters such as "MJPG" or "YUYV", got "{pixel_format}"')
+        if not (math.isfinite(rate_hz) and rate_hz >= 0):
+            raise SourceError(f"rate_hz is {rate_hz}, expected frames per second, or 0 for the source's own")
         self.source = f"/dev/video{source}" if re.fullmatch(r"\d+", source) else source
         if "://" in self.source and not self.source.startswith("file://"):
             self.kind = "stream"
@@ -46,7 +56,9 @@ class VideoSource:
             self.kind = "device" if os.path.realpath(self.source).startswith("/dev/") else "file"
         self.width, self.height, self.rate_hz, self.pixel_format = width, height, rate_hz, pixel_format
         self.loop, self.timeout_sec = loop, timeout_sec
+        self.remark = ""
         self._capture = None
+        self._rate_hz = 0.0  # of a file
         self._due = 0.0  # steady clock: when the next frame of a file is to be shown
 
     @property
@@ -70,11 +82,8 @@ class VideoSource:
             if not capture.isOpened():
                 raise SourceError(f"cannot open the stream {self.source}: is the camera reachable and the URL right?")
         else:
-            if not os.path.isfile(self.source):
-                raise SourceError(f"there is no video file {self.source}")
-            capture = cv2.VideoCapture(self.source)
-            if not capture.isOpened():
-                raise SourceError(f"OpenCV cannot read {self.source}: no video file, or a codec that it lacks")
+            capture = self._open_file(cv2)
+            self._set_pace(capture.get(cv2.CAP_PROP_FPS))
             self._due = time.monotonic()
         self._capture = capture
 
@@ -128,17 +137,41 @@ class VideoSource:
             "(v4l2-ctl --list-devices shows which are)"
         )
 
+    def _open_file(self, cv2):
+        if os.path.exists(self.source) and stat.S_ISFIFO(os.stat(self.source).st_mode):
+            raise SourceError(f"{self.source} is a pipe, which OpenCV waits for without end: give a file or a stream's URL")
+        if not os.path.isfile(self.source):
+            raise SourceError(f"there is no video file {self.source}")
+        capture = cv2.VideoCapture(self.source)
+        if not capture.isOpened():
+            raise SourceError(f"OpenCV cannot read {self.source}: no video file, or a codec that it lacks")
+        return capture
+
+    def _set_pace(self, said: float):
+        """The pace of a file: as asked for, or as the file says, if a camera can have it."""
+        self.remark, self._rate_hz = "", self.rate_hz
+        if self._rate_hz:
+            return
+        self._rate_hz = said
+        if not RATES_HZ[0] <= said <= RATES_HZ[1]:  # also where it is not a number
+            self._rate_hz = DEFAULT_RATE_HZ
+            self.remark = (
+                f"{self.source} says that it has {said:g} frames per second, which no camera has: played at "
+                f"{DEFAULT_RATE_HZ:g}; rate_hz sets another pace"
+            )
+
     def _read_file(self, cv2) -> Frame | None:
         ok, pixels = self._capture.read()
         if not ok and self.loop:
-            self._capture.set(cv2.CAP_PROP_POS_FRAMES, 0)
+            # Opened anew rather than rewound: many files (MJPEG and H.264 without a container) cannot be.
+            self._capture.release()
+            self._capture = self._open_file(cv2)
             ok, pixels = self._capture.read()
             if not ok:
                 raise SourceError(f"{self.source} holds no frame that OpenCV can decode")
         if not ok:
             return None
-        rate = self.rate_hz or self._capture.get(cv2.CAP_PROP_FPS) or 30.0
         now = time.monotonic()
         time.sleep(max(0.0, self._due - now))
-        self._due = max(self._due, now - 1.0) + 1 / rate  # a late frame is made up for, a long pause is not
+        self._due = max(self._due, now - 1.0) + 1 / self._rate_hz  # a late frame is made up for, a long pause is not
         return Frame(pixels, 0.0)

@@ -91,12 +91,15 @@ class OpencvCamera(Node):
             self._source.close()
 
     def _capture_frames(self):
-        retry = FIRST_RETRY_SEC
-        broken = False
+        retry, broken, remark = FIRST_RETRY_SEC, False, ""
         while not self._closing.is_set():
             try:
                 if not self._source.is_open:
                     self._source.open()
+                if self._source.remark != remark:
+                    remark = self._source.remark
+                    if remark:
+                        self.get_logger().warning(remark)
                 frame = self._source.read()
             except SourceError as error:
                 self._source.close()
