@@ -8,8 +8,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
+import fake_cuda  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from vla_perception.tokenizer import VisualTokenizer, cuda_graphs  # noqa: E402
 from vla_perception.tokenizer.cuda_graphs import CudaGraphs  # noqa: E402
@@ -29,129 +29,9 @@ def images(views, seed=0):
     return [random.integers(0, 256, (120, 160, 3), dtype=np.uint8) for _ in range(views)]
 
 
-class Recorder(TorchDispatchMode):
-    """What a CUDA graph is, on the CPU: operations on fixed memory, recorded once, run again on what it holds then."""
-
-    def __init__(self, happened):
-        super().__init__()
-        self.happened = happened
-        self.operations = []
-        self.replays = 0
-
-    def capture_begin(self, pool, capture_error_mode):
-        assert capture_error_mode == "thread_local"
-        self.happened.captures.append(self)
-        self.happened.pools.append(pool)
-        self.happened.modes.append(torch.is_inference_mode_enabled())
-        self.happened.in_pool.add(pool)
-        self.stream = torch.cuda.current_stream()
-        self.__enter__()
-        failure = self.happened.failures.pop(0) if self.happened.failures else None
-        if failure is not None:
-            self.happened.broken = True
-            raise failure
-
-    def capture_end(self):
-        self.__exit__(None, None, None)
-        broken, self.happened.broken = self.happened.broken, False
-        if broken or self.happened.forked:
-            # As torch 2.11 does it, the allocator still believes in the capture.
-            raise RuntimeError("capture_end: the capture is broken or has unjoined streams")
-        self.happened.in_pool.clear()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.operations.append((function, args, kwargs or {}, result))
-        return result
-
-    def replay(self):
-        self.replays += 1
-        for function, args, kwargs, result in self.operations:
-            again = function(*args, **kwargs)
-            for target, value in zip(tree_leaves(result), tree_leaves(again)):
-                if isinstance(target, torch.Tensor) and target.data_ptr() != value.data_ptr():
-                    target.copy_(value)
-
-
 @pytest.fixture
 def cuda(monkeypatch):
-    """`torch.cuda` replaced by recorders; yields what happened: captures, and the streams' waiting for each other."""
-
-    class Happened:
-        def __init__(self):
-            #: one per attempt: its recorder, its pool, whether it was in inference mode
-            self.captures, self.pools, self.modes = [], [], []
-            self.order = []
-            #: what the next captures raise, None for one that works
-            self.failures = []
-            self.broken = False
-            #: streams that have waited for a capturing one, and not the other way round yet
-            self.forked = set()
-            #: pools that the allocator allocates from
-            self.in_pool = set()
-            self.released = []
-            self.capturing_elsewhere = False
-            self.slept = []
-
-    happened = Happened()
-    current = []
-
-    class Stream:
-        device_index = 0
-
-        def __init__(self, device=None, name="side", priority=0):
-            self.name = name
-
-        def wait_stream(self, other):
-            happened.order.append(("wait", id(self), id(other)))
-            if happened.in_pool:
-                if other in happened.forked:
-                    happened.forked.discard(other)
-                else:
-                    happened.forked.add(self)
-
-        def wait_event(self, event):
-            happened.order.append(("wait event", id(self), id(event)))
-
-        def synchronize(self):
-            pass
-
-    class Event:
-        def record(self, stream):
-            happened.order.append(("record", id(stream), id(self)))
-
-        def synchronize(self):
-            happened.order.append(("synchronize", id(self)))
-
-    current.append(Stream(name="default"))
-
-    @contextlib.contextmanager
-    def stream(chosen):
-        current.append(chosen)
-        try:
-            yield
-        finally:
-            current.pop()
-
-    def release(_device, pool):
-        happened.released.append(pool)
-
-    def end_allocate(_device, pool):
-        if pool not in happened.in_pool:
-            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
-        happened.in_pool.discard(pool)
-
-    for name, fake in {
-        "Stream": Stream, "Event": Event, "CUDAGraph": lambda: Recorder(happened), "stream": stream,
-        "current_stream": lambda device=None: current[-1], "device": lambda device: contextlib.nullcontext(),
-        "graph_pool_handle": lambda: object(), "is_current_stream_capturing": lambda: happened.capturing_elsewhere,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_allocate, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_releasePool", release, raising=False)
-    monkeypatch.setattr(cuda_graphs.time, "sleep", happened.slept.append)
-    happened.current = current
-    return happened
+    return fake_cuda.install(monkeypatch)
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+#: Elements of a row per warp of `add_layer_norm`.
+ELEMENTS_PER_WARP = 512
 #: Elements per program of `gelu`.
 _GELU_BLOCK = 1024
 #: Queries and keys that a program of `attention` holds at a time, warps, and stages of loads that run ahead.
@@ -63,7 +65,7 @@ def add_layer_norm(
     block = triton.next_power_of_2(channels)
     _add_layer_norm_kernel[(values.numel() // channels,)](
         values, delta, values if gamma is None else gamma, norm.weight, norm.bias, total, normal,
-        norm.eps, channels, total is not values, gamma is not None, block, num_warps=max(1, min(8, block // 512)),
+        norm.eps, channels, total is not values, gamma is not None, block, num_warps=max(1, min(8, block // ELEMENTS_PER_WARP)),
     )  # fmt: skip
     return total, normal
 

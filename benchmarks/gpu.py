@@ -1,0 +1,426 @@
+"""What a CUDA device does with the tokenizer, question by question: prints tables and writes one JSON.
+
+    python benchmarks/gpu.py --json gpu.json                         # all questions, some two minutes on an H100
+    python benchmarks/gpu.py --json gpu.json latency variants        # these alone
+
+``latency``: host uint8 images → tokens on the device, for several numbers of views and sizes, and the device's memory.
+``variants``: one replay of the CUDA graph with parts of it done otherwise, how far its tokens are from float32's, and
+whether a second capture gives the same bits.
+``kernels``: what lies between the products, one by one: PyTorch's beside Triton's, and Triton's block sizes.
+``products``: the matrix products, one by one.
+``profile``: the kernels of one replay and of one preprocessing, the heaviest first.
+
+Device times are CUDA events' around work that was queued before it began, so no launch of the host is in them. What is
+compared is measured in one process on one device. How captures survive others is asked by the tests with the marker gpu.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from vla_perception import __version__
+from vla_perception.tokenizer import VisualTokenizer
+from vla_perception.tokenizer.cuda_graphs import CudaGraphs
+
+#: A test puts others here.
+DEVICE, DTYPE, ROUNDS, REPEAT = torch.device("cuda"), torch.bfloat16, 100, 40
+#: (views, height, width) of `latency`.
+SIZES = ((1, 480, 640), (2, 480, 640), (4, 480, 640), (1, 1080, 1920))
+#: (rows, keys, warps, stages) of Triton's attention to compare with the one that is in use.
+ATTENTION_BLOCKS = ((64, 64, 4, 1), (64, 64, 4, 3), (64, 128, 8, 2), (64, 128, 4, 1), (128, 64, 8, 2), (32, 64, 4, 2))
+
+
+def device_us(action: Callable[[], object], rounds: int | None = None) -> float:
+    """Median microseconds on the device."""
+    rounds = rounds or ROUNDS
+    for _ in range(3):
+        action()
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(400_000)  # the host runs ahead meanwhile
+        start.record()
+        action()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return statistics.median(times)
+
+
+def graph_us(action: Callable[[], object]) -> float:
+    """Median microseconds of one of `REPEAT` actions in a row within a CUDA graph."""
+    stream = torch.cuda.Stream(DEVICE)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            action()
+        stream.synchronize()
+        graph.capture_begin(pool=torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
+        for _ in range(REPEAT):
+            action()
+        graph.capture_end()
+    return device_us(graph.replay, max(1, ROUNDS // 5)) / REPEAT
+
+
+def random_images(views: int, height: int = 480, width: int = 640, seed: int = 0) -> list[np.ndarray]:
+    random = np.random.default_rng(seed)
+    return [random.integers(0, 256, (height, width, 3), dtype=np.uint8) for _ in range(views)]
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    found, expected = found.double(), expected.double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def load(model: str) -> VisualTokenizer:
+    dtype = str(DTYPE).removeprefix("torch.")
+    return VisualTokenizer.load(model, device=str(DEVICE), compute_dtype=dtype, runtime="graph")
+
+
+class Kit:
+    """The questions, the model that they are asked about, and the answers."""
+
+    def __init__(self, model: str) -> None:
+        self.answers: dict = {"versions": _versions()}
+        begun = time.perf_counter()
+        self.tokenizer = load(model)
+        loaded = time.perf_counter()
+        self.tokenizer.warm_up(1)
+        self.network = self.tokenizer.network
+        self.weight_bytes = sum(value.nbytes for value in self.network.state_dict().values())
+        self.answers["start"] = {
+            "model": self.tokenizer.model, "load_s": loaded - begun, "warm_up_s": time.perf_counter() - loaded,
+            "runtime": self.tokenizer.runtime, "runtime_fallback": self.tokenizer.runtime_fallback,
+            "kernels": self.tokenizer._runtime.kernels,
+        }  # fmt: skip
+
+    # --- questions
+
+    def latency(self) -> dict:
+        found = {}
+        for views, height, width in SIZES:
+            batches = [random_images(views, height, width, seed) for seed in range(4)]
+            rows = []
+            unwarmed = min(ROUNDS, 10)
+            for index in range(ROUNDS + unwarmed):
+                images = batches[index % len(batches)]
+                torch.cuda.synchronize()
+                begun = time.perf_counter()
+                self.tokenizer(images)
+                queued = time.perf_counter()
+                torch.cuda.synchronize()
+                whole = time.perf_counter()
+                pixel_values = self.tokenizer.preprocess(images)
+                prepared = time.perf_counter()
+                torch.cuda.synchronize()
+                ready = time.perf_counter()
+                self.tokenizer.encode(pixel_values)
+                launched = time.perf_counter()
+                torch.cuda.synchronize()
+                done = time.perf_counter()
+                rows.append(
+                    (whole - begun, queued - begun, ready - whole, prepared - whole, done - ready, launched - ready)
+                )
+            p50, p95, p99 = np.percentile(np.array(rows[unwarmed:]) * 1e3, (50, 95, 99), axis=0)
+            found[f"{views} view(s) of {width} x {height}"] = {
+                "end_to_end_ms": {"p50": p50[0], "p95": p95[0], "p99": p99[0]}, "end_to_end_host_ms": p50[1],
+                "preprocess_alone_ms": p50[2], "preprocess_host_ms": p50[3],
+                "encode_alone_ms": p50[4], "encode_host_ms": p50[5],
+            }  # fmt: skip
+        for size, row in found.items():
+            print(f"{size:>24}: end to end p50 {row['end_to_end_ms']['p50']:.3f} p95 {row['end_to_end_ms']['p95']:.3f} "
+                  f"p99 {row['end_to_end_ms']['p99']:.3f} ms (host {row['end_to_end_host_ms']:.3f}); alone: preprocess "
+                  f"{row['preprocess_alone_ms']:.3f} (host {row['preprocess_host_ms']:.3f}), encode "
+                  f"{row['encode_alone_ms']:.3f} (host {row['encode_host_ms']:.3f})")  # fmt: skip
+        found["beyond_weights_mib"] = (torch.cuda.memory_reserved(DEVICE) - self.weight_bytes) / 2**20
+        found["tokens_to_host_ms"] = self._tokens_to_host()
+        print(f"memory beyond the weights {found['beyond_weights_mib']:.0f} MiB; tokens to the host, pageable and pinned: "
+              f"{found['tokens_to_host_ms']}")  # fmt: skip
+        return found
+
+    def variants(self) -> dict:
+        pixel_values = self.tokenizer.preprocess(random_images(1, seed=5))
+        exact = self._exact(pixel_values)
+        found: dict[str, dict] = {}
+        for label, change in self._changes():
+            try:
+                with change:
+                    runtime = CudaGraphs(self.network, DEVICE, DTYPE)
+                    tokens = runtime(pixel_values)[1]
+                    again = CudaGraphs(self.network, DEVICE, DTYPE)(pixel_values)[1]
+                    (captured,) = runtime._captured.values()
+                    row = {
+                        "replay_us": device_us(captured.graph.replay), "relative_l2": relative(tokens, exact),
+                        "same_bits": torch.equal(tokens, again), "fallback": runtime.fallback,
+                    }  # fmt: skip
+                print(f"{label:>40}: {row['replay_us']:7.1f} us, relative L2 {row['relative_l2']:.2e}, "
+                      f"same bits {row['same_bits']} {row['fallback']}", flush=True)  # fmt: skip
+            except Exception as error:  # a variant that fails is an answer, too
+                row = {"error": _first_line(error)}
+                print(f"{label:>40}: {row['error']}", flush=True)
+            found[label] = row
+        return found
+
+    def kernels(self) -> dict:
+        found = {}
+        for name, encoder in self.network.encoders.items():
+            rows, columns = encoder.grid
+            for label, action in _kernel_actions(encoder.vit.blocks[0], rows * columns + encoder.vit.num_prefix_tokens):
+                try:
+                    found[f"{name} {label}"] = graph_us(action)
+                except Exception as error:
+                    found[f"{name} {label}"] = _first_line(error)
+        _print_numbers(found, "us")
+        return found
+
+    def products(self) -> dict:
+        found = {}
+        shapes = {f"patch K={length}": (256, 1152, length) for length in (588, 592)}
+        for name, encoder in self.network.encoders.items():
+            block, (rows, columns) = encoder.vit.blocks[0], encoder.grid
+            tokens = rows * columns + encoder.vit.num_prefix_tokens
+            for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+                linear = block.get_submodule(layer)
+                shapes[f"{name} {layer}"] = (tokens, linear.out_features, linear.in_features)
+        for label, layer in self.network.projector.named_children():
+            shapes[f"projector {label}"] = (rows * columns, layer.out_features, layer.in_features)
+        for label, (m, n, k) in shapes.items():
+            weights = [torch.randn(n, k, device=DEVICE, dtype=DTYPE) for _ in range(max(2, int(120e6 // (n * k * 2))))]
+            values, bias = torch.randn(m, k, device=DEVICE, dtype=DTYPE), torch.randn(n, device=DEVICE, dtype=DTYPE)
+            us = graph_us(_product(values, weights, bias))
+            found[label] = {"us": us, "tflop_per_s": 2 * m * n * k / us / 1e6}
+        _print_numbers({label: row["us"] for label, row in found.items()}, "us")
+        return found
+
+    def profile(self) -> dict:
+        from torch.profiler import ProfilerActivity
+        from torch.profiler import profile as profiler
+
+        images, found = random_images(1), {}
+        pixel_values = self.tokenizer.preprocess(images)
+        for label, action in (
+            ("encode", lambda: self.tokenizer.encode(pixel_values)), ("preprocess", lambda: self.tokenizer.preprocess(images)),
+            ("end to end", lambda: self.tokenizer(images)),
+        ):  # fmt: skip
+            with profiler(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
+                for _ in range(10):
+                    action()
+                torch.cuda.synchronize()
+            kernels = defaultdict(list)
+            for event in recorded.events():
+                if event.device_type == torch.autograd.DeviceType.CUDA:
+                    kernels[event.name].append(event.time_range.elapsed_us())
+            rows = [(sum(us) / 10, len(us) / 10, name[:120]) for name, us in kernels.items()]
+            found[label] = sorted(rows, reverse=True)[:30]
+            print(f"{label}: {sum(row[1] for row in rows):.0f} kernels, {sum(row[0] for row in rows):.0f} us of them")
+            print("\n".join(f"{us:8.1f} us {count:6.1f} x {name[:90]}" for us, count, name in found[label][:18]))
+        return found
+
+    # --- parts
+
+    def _changes(self) -> Iterator[tuple[str, contextlib.AbstractContextManager]]:
+        """What is tried in `variants`."""
+        yield "as it is", contextlib.nullcontext()
+        yield "PyTorch's kernels", _replaced(add_layer_norm=_add_layer_norm, gelu=functional.gelu, attention=_attention)
+        yield "PyTorch's sum and layer norm", _replaced(add_layer_norm=_add_layer_norm)
+        yield "PyTorch's GELU", _replaced(gelu=functional.gelu)
+        yield "PyTorch's attention", _replaced(attention=_attention)
+        yield "one stream", _one_stream()
+        for blocks in ATTENTION_BLOCKS[:3]:
+            yield f"attention {blocks}", _replaced(ATTENTION_BLOCKS=blocks)
+        yield "no bfloat16 sums of split products", _setting("allow_bf16_reduced_precision_reduction", False)
+        for library in ("cublas", "cublaslt"):
+            yield f"products by {library}", _blas(library)
+
+    def _exact(self, pixel_values: list[torch.Tensor]) -> torch.Tensor:
+        from vla_perception.bench import PlainModel
+
+        return PlainModel(self.tokenizer, torch.float32, exact=True).encode(pixel_values)
+
+    def _tokens_to_host(self) -> dict[str, float]:
+        tokens = self.tokenizer(random_images(1)).tokens
+        pinned = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=DEVICE.type == "cuda")
+        found = {}
+        for label, action in (("pageable", tokens.cpu), ("pinned", lambda: pinned.copy_(tokens, non_blocking=True))):
+            times = []
+            for _ in range(ROUNDS):
+                torch.cuda.synchronize()
+                begun = time.perf_counter()
+                action()
+                torch.cuda.synchronize()
+                times.append(time.perf_counter() - begun)
+            found[label] = round(statistics.median(times) * 1e3, 4)
+        return found
+
+
+def _kernel_actions(block: torch.nn.Module, tokens: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    from vla_perception.tokenizer import triton_kernels
+
+    channels, heads, scale, norm = block.norm1.weight.shape[0], block.attn.num_heads, block.attn.scale, block.norm2
+    values, delta = (torch.randn(1, tokens, channels, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    wide, gamma = torch.randn(1, tokens, block.mlp.fc1.out_features, device=DEVICE, dtype=DTYPE), delta[0, 0].clone()
+    projected = torch.randn(1, tokens, 3 * channels, device=DEVICE, dtype=DTYPE)
+
+    def normalize() -> object:
+        return triton_kernels.add_layer_norm(values, delta, gamma, norm)
+
+    def attend() -> object:
+        return triton_kernels.attention(projected, heads, scale)
+
+    yield "sum, layer norm: PyTorch", lambda: _add_layer_norm(values, delta, gamma, norm)
+    yield "sum, layer norm: Triton", normalize
+    for elements in (256, 1024):
+        with _replaced(ELEMENTS_PER_WARP=elements):
+            yield f"sum, layer norm: Triton, {elements} elements a warp", normalize
+    yield "GELU: PyTorch", lambda: functional.gelu(wide)
+    yield "GELU: Triton", lambda: triton_kernels.gelu(wide)
+    yield "attention: PyTorch", lambda: _attention(projected, heads, scale)
+    yield f"attention: Triton {triton_kernels.ATTENTION_BLOCKS}", attend
+    for blocks in ATTENTION_BLOCKS:
+        with _replaced(ATTENTION_BLOCKS=blocks):
+            yield f"attention: Triton {blocks}", attend
+
+
+def _product(values: torch.Tensor, weights: list[torch.Tensor], bias: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Multiplies by the next of the weights, so that none is in the L2 cache."""
+    turn = itertools.cycle(weights)
+    return lambda: functional.linear(values, next(turn), bias)
+
+
+QUESTIONS = ("latency", "variants", "kernels", "products", "profile")
+
+
+def _add_layer_norm(values, delta, gamma, norm):
+    """PyTorch's operations for `triton_kernels.add_layer_norm`."""
+    if delta is not None:
+        values = values + delta if gamma is None else torch.addcmul(values, delta, gamma)
+    return values, functional.layer_norm(values, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _attention(projected, heads, scale):
+    """PyTorch's operations for `triton_kernels.attention`, as timm has them."""
+    views, tokens, channels = projected.shape
+    query, key, value = projected.view(views, tokens, 3, heads, channels // 3 // heads).permute(2, 0, 3, 1, 4)
+    return functional.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
+
+
+@contextlib.contextmanager
+def _replaced(**others: object) -> Iterator[None]:
+    """Other functions and constants in `triton_kernels`."""
+    from vla_perception.tokenizer import triton_kernels
+
+    before = {name: getattr(triton_kernels, name) for name in others}
+    for name, value in others.items():
+        setattr(triton_kernels, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(triton_kernels, name, value)
+
+
+@contextlib.contextmanager
+def _one_stream() -> Iterator[None]:
+    before = CudaGraphs._run_side_by_side
+    CudaGraphs._run_side_by_side = lambda self, inputs: self._join(
+        [branch(pixels) for branch, pixels in zip(self._branches, inputs)]
+    )
+    try:
+        yield
+    finally:
+        CudaGraphs._run_side_by_side = before
+
+
+@contextlib.contextmanager
+def _setting(name: str, value: object) -> Iterator[None]:
+    """A setting of `torch.backends.cuda.matmul`."""
+    before = getattr(torch.backends.cuda.matmul, name)
+    setattr(torch.backends.cuda.matmul, name, value)
+    try:
+        yield
+    finally:
+        setattr(torch.backends.cuda.matmul, name, before)
+
+
+@contextlib.contextmanager
+def _blas(library: str) -> Iterator[None]:
+    before = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library(library)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.preferred_blas_library(before)
+
+
+def _versions() -> dict:
+    import PIL
+    import timm
+
+    found = {
+        "device": torch.cuda.get_device_name(DEVICE), "vla_perception": __version__, "python": platform.python_version(),
+        "torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
+        "timm": timm.__version__, "pillow": PIL.__version__, "numpy": np.__version__, "cpus": os.cpu_count(),
+    }  # fmt: skip
+    with contextlib.suppress(ImportError):
+        import triton
+
+        found["triton"] = triton.__version__
+    print(", ".join(f"{name} {version}" for name, version in found.items()), flush=True)
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+
+
+def _print_numbers(numbers: dict[str, float | str], unit: str) -> None:
+    for label, number in numbers.items():
+        print(f"{label:>50}: {number if isinstance(number, str) else f'{number:.2f} {unit}'}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("questions", nargs="*", metavar="question", help=f"of {', '.join(QUESTIONS)}; all where none")
+    parser.add_argument("--model", default="openvla-7b", help="a preset or checkpoint (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="file to write, after every question")
+    parser.add_argument("--seconds", type=float, default=180.0, help="no question is begun later (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.questions) - set(QUESTIONS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; choose among {', '.join(QUESTIONS)}")
+    begun = time.perf_counter()
+    kit = Kit(options.model)
+    print(kit.answers["start"], flush=True)
+    for question in options.questions or QUESTIONS:
+        elapsed = time.perf_counter() - begun
+        if elapsed > options.seconds:
+            print(f"== {question}: no time left", flush=True)
+            continue
+        print(f"== {question}, after {elapsed:.0f} s", flush=True)
+        try:
+            with torch.inference_mode():
+                kit.answers[question] = getattr(kit, question)()
+        except Exception as error:
+            kit.answers[question] = {"error": _first_line(error)}
+            print(f"{question}: {kit.answers[question]['error']}", file=sys.stderr, flush=True)
+        if options.json is not None:
+            options.json.write_text(json.dumps(kit.answers, indent=1) + "\n", encoding="utf-8")
+    print(f"== done after {time.perf_counter() - begun:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

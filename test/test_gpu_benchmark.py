@@ -1,0 +1,80 @@
+"""The GPU's measurement kit runs from end to end, on fakes."""
+
+import itertools
+import json
+import sys
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("timm")
+import fake_cuda  # noqa: E402
+from ros_domain import ROOT  # noqa: E402
+
+from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
+from vla_perception.tokenizer.cuda_graphs import CudaGraphs  # noqa: E402
+
+
+@pytest.fixture
+def kit(monkeypatch):
+    """benchmarks/gpu.py, for a CPU that passes for a GPU, with little to do."""
+    fake_cuda.install(monkeypatch)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.delitem(sys.modules, "gpu", raising=False)
+    import gpu
+
+    def load(model):
+        tokenizer = VisualTokenizer.load(model, device="cpu", compute_dtype="float32", image_size=[28, 32], runtime="eager")
+        tokenizer._runtime = CudaGraphs(tokenizer.network, torch.device("cpu"), torch.float32)
+        return tokenizer
+
+    for name, value in {
+        "DEVICE": torch.device("cpu"), "DTYPE": torch.float32, "ROUNDS": 1, "REPEAT": 1, "load": load,
+        "SIZES": ((2, 48, 64),), "ATTENTION_BLOCKS": ((16, 16, 1, 1),),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(gpu, name, value)
+    return gpu
+
+
+def test_every_question_is_answered(kit, tmp_path, capsys, monkeypatch):
+    """Triton's kernels are not among what the fakes can record: they run, and take what the test says."""
+    changes, graph_us = kit.Kit._changes, kit.graph_us
+    monkeypatch.setattr(kit.Kit, "_changes", lambda self: itertools.islice(changes(self), 0, 8, 3))  # for time's sake
+
+    def timed(action):
+        if "_kernel_actions" not in action.__qualname__:
+            return graph_us(action)
+        action()
+        return 1.0
+
+    monkeypatch.setattr(kit, "graph_us", timed)
+    file = tmp_path / "gpu.json"
+    kit.main(["--model", "small", "--json", str(file)])
+    answers, printed = json.loads(file.read_text()), capsys.readouterr()
+    assert not printed.err
+    assert list(answers) == ["versions", "start", *kit.QUESTIONS]
+    assert not [label for rows in answers.values() for label, row in rows.items() if "error" in str(row).lower()], answers
+    assert set(answers["latency"]) >= {"2 view(s) of 64 x 48"}
+    assert all(0 < row["end_to_end_ms"]["p50"] for size, row in answers["latency"].items() if "view" in size)
+    as_it_is = answers["variants"]["as it is"]
+    assert as_it_is["replay_us"] > 0 and as_it_is["relative_l2"] < 1e-5 and as_it_is["same_bits"]
+    assert all(not row["fallback"] for row in answers["variants"].values())
+    assert answers["kernels"] and all(isinstance(value, float) for value in answers["kernels"].values())
+    assert {"patch K=592", "dinov2 mlp.fc2", "projector fc1"} <= answers["products"].keys()
+    assert answers["start"]["model"] == "small" and answers["versions"]["device"] == "a fake"
+
+
+def test_a_question_that_fails_is_told_and_the_others_are_asked(kit, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "gpu.json"
+    monkeypatch.setattr(kit.Kit, "products", lambda self: 1 / 0)
+    kit.main(["--model", "small", "--json", str(file), "products", "profile", "--seconds", "900"])
+    answers = json.loads(file.read_text())
+    assert answers["products"] == {"error": "ZeroDivisionError: division by zero"}
+    assert "error" not in answers["profile"]
+    assert "products: ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_an_unknown_question_is_refused(kit, capsys):
+    with pytest.raises(SystemExit):
+        kit.main(["speed"])
+    assert "unknown: speed; choose among latency, variants" in capsys.readouterr().err
