@@ -245,6 +245,7 @@ def robot():
     domain = free_domain()
     command = [*NODE, "-r", "wrist/image_raw:=/arm/picture", "-p", "token_dtype:=float32"]
     command += ["-p", "qos_overrides./top/image_raw.subscription.reliability:=best_effort"]
+    command += ["-p", "token_type:=float32", "-p", "qos_overrides./front/image_raw.subscription.dept:=3"]  # no such ones
     with RosProcess(command, domain) as process:
         robot = Robot(domain, process)
         try:
@@ -304,7 +305,7 @@ def test_lifecycle_and_a_model_that_cannot_be_loaded(robot, tmp_path):
 
 def test_parameters(robot):
     robot.unconfigure()
-    assert "one of float32" in robot.set(compute_dtype="int8")
+    assert "one of auto, float32" in robot.set(compute_dtype="int8")
     assert "different names" in robot.set(cameras=["front", "front"])
     assert "no name" in robot.set(cameras=["front camera"])
     assert "at most 64 names" in robot.set(cameras=[f"camera{i}" for i in range(65)])
@@ -608,6 +609,13 @@ def test_best_effort_publishers_and_cameras_that_are_missing(robot):
     robot.send_until_tokens("front", 121)  # reliable now
     wait_until(lambda: robot.told_of("front") == "ok", 10, "no complaint")
     robot.process.wait_for("camera front: frames arrive")
+
+
+def test_settings_that_do_not_exist_are_named(robot):
+    robot.process.wait_for("has no parameter token_type, so it is ignored; is token_dtype meant?")
+    robot.start()
+    name = "qos_overrides./front/image_raw.subscription.dept"
+    robot.process.wait_for(f"has no parameter {name}, so it is ignored; is {name}h meant?")
 
 
 def test_qos_overrides_come_first(robot):

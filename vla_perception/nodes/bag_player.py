@@ -28,6 +28,7 @@ from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPo
 from rosgraph_msgs.msg import Clock
 
 from vla_perception.bags import Bag, BagMessage, header_stamp_ns, with_header_stamp
+from vla_perception.nodes.parameters import warn_of_ignored
 from vla_perception.nodes.process import Stop, run_node
 
 CLOCK_HZ = 50.0
@@ -78,6 +79,7 @@ class BagPlayer(Node):
         self._restamp = self._parameter("restamp", False, "Set header stamps to the time of publishing (wall clock).")
         stamp_log = self._parameter("stamp_log", "", "File for a JSON line per message: topic, stamp, monotonic clock.")
         depth = self._parameter("queue_depth", 100, "Messages per topic that are kept for subscribers that lag.")
+        warn_of_ignored(self, "bag_player")
 
         if clock and self._restamp:
             raise ValueError("clock and restamp exclude each other: the one is the bag's time, the other the wall's")

@@ -17,7 +17,7 @@ from rosgraph_msgs.msg import Clock
 
 from vla_perception.messages.camera_info import pinhole, uncalibrated
 from vla_perception.nodes.camera_publisher import CameraPublisher
-from vla_perception.nodes.parameters import declare
+from vla_perception.nodes.parameters import declare, warn_of_ignored
 from vla_perception.nodes.process import Stop, run_node
 from vla_perception.simulation import Simulation
 
@@ -53,6 +53,7 @@ class MujocoCamera(Node):
         gl = declare(self, "gl", "auto", "egl, osmesa, or auto: MUJOCO_GL, otherwise the first that is installed.")
         frame_suffix = declare(self, "frame_suffix", "_optical_frame", "frame_id is the camera's name and this.")
         declare(self, "jpeg_quality", 90, "Of image_raw/compressed. Can change at run time.", 1, 100, fixed=False)
+        warn_of_ignored(self, "mujoco_camera")
         for name, value, choices in (
             ("motion", motion, ("auto", "sine", "none")),
             ("gl", gl, ("auto", "egl", "osmesa")),

@@ -14,7 +14,7 @@ from rclpy.time import Time
 
 from vla_perception.messages.camera_info import read_calibration, uncalibrated
 from vla_perception.nodes.camera_publisher import CameraPublisher
-from vla_perception.nodes.parameters import declare
+from vla_perception.nodes.parameters import declare, warn_of_ignored
 from vla_perception.nodes.process import Stop, run_node
 from vla_perception.video import SourceError, VideoSource
 
@@ -52,6 +52,7 @@ class OpencvCamera(Node):
             self, "retry_max_sec", 10.0, "Longest pause between attempts to reopen a source that broke.", 0.5, 3600
         )
         declare(self, "jpeg_quality", 90, "Of image_raw/compressed. Can change at run time.", 1, 100, fixed=False)
+        warn_of_ignored(self, "opencv_camera")
 
         self._calibration = read_calibration(calibration) if calibration else None
         self._size_complained = False

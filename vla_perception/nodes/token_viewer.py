@@ -20,7 +20,7 @@ from std_srvs.srv import Trigger
 
 from vla_perception.messages.images import compressed_to_rgb, image_to_rgb, warm_up
 from vla_perception.messages.tokens import View, VisualTokens, from_message
-from vla_perception.nodes.parameters import declare
+from vla_perception.nodes.parameters import declare, warn_of_ignored
 from vla_perception.nodes.process import Stop, run_node
 from vla_perception.principal_components import PrincipalComponents
 from vla_perception.token_picture import overlay, side_by_side, side_by_side_size
@@ -95,6 +95,7 @@ class TokenViewer(Node):
             self, "fit_messages", 10, "The colours' meaning settles over this many messages and then stays.", 1, 100
         )
         transport = declare(self, "image_transport", "raw", "raw or compressed: which pictures to subscribe to.")
+        warn_of_ignored(self, "token_viewer", others=("cameras",))  # in a file with the tokenizer's
         for name, value, choices in (
             ("show", self._show, ("tokens", "features")),
             ("image_transport", transport, ("raw", "compressed")),

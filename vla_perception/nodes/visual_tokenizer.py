@@ -40,7 +40,7 @@ from std_srvs.srv import Trigger
 from vla_perception.arrivals import Senders
 from vla_perception.messages import images
 from vla_perception.messages.tokens import check_header
-from vla_perception.nodes.parameters import declare
+from vla_perception.nodes.parameters import declare, warn_of_ignored, warn_of_ignored_qos
 from vla_perception.nodes.pipeline import FAILURES, STAGES, Pipeline
 from vla_perception.nodes.process import GRACE_SEC, RosLogHandler, Stop, run_node
 from vla_perception.nodes.synchronizer import HISTORY, POLICIES, SetSynchronizer
@@ -248,9 +248,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         self._log_handler = RosLogHandler(self.get_logger())
         logging.getLogger("vla_perception").addHandler(self._log_handler)
 
-        self._settings: dict[str, object] = {}
-        for name, setting in SETTINGS.items():
-            self._settings[name] = _checked(name, self._declare(name, setting))
+        given = {name: self._declare(name, setting) for name, setting in SETTINGS.items()}
         self._model_locked = declare(
             self,
             "model_locked",
@@ -261,6 +259,9 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         autostart = declare(
             self, "autostart", False, "Whether the node configures and activates itself, or ends if it cannot."
         )
+        warn_of_ignored(self, "visual_tokenizer", qos=False)
+        self._settings = {name: _checked(name, value) for name, value in given.items()}
+        self._qos_looked_at = False
         self.add_on_set_parameters_callback(self._may_set)
         self.add_post_set_parameters_callback(self._have_set)
 
@@ -325,6 +326,9 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                 )
                 self._subscribe(camera, ReliabilityPolicy.RELIABLE)
                 self._cameras[name] = camera
+        if not self._qos_looked_at:
+            self._qos_looked_at = True
+            warn_of_ignored_qos(self)
         return TransitionCallbackReturn.SUCCESS
 
     @_guarded
