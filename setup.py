@@ -13,7 +13,7 @@ OPENCV = "opencv-python-headless>=4.8,<5"  # 5 drops conversions that ROS encodi
 TOKENIZER = [
     "torch>=2.4",
     "torchvision>=0.19",
-    "timm>=1.0.11,<2",  # another major version may name or compute something differently
+    "timm>=1.0.26,<2",  # before, files are unpickled; another major version may name or compute something differently
     "huggingface_hub>=1.0,<3",  # timm brings it; range requests are made with its client, which changed with 1.0
     "pillow>=10.1,<13",  # 13 resizes tall pictures in another order than models saw: 15 % of pixels differ
     "simplejpeg>=1.7",  # decodes JPEG as TensorFlow does; Pillow and OpenCV cannot be told to

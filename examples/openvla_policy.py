@@ -32,6 +32,13 @@ PROMPT = "In: What action should the robot take to {}?\nOut:"
 #: What Llama's tokenizer makes of the space between "Out:" and the first action in training.
 EMPTY_TOKEN = 29871
 PREFIX = "language_model."
+#: Entries of `text_config` that decide what the language model computes.
+LLAMA_SHAPE = {
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
+    "attention_bias", "mlp_bias", "tie_word_embeddings", "initializer_range", "pad_token_id", "bos_token_id",
+    "eos_token_id",
+}  # fmt: skip
 #: Its name in transformers 5, and before.
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 AXES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
@@ -74,7 +81,9 @@ class LanguageModel:
         folder = Path(folder).expanduser()
         config = json.loads((folder / "config.json").read_text())
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._llama = _load_llama(folder, LlamaConfig(**config["text_config"]), device, dtype)
+        # The shape alone: among the other entries are some by which transformers fetches code from the hub.
+        shape = {key: value for key, value in config["text_config"].items() if key in LLAMA_SHAPE}
+        self._llama = _load_llama(folder, LlamaConfig(**shape), device, dtype)
         self._prompt = prompt
         self.device, self.dtype = torch.device(device), dtype
         self.width = self._llama.config.hidden_size

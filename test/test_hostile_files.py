@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import zipfile
@@ -87,11 +88,18 @@ class Runs:
         return os.system, (self.command,)
 
 
-def archive(pickled: bytes, compression: int = zipfile.ZIP_STORED, records: dict[str, bytes] | None = None) -> bytes:
-    """A zip archive as torch.save writes it."""
+def archive(
+    pickled: bytes,
+    compression: int = zipfile.ZIP_STORED,
+    records: dict[str, bytes] | None = None,
+    others: dict[str, bytes] | None = None,
+) -> bytes:
+    """A zip archive as torch.save writes it, and `others` in it by their whole names."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", compression) as file:
         file.writestr("archive/data.pkl", pickled)
+        for name, content in (others or {}).items():
+            file.writestr(name, content)
         file.writestr("archive/byteorder", b"little")
         file.writestr("archive/version", b"3\n")
         for name, content in (records or {}).items():
@@ -115,14 +123,65 @@ def with_claim(claimed: int) -> bytes:
     return archive(pickled.replace(b"K\x04", b"J" + claimed.to_bytes(4, "little")), records={"0": bytes(16)})
 
 
+def torchscript() -> bytes:
+    """What torch.jit.save writes."""
+    stream = io.BytesIO()
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), stream)
+    return stream.getvalue()
+
+
+def two_directories(seen: bytes, hidden: bytes) -> bytes:
+    """One file of two archives of one length: Python reads the directory before the end record, torch the one that it
+    names."""
+    return hidden[:-22] + seen[:-22] + hidden[-22:]
+
+
+SAME_LENGTH = ("data/00000000", "constants.pkl")
+
+
+def test_two_directories_are_what_they_say():
+    data = two_directories(*(archive(pickle.dumps({}, 2), others={f"archive/{name}": b""}) for name in SAME_LENGTH))
+    assert "archive/constants.pkl" not in zipfile.ZipFile(io.BytesIO(data)).namelist()
+    assert "constants.pkl" in torch._C.PyTorchFileReader(io.BytesIO(data)).get_all_records()
+
+
+def moved_end(saved_archive: bytes) -> bytes:
+    """torch's archive whose zip64 locator leads somewhere else than to what stands before it."""
+    changed = bytearray(saved_archive)
+    (at,) = struct.unpack_from("<Q", changed, len(changed) - 34)
+    struct.pack_into("<Q", changed, len(changed) - 34, at - 8)
+    return bytes(changed)
+
+
 def pickles(marker) -> dict[str, tuple[bytes, str]]:
     wide = torch.zeros(1).expand(1 << 20, 1 << 20)
     module = {"projector.0.weight": wide, "projector.0.bias": torch.zeros(1).expand(1 << 20)}
+    plain = pickle.dumps({}, 2)
     state = saved({"model": {"projector": {"projector.0.weight": torch.zeros(4, 4)}, "vision_backbone": {}}})
     return {
         "a pickle that runs code": (archive(pickle.dumps(Runs(f"touch {marker}"), 2)), "is refused: its pickle calls"),
         "the same, protocol 4": (archive(pickle.dumps(Runs(f"touch {marker}"), 4)), "is refused: its pickle calls"),
         "the same, of before torch 1.6": (pickle.dumps(Runs(f"touch {marker}"), 2), "no zip archive"),
+        "names from where they cannot be told": (
+            archive(b"\x80\x02X\x05\0\0\0torchX\x04\0\0\0Size\x93."), "is refused: its pickle calls 'STACK_GLOBAL'"
+        ),
+        "a TorchScript archive": (torchscript(), "is refused: it holds .* TorchScript"),
+        **{
+            f"weights, and {name}": (archive(plain, others={name: b"x"}), "is refused: it holds .* can run code")
+            for name in (
+                "archive/constants.pkl", "archive/code/__torch__.py", "archive/code/", "archive/model.json",
+                "archive/x/constants.pkl", "constants.pkl", "archive/data/0/constants.pkl", "archive//constants.pkl",
+                "archive/attributes.pkl", "archive/data/../constants.pkl", "archive/constants.pkl\0x",
+            )
+        },
+        "two archives in one": (archive(plain, others={"other/data/0": b"x"}), "several archives in one"),
+        "two pickles": (archive(plain, others={"archive/data.pkl": plain}), "one data.pkl"),
+        "a directory for torch alone": (
+            two_directories(*(archive(plain, others={f"archive/{name}": plain}) for name in SAME_LENGTH)), "its directory is not"
+        ),
+        "something before the archive": (b"#!/bin/sh\n" + state, "no zip archive"),
+        "something behind the archive": (state + b"\0" * 8, "its directory is not|no zip archive"),
+        "a wide end record elsewhere": (moved_end(state), "its directory is not"),
         "empty": (b"", "no zip archive"),
         "truncated": (state[: len(state) // 2], "no zip archive"),
         "a compressed bomb": (archive(b"\x80\x02" + b"0" * 300_000_000, zipfile.ZIP_DEFLATED), "is compressed"),

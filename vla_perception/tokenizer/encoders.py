@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import nn
 
+from vla_perception.tokenizer.model_args import check_architecture
 from vla_perception.tokenizer.presets import EncoderConfig
 
 
@@ -33,15 +34,15 @@ class PatchEncoder(nn.Module):
         super().__init__()
         self.summary = summary
         self.config = config
-        name = config.timm_id.split(".")[0]
+        name = check_architecture(config.timm_id.split(".")[0], f"encoder {config.name!r}")
         try:
             vit = timm.create_model(
                 name, pretrained=False, num_classes=0, img_size=config.image_size, **config.overrides
             )
-        except RuntimeError as error:
+        except Exception as error:  # timm's architectures refuse arguments in every way
             raise ValueError(
-                f"timm {timm.__version__} does not know the encoder {config.timm_id!r} ({error}); "
-                "check the name in the checkpoint's config.json, or upgrade timm"
+                f"timm {timm.__version__} cannot build the encoder {config.timm_id!r} at {config.image_size} pixels "
+                f"with {dict(config.overrides)}: {error}"
             ) from error
         if not isinstance(vit, timm.models.vision_transformer.VisionTransformer):
             raise ValueError(f"{config.timm_id!r} is a {type(vit).__name__}; only plain vision transformers work here")

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pickletools
+import re
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,11 @@ _PICKLE_GLOBALS = {
     f"torch {kind}Storage"
     for kind in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
 }  # fmt: skip
+#: Opcodes that get a class or a function by its name.
+_CALLING = ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4")
+#: What torch.save writes into its archive. torch.jit.save adds constants.pkl and code/, by which torch before 2.6 runs
+#: the archive although only weights were asked for (CVE-2025-32434).
+_RECORDS = re.compile(r"data\.pkl|data/[0-9]+|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id")
 
 
 class CheckpointError(ValueError):
@@ -257,54 +263,76 @@ def _check_archive(stream: BinaryIO) -> None:
             f"{name} is no zip archive as torch.save writes it ({error}); it is truncated, or of before torch 1.6: "
             "then save it again with a recent torch"
         ) from error
-    pickles = []
+    pickles, roots = [], set()
     for entry in archive.infolist():
+        root, _, record = entry.filename.partition("/")
+        if not _RECORDS.fullmatch(record):
+            raise CheckpointError(
+                f"{name} is refused: it holds {entry.filename[:200]!r}, which torch.save never writes for weights. A "
+                "TorchScript archive (constants.pkl, code/) can run code when it is opened; if you trust the file, save "
+                "its state dict with torch.save"
+            )
         if entry.compress_type != zipfile.ZIP_STORED:
             raise CheckpointError(f"{name}: {entry.filename[:200]!r} is compressed, which torch.save never does")
-        if entry.filename.endswith("data.pkl"):
+        roots.add(root)
+        if record == "data.pkl":
             pickles.append(entry)
+    if len(roots) > 1:
+        raise CheckpointError(f"{name}: several archives in one ({', '.join(sorted(roots)[:4])!r:.200})")
     if len(pickles) != 1 or pickles[0].file_size > MAX_HEADER:
         raise CheckpointError(
             f"{name}: one data.pkl of at most {MAX_HEADER} bytes is expected in a .pt file of weights"
         )
-    strings: list[str] = []
     try:
         for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):
-            if opcode.name == "GLOBAL":
-                named = str(argument)
-            elif opcode.name == "STACK_GLOBAL":
-                named = " ".join(strings[-2:])
-            elif opcode.name in ("INST", "EXT1", "EXT2", "EXT4", "OBJ"):
-                named = str(argument or opcode.name)
-            else:
-                if "UNICODE" in opcode.name:
-                    strings = [*strings[-1:], str(argument)]
+            if opcode.name not in _CALLING:
                 continue
+            # All but GLOBAL take names from the stack, where they cannot be told; torch.save writes GLOBAL alone.
+            named = str(argument) if opcode.name == "GLOBAL" else opcode.name
             if named not in _PICKLE_GLOBALS:
                 raise CheckpointError(
                     f"{name} is refused: its pickle calls {named[:200]!r}, which weights do not need. Pickles can run "
                     "code; if you trust the file, convert it to safetensors"
                 )
+    except CheckpointError:
+        raise
     except (ValueError, IndexError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{name}: its pickle is damaged ({error}); download it again") from error
 
 
 def _check_directory(stream: BinaryIO) -> None:
-    """Refuses a zip archive whose directory is too long to be listed in a moment."""
+    """Refuses a zip archive whose directory is too long to be listed in a moment, or that readers find in two places.
+
+    Python looks for the directory before the end record, torch where that record says: they must be the same, or what
+    is checked here is not what torch opens.
+    """
     stream.seek(0, os.SEEK_END)
     size = stream.tell()
     stream.seek(max(0, size - 66_000))
     tail = stream.read()
+    stream.seek(0)
     at = tail.rfind(b"PK\x05\x06")
-    if at < 0 or len(tail) < at + 22:
+    if at < 0 or len(tail) < at + 22 or stream.read(4) != b"PK\x03\x04":
         raise CheckpointError(
             f"{stream.name} is no zip archive as torch.save writes it; it is truncated, or of before torch 1.6: "
             "then save it again with a recent torch"
         )
-    (length,) = struct.unpack_from("<I", tail, at + 12)
-    if length == 0xFFFFFFFF:
-        wide = tail.rfind(b"PK\x06\x06", 0, at)
-        (length,) = struct.unpack_from("<Q", tail, wide + 40) if 0 <= wide <= len(tail) - 48 else (size,)
+    here = size - len(tail) + at
+    count, length, begin = struct.unpack_from("<HII", tail, at + 10)
+    sound = at + 22 == len(tail)
+    if at >= 20 and tail[at - 20 : at - 16] == b"PK\x06\x07":  # what is wide stands right before, as torch writes it
+        wide = at - 76
+        (said,) = struct.unpack_from("<Q", tail, at - 12)
+        sound &= wide >= 0 and tail[wide : wide + 4] == b"PK\x06\x06" and said == here - 76
+        if sound:
+            wide_count, wide_length, wide_begin = struct.unpack_from("<QQQ", tail, wide + 32)
+            sound &= count in (wide_count, 0xFFFF) and length in (wide_length, 0xFFFFFFFF)
+            sound &= begin in (wide_begin, 0xFFFFFFFF)
+            length, begin, here = wide_length, wide_begin, said
     if length > 4 * MAX_HEADER:
         raise CheckpointError(f"{stream.name}: a directory of {length} bytes is no .pt file of weights")
+    if not sound or begin + length != here:
+        raise CheckpointError(
+            f"{stream.name} is no zip archive as torch.save writes it: its directory is not where its end says"
+        )
     stream.seek(0)

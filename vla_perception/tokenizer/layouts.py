@@ -25,6 +25,7 @@ from vla_perception.tokenizer.files import (
     file_errors,
     read_json,
 )
+from vla_perception.tokenizer.model_args import checked_model_args
 from vla_perception.tokenizer.presets import (
     MAX_IMAGE_SIZE,
     MAX_WIDTH,
@@ -339,7 +340,7 @@ def _encoder_config(
         resize_strategy=strategy,
         letterbox_fill=None if fill is None else tuple(int(value) for value in fill),  # type: ignore[arg-type]
         interpolation=interpolation,
-        overrides={"act_layer": activation} if activation else {},
+        overrides=checked_model_args({"act_layer": activation or None}, "config.json: timm_override_act_layers"),
     )
 
 

@@ -6,6 +6,7 @@ Sources: the public configuration of ``openvla/openvla-7b`` and prismatic-vlms' 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -61,8 +62,19 @@ class EncoderConfig:
                 f"encoder {self.name!r}: unknown resize strategy {self.resize_strategy!r}; "
                 f"choose one of {', '.join(RESIZE_STRATEGIES)}"
             )
-        if self.image_size <= 0 or min(self.std) <= 0:
-            raise ValueError(f"encoder {self.name!r}: image size and std must be positive")
+        if not 0 < self.image_size <= MAX_IMAGE_SIZE:
+            raise ValueError(f"encoder {self.name!r}: image size {self.image_size} is not within 1 to {MAX_IMAGE_SIZE}")
+        statistics = (*self.mean, *self.std)
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(map(math.isfinite, statistics)) or min(self.std) <= 0:
+            raise ValueError(
+                f"encoder {self.name!r}: mean and std must be three finite numbers each, std above 0, got "
+                f"{self.mean!r:.200} and {self.std!r:.200}"
+            )
+        if self.interpolation not in range(6):
+            raise ValueError(f"encoder {self.name!r}: interpolation {self.interpolation!r} is not one of PIL's 0 to 5")
+        fill = self.letterbox_fill
+        if fill is not None and (len(fill) != 3 or not all(0 <= value <= 255 for value in fill)):
+            raise ValueError(f"encoder {self.name!r}: letterbox_fill {fill!r:.200} is not three values from 0 to 255")
 
     @property
     def fill(self) -> tuple[int, int, int]:

@@ -25,6 +25,7 @@ from vla_perception.tokenizer.files import (
     StoredTensor,
     read_json,
 )
+from vla_perception.tokenizer.model_args import check_architecture, checked_model_args
 from vla_perception.tokenizer.presets import EncoderConfig, ModelConfig, encoder_name, per_encoder
 
 log = logging.getLogger(__name__)
@@ -101,14 +102,20 @@ def read(source: str, image_size: int | None, file: Path | None = None) -> Encod
         kind, _, where = source.partition(":")
         folder = Path(where).expanduser() if kind == "local-dir" else _download(where, "config.json").parent
         settings = read_json(folder / "config.json")
-        architecture, overrides = settings.get("architecture"), settings.get("model_args") or {}
+        overrides = settings.get("model_args") or {}
         facts = settings.get("pretrained_cfg") or settings
-        if not isinstance(architecture, str) or not isinstance(facts, dict) or not isinstance(overrides, dict):
+        if "architecture" not in settings or not isinstance(facts, dict) or not isinstance(overrides, dict):
             raise CheckpointError(f"{folder / 'config.json'} is no configuration of a timm model")
-        name = architecture + (f".{facts['tag']}" if facts.get("tag") else "")
+        architecture, tag = check_architecture(settings["architecture"], str(folder / "config.json")), facts.get("tag")
+        if tag and not (isinstance(tag, str) and re.fullmatch(r"[\w.-]{1,200}", tag, re.ASCII)):
+            raise CheckpointError(f"{folder / 'config.json'}: the tag {tag!r:.200} is not a name")
+        # Size and classes are chosen here.
+        overrides = {key: value for key, value in overrides.items() if key not in ("img_size", "num_classes")}
+        overrides = checked_model_args(overrides, f"{folder / 'config.json'}: model_args")
+        name = architecture + (f".{tag}" if tag else "")
         file = file or (folder / _WEIGHTS if kind == "local-dir" else _download(where, _WEIGHTS))
     else:
-        name = architecture = source
+        name = source
         known = timm.get_pretrained_cfg(source) if timm.is_model(source.split(".")[0]) else None
         if known is None:
             raise CheckpointError(f"timm {timm.__version__} does not know the encoder {source!r}; check the name")
@@ -122,7 +129,7 @@ def read(source: str, image_size: int | None, file: Path | None = None) -> Encod
             mean=mean,
             std=std,
             interpolation=_INTERPOLATIONS[facts.get("interpolation", "bicubic")],
-            overrides={key: value for key, value in overrides.items() if key not in ("img_size", "num_classes")},
+            overrides=overrides,
         )
         with torch.device("meta"):
             model = timm.create_model(
