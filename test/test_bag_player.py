@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -28,6 +30,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage
 
 from vla_perception.bags import Bag, header_stamp_ns, with_header_stamp
 from vla_perception.messages.tokens import FORMAT
+from vla_perception.nodes.bag_player import Pace, message_class
 
 pytestmark = pytest.mark.ros
 
@@ -236,6 +239,8 @@ def test_mistakes_end_with_a_sentence(tmp_path, domain):
         (tmp_path / "nowhere", {}, "there is no such file or folder"),
         (bag, {"topics": "['/nose']"}, "no topic /nose"),
         (bag, {"rate": 0.0}, "rate is 0, expected above 0"),
+        (bag, {"max_gap_sec": -1}, "max_gap_sec is -1, expected at least 0"),
+        (bag, {"start_offset_sec": ".inf"}, "start_offset_sec is inf, expected a number"),
         (bag, {"start_offset_sec": 60}, "only 0.6 s long"),
         (bag, {"clock": True, "restamp": True}, "exclude each other"),
         (bag, {"wait_for_subscribers": 1, "wait_timeout_sec": 0.2}, "Is the subscriber running"),
@@ -245,6 +250,60 @@ def test_mistakes_end_with_a_sentence(tmp_path, domain):
         for process, (_, parameters, sentence) in zip(players, cases, strict=True):
             assert process.wait(40) == 1, (parameters, process.output)
             assert sentence in process.output and "Traceback" not in process.output, process.output
+
+
+def test_pace():
+    """Recorded spacing over the rate; silences are cut down, and a time that goes back is due at once."""
+    pace = Pace(2.0, 10.0)
+    times = [0, START_NS, START_NS + 10**9, START_NS + 3601 * 10**9, START_NS, START_NS + 10**9, 2**64 - 1]
+    assert [pace.due(ns) for ns in times] == [0.0, 5.0, 5.5, 10.5, 10.5, 11.0, 16.0]
+    assert pace.elapsed_sec == 16.0 and pace.gap_sec > 1e10
+    unbounded = Pace(1.0, 0.0)
+    assert [unbounded.due(ns) for ns in (5 * 10**9, 65 * 10**9, 0)] == [0.0, 60.0, 60.0]
+
+
+@pytest.mark.parametrize("name", ["antigravity/msg/X", "this/msg/Zen", "json/msg/JSONDecoder", "test/msg/X", "../x/msg/X",
+                                  "sensor_msgs/msg/__doc__", "sensor_msgs/msg/image", "os.path/msg/X", "", "/", "X/msg/X"])  # fmt: skip
+def test_a_bag_makes_the_player_import_nothing_but_message_packages(name, tmp_path, monkeypatch):
+    (tmp_path / "evil_msgs" / "msg").mkdir(parents=True)
+    (tmp_path / "evil_msgs" / "__init__.py").write_text("raise SystemExit('run')")
+    (tmp_path / "evil_msgs" / "msg" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(sys.modules)
+    assert message_class(name) is None and message_class("evil_msgs/msg/X") is None
+    assert not {"antigravity", "this", "evil_msgs"} & (set(sys.modules) - before)
+    assert message_class("sensor_msgs/msg/Image").__name__ == "Image"
+
+
+def test_what_a_bag_may_hold_and_cannot_stop_the_player(tmp_path, domain, listener, monkeypatch):
+    """A first message at time zero, an hour's silence, a time that /clock cannot tell, a topic with no name for ROS, a
+    message shorter than a header; beside it, a player whose Python lacks a library."""
+    with Writer(tmp_path / "bag", version=9, storage_plugin=StoragePlugin.MCAP) as bag:
+        image = bag.add_connection("/eye/image_raw/compressed", IMAGE, typestore=TYPES)
+        odd = bag.add_connection("/no name!", IMAGE, typestore=TYPES)
+        times = [0, START_NS, START_NS + SPACING_NS, START_NS + 3600 * 10**9, 2**62]
+        for index, time_ns in enumerate(times):
+            bag.write(image, time_ns, picture(index))
+            bag.write(odd, time_ns, picture(index))
+        bag.write(image, 2**62 + 1, b"\0\1\0\0short")
+    (tmp_path / "mcap.py").write_text("raise ModuleNotFoundError(\"No module named 'mcap'\")")
+    with ExitStack() as stack:
+        process = stack.enter_context(
+            player(domain, tmp_path / "bag", clock=True, max_gap_sec=0.3, wait_for_subscribers=1, stamp_log=tmp_path / "log")
+        )
+        with monkeypatch.context() as changed:
+            changed.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+            without = stack.enter_context(player(domain, tmp_path / "bag"))
+        listener.spin_until(lambda: process.process.poll() is not None, 40, "the player's end")
+        assert process.wait() == 0, process.output
+        assert "Done: 6 messages on 1 topics" in process.output and "Traceback" not in process.output
+        assert process.output.count("cut down to 0.3 s (max_gap_sec)") == 3
+        assert "Left out, for its name: /no name!" in process.output
+        assert "/clock cannot tell 4611686018 s" in process.output
+        assert without.wait() == 1
+        assert without.output.strip().count("\n") == 0 and "pip install rosbags mcap" in without.output, without.output
+    listener.spin_until(lambda: len(listener.bytes("/eye/image_raw/compressed")) >= 5, 5, "the last picture")
+    assert listener.bytes("/eye/image_raw/compressed")[:5] == [filled(picture(index)) for index in range(5)]
 
 
 def test_ends_cleanly_while_playing_and_while_waiting(tmp_path, domain):
