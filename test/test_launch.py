@@ -50,9 +50,10 @@ class LaunchConfiguration(Recorded):
 
 
 class Context:
-    def __init__(self, launch_configurations, environment=()):
+    def __init__(self, launch_configurations, environment=(), argv=()):
         self.launch_configurations = launch_configurations
         self.environment = dict(environment)
+        self.argv = list(argv)
 
 
 class ParameterValue(Recorded):
@@ -100,15 +101,16 @@ def launch_file(monkeypatch, tmp_path):
         module.arguments = {e.args[0]: e for e in entities if type(e).__name__ == "DeclareLaunchArgument"}
         assert type(entities[-1]).__name__ == "OpaqueFunction"
 
-        def run(environment=(), **given):
+        def run(environment=(), argv=(), others=(), **given):
+            """argv: the command line's arguments; others: launch configurations of a file that includes this one."""
             assert set(given) <= set(module.arguments)
-            values = {
+            values = dict(others) | {
                 key: given.get(key, action.kwargs.get("default_value")) for key, action in module.arguments.items()
             }
-            for key, value in values.items():
-                choices = module.arguments[key].kwargs.get("choices")
-                assert choices is None or value in choices
-            return entities[-1].kwargs["function"](Context(values, environment))
+            for key, action in module.arguments.items():
+                choices = action.kwargs.get("choices")
+                assert choices is None or values[key] in choices
+            return entities[-1].kwargs["function"](Context(values, environment, argv))
 
         module.run = run
         module.parts = parts
@@ -216,6 +218,43 @@ def test_the_device_and_the_precision_are_left_open_unless_given(launch_file):
     assert (given["device"], given["compute_dtype"]) == ("cuda:1", "float16")
 
 
+MISTAKES = [
+    ("camera", "is cameras:= meant?"),
+    ("Namespace", "is namespace:= meant?"),
+    ("modle", "is model:= meant?"),
+    ("imagetransport", "is image_transport:= meant?"),
+    ("max_rate_hz", "max_rate_hz is a parameter of the tokenizer"),
+    ("sync_slop_sec", "sync_slop_sec is a parameter of the tokenizer"),
+    ("sync_slop", "sync_slop_sec is a parameter of the tokenizer"),
+    ("xyz", "it has autostart, "),
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_arguments_that_do_not_exist_are_refused(launch_file, monkeypatch, name):
+    module = launch_file(name)
+    given = {"bag": str(BAG)} if name.startswith("replay") else {}
+    for command in (["ros2", "launch", "vla_perception", name], ["ros2", "launch", f"/opt/share/{name}", "--debug"]):
+        monkeypatch.setattr(sys, "argv", command)
+        for wrong, advice in MISTAKES:
+            with pytest.raises(ValueError, match=re.escape(f"{name} has no argument {wrong}:= ({advice}")):
+                module.run(argv=["model:=small", f"{wrong}:=3"], **given)
+        with pytest.raises(ValueError, match="no argument camera:=.*; xyz:="):
+            module.run(argv=["camera:=2", "xyz:=1", "camera:=3"], **given)
+        module.run(argv=[*(f"{known}:=x" for known in module.arguments), "launch-prefix:=gdb", "odd"], **given)
+
+
+def test_arguments_of_a_launch_file_that_includes_ours(launch_file, monkeypatch):
+    """They are its own; only what looks like a mistake is named, and goes on."""
+    module = launch_file("tokenizer.launch.py")
+    monkeypatch.setattr(sys, "argv", ["ros2", "launch", "robot", "bringup.launch.py", "robot:=a"])
+    actions = module.run(argv=["robot:=a"], others={"robot": "a", "map": "b", "rviz": "c", "lidar_topic": "d"})
+    assert not kinds(actions, "LogInfo")
+    actions = module.run(argv=["robot:=a"], others={"robot": "a", "camera": "front", "max_rate_hz": "5"})
+    said = [action.msg for action in kinds(actions, "LogInfo")]
+    assert len(said) == 2 and "camera:= (is cameras:= meant?)" in said[0] and "max_rate_hz" in said[1]
+
+
 def test_the_fast_dds_profile_can_be_left_out_and_is_not_replaced(launch_file):
     module = launch_file("tokenizer.launch.py")
     assert not kinds(module.run(fastdds_profile="false"), "SetEnvironmentVariable")
@@ -319,6 +358,48 @@ def test_bag_topics(launch_file):
     assert parameters_of(player)["topics"] == ["/cam/jpeg"]
     assert player.remappings == [("/cam/jpeg", "/cam/jpeg/compressed")]
     assert tokenizer.remappings == [("cam_jpeg/image_raw", "/cam/jpeg")]
+
+
+def test_a_namespace_moves_what_the_bag_has(launch_file):
+    """Two robots' bags in one domain: no topic in common, and each a clock of its own."""
+    pytest.importorskip("rosbags")
+    module = launch_file("replay_bag.launch.py")
+    published = {}
+    for robot in ("robot1", "/lab/robot2/"):
+        player, tokenizer = kinds(module.run(bag=str(BAG), namespace=robot, use_sim_time="true"), "Node")
+        above = f"/{robot.strip('/')}"
+        assert player.namespace == tokenizer.namespace == above
+        moved = dict(player.remappings)
+        published[robot] = [moved[topic] for topic in [*parameters_of(player)["topics"], "/clock"]]
+        assert all(topic.startswith(f"{above}/") for topic in published[robot])
+        assert dict(tokenizer.remappings) == {
+            "front/image_raw": f"{above}/front/image_raw", "wrist/image_raw": f"{above}/wrist/image_raw",
+            "/clock": f"{above}/clock",
+        }  # fmt: skip
+    assert not set(published["robot1"]) & set(published["/lab/robot2/"])
+    module.bag_camera_topics = lambda _: {"/cam/jpeg": "sensor_msgs/msg/CompressedImage"}
+    player, tokenizer = kinds(module.run(bag="others", namespace="arm"), "Node")
+    assert player.remappings[0] == ("/cam/jpeg", "/arm/cam/jpeg/compressed")
+    assert tokenizer.remappings[0] == ("cam_jpeg/image_raw", "/arm/cam/jpeg")
+    player, tokenizer = kinds(module.run(bag="others"), "Node")
+    assert player.remappings == [("/cam/jpeg", "/cam/jpeg/compressed")]  # without one the bag's topics stay
+
+
+def test_cameras_of_a_bag_by_encoding_and_name(launch_file):
+    module = launch_file("replay_bag.launch.py")
+    image = "sensor_msgs/msg/Image"
+    cameras = ["/oak/rgb/image_raw", "/irving/image_raw", "/left/image_raw", "/masked_man/image", "/segway/image_raw"]
+    others = ["/camera/infra1/image_rect_raw", "/ir/image_raw", "/zed/depth_registered/image", "/flir/thermal/image_raw",
+              "/zed/confidence/image", "/seg/labels/image", "/sam/mask/image_raw", "/camera/aligned_depth_to_color/image_raw",
+              "/robot/IR/image_raw", "/stereo/disparity/image"]  # fmt: skip
+    module.bag_camera_topics = lambda _: dict.fromkeys([*cameras, *others], image)
+    found, _ = module.find_cameras("bag", {})
+    assert sorted(base for base, _ in found.values()) == sorted(cameras)
+    found, _ = module.find_cameras("bag", {"heat": "/flir/thermal/image_raw"})  # by its name any of them
+    assert list(found) == ["heat"]
+    module.bag_camera_topics = lambda _: dict.fromkeys(others, image)
+    with pytest.raises(ValueError, match="only depth, infrared or label images, by name: .*/ir/image_raw.*cameras:="):
+        module.find_cameras("bag", {})
 
 
 def test_bags_need_rosbags(launch_file, tmp_path, monkeypatch):
