@@ -8,13 +8,8 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vla_perception import __version__
-
-if TYPE_CHECKING:
-    import numpy as np
-    import PIL.Image
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,13 +50,19 @@ def _add_tokenize(commands: argparse._SubParsersAction) -> None:
         help="picture files to a safetensors file of tokens",
         description="Writes one tensor, [images, tokens, channels], in the order in which the images are given.",
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path, help="any picture file that PIL reads")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", type=Path,
+        help="JPEG, PNG, BMP, GIF, PPM, TIFF or WebP; one that is damaged is an error",
+    )  # fmt: skip
     add_model(parser)
     add_placement(parser)
     parser.add_argument(
         "--output", default="tokens", choices=("tokens", "features"),
         help="tokens: after the projector; features: before it (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--max-image-pixels", type=int, default=64_000_000, metavar="N", help="larger images are refused (default: %(default)s)"
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.safetensors")
     parser.set_defaults(run=_tokenize)
 
@@ -157,14 +158,17 @@ def _describe(options: argparse.Namespace) -> None:
 
 def _tokenize(options: argparse.Namespace) -> None:
     import torch
+    from PIL import Image
     from safetensors.torch import save_file
 
+    from vla_perception import image_files
     from vla_perception.tokenizer import VisualTokenizer
     from vla_perception.tokenizer.runtime import limit_threads
 
     limit_threads()
+    Image.MAX_IMAGE_PIXELS = None  # image_files has the bound that the user gave
     for path in options.images:  # before anything that takes long
-        _open_picture(path).close()
+        image_files.check(path, options.max_image_pixels)
     if not options.out.parent.is_dir():
         raise ValueError(f"the folder {options.out.parent} does not exist")
     tokenizer = VisualTokenizer.load(
@@ -176,7 +180,7 @@ def _tokenize(options: argparse.Namespace) -> None:
         print(f"note: {tokenizer.model} is a preset with random weights; its tokens mean nothing", file=sys.stderr)
     result = None
     for index, path in enumerate(options.images):  # one at a time: however many there are, only their tokens add up
-        output = tokenizer(_read_picture(path), features=options.output == "features")
+        output = tokenizer(image_files.read(path, options.max_image_pixels), features=options.output == "features")
         row = (output.features if options.output == "features" else output.tokens)[0]
         if result is None:
             result = torch.empty(len(options.images), *row.shape, dtype=row.dtype)
@@ -187,35 +191,6 @@ def _tokenize(options: argparse.Namespace) -> None:
         f"{options.out}: {options.output} {list(result.shape)} {tokenizer.compute_dtype}, "
         f"{tokenizer.model} ({tokenizer.weights} weights), fingerprint {tokenizer.fingerprint[:12]}"
     )
-
-
-def _open_picture(path: Path) -> PIL.Image.Image:
-    """A picture file of which the header has been read; ValueError if its values have no meaning as colour."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        picture = Image.open(path)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not a picture that PIL reads") from error
-    if picture.mode in ("I", "F"):  # PIL would cut off whatever lies outside 0–255
-        raise ValueError(f"{path} holds grey values of 32 bits, of which nobody says what is white; convert it to 8 bits")
-    return picture
-
-
-def _read_picture(path: Path) -> np.ndarray:
-    """uint8 RGB [height, width, 3], as OpenVLA opens its pictures: no EXIF rotation."""
-    import numpy as np
-
-    from vla_perception.messages.images import narrow
-
-    with _open_picture(path) as picture:
-        try:
-            if picture.mode.startswith("I;16"):  # PIL would cut off at 255
-                grey = narrow(np.asarray(picture))
-                return np.broadcast_to(grey[:, :, None], (*grey.shape, 3))
-            return np.asarray(picture.convert("RGB"))
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:
