@@ -72,7 +72,7 @@ def test_commands(page, command):
         return
     if kind == "launch":
         text = (ROOT / "launch" / what).read_text() + (ROOT / "vla_perception" / "launch_parts.py").read_text()
-        known = set(re.findall(r'DeclareLaunchArgument\(\s*"(\w+)"', text))
+        known = set(re.findall(r'(?:DeclareLaunchArgument|declare)\(\s*"(\w+)"', text))
     else:
         known = set(declared(what)) | {"use_sim_time", "__ns"}
     assert given <= known, f"{page}: {command}"
