@@ -16,7 +16,8 @@ TOKENIZER = [
     "timm>=1.0.26,<2",  # before, files are unpickled; another major version may name or compute something differently
     "huggingface_hub>=1.0,<3",  # timm brings it; range requests are made with its client, which changed with 1.0
     "pillow>=10.1,<13",  # 13 resizes tall pictures in another order than models saw: 15 % of pixels differ
-    "simplejpeg>=1.7",  # decodes JPEG as TensorFlow does; Pillow and OpenCV cannot be told to
+    # Refuses damaged JPEG, which Pillow and OpenCV fill with grey, and decodes as TensorFlow does where told to.
+    "simplejpeg>=1.7",
     OPENCV,
 ]
 # Wheels of ROS 2 Kilted (rclpy 9.1): Python 3.10 to 3.12, x86-64 Linux. On a machine with a ROS 2 distribution leave

@@ -3,6 +3,7 @@
 import os
 import signal
 import struct
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -139,6 +140,73 @@ def test_kinds_of_sources():
 def test_what_cannot_be_opened_is_refused(source, why):
     with pytest.raises(SourceError, match=why):
         VideoSource(source).open()
+
+
+class UsbCamera:
+    """What OpenCV's V4L2 capture gives for a camera that sends JPEG: [1, bytes] once it is told not to convert."""
+
+    def __init__(self, frames, fourcc=b"MJPG", obeys=True):
+        self.frames, self.fourcc, self.obeys, self.converts = iter(frames), fourcc, obeys, True
+
+    def isOpened(self):  # noqa: N802 - OpenCV's name
+        return True
+
+    def set(self, name, value):
+        if name == cv2.CAP_PROP_CONVERT_RGB and self.obeys:
+            self.converts = bool(value)
+        return self.obeys
+
+    def get(self, name):
+        return float(int.from_bytes(self.fourcc, "little")) if name == cv2.CAP_PROP_FOURCC else 0.0
+
+    def grab(self):
+        self.frame = next(self.frames, None)
+        return self.frame is not None
+
+    def retrieve(self):
+        data = np.frombuffer(self.frame, np.uint8)
+        return True, cv2.imdecode(data, cv2.IMREAD_COLOR) if self.converts else data[None]
+
+    def release(self):
+        pass
+
+
+def usb_source(monkeypatch, camera):
+    monkeypatch.setattr(cv2, "VideoCapture", lambda *_: camera)
+    source = VideoSource("/dev/null", pixel_format="MJPG")
+    source.open()  # grabs one frame to see whether there are any
+    return source
+
+
+def test_damaged_frames_of_a_usb_camera_are_left_out(monkeypatch):
+    pytest.importorskip("simplejpeg")
+    whole = [cv2.imencode(".jpg", np.full((HEIGHT, WIDTH, 3), level(k), np.uint8))[1].tobytes() for k in range(4)]
+    noisy = cv2.imencode(".jpg", np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8))[1].tobytes()
+    hole = noisy[: len(noisy) // 2] + b"\xff\xd9"
+    grey = cv2.imencode(".jpg", np.full((HEIGHT, WIDTH), 90, np.uint8))[1].tobytes()
+    source = usb_source(monkeypatch, UsbCamera([whole[0], whole[1], hole, hole, whole[2], noisy[:-2], grey, whole[3]]))
+    assert [index_of(source.read().pixels) for _ in range(2)] == [1, 2] and "damaged frames, which are left out" in source.remark
+    assert (source.read().pixels == np.full((HEIGHT, WIDTH, 3), 90)).all()
+    frame = source.read().pixels
+    assert np.array_equal(frame, cv2.imdecode(np.frombuffer(whole[3], np.uint8), cv2.IMREAD_COLOR))
+    with pytest.raises(SourceError, match="no more frames"):
+        source.read()
+    with pytest.raises(SourceError, match="100 damaged frames"):
+        usb_source(monkeypatch, UsbCamera([hole] * 200)).read()
+
+
+@pytest.mark.parametrize("camera", [dict(fourcc=b"YUYV"), dict(obeys=False)])
+def test_other_devices_are_left_to_opencv(monkeypatch, camera):
+    whole = [cv2.imencode(".jpg", np.full((HEIGHT, WIDTH, 3), level(k), np.uint8))[1].tobytes() for k in range(2)]
+    source = usb_source(monkeypatch, UsbCamera(whole, **camera))
+    assert index_of(source.read().pixels) == 1 and not source.remark
+
+
+def test_without_simplejpeg_a_usb_camera_is_left_to_opencv(monkeypatch):
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    whole = [cv2.imencode(".jpg", np.full((HEIGHT, WIDTH, 3), level(k), np.uint8))[1].tobytes() for k in range(2)]
+    source = usb_source(monkeypatch, UsbCamera(whole))
+    assert index_of(source.read().pixels) == 1 and "pip install simplejpeg" in source.remark
 
 
 def test_a_device_that_is_no_camera_is_refused():

@@ -12,9 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vla_perception.messages import streams
+
 #: Frames per second of a file that says none, or one that no camera has (1000 is what WebM says for want of a rate).
 DEFAULT_RATE_HZ = 30.0
 RATES_HZ = (0.1, 480.0)
+
+
+#: JPEG frames of a device that may be damaged one after the other.
+MAX_DAMAGED = 100
 
 
 class SourceError(RuntimeError):
@@ -35,6 +41,9 @@ class VideoSource:
     width, height, rate_hz, pixel_format (four characters, "MJPG"): asked of a device, which may choose otherwise;
     rate_hz also sets the pace of a file. 0 and "" leave it to the source. loop: a file starts again at its end.
     timeout_sec: when a silent stream counts as broken.
+
+    A device's JPEG frames that are damaged, as USB leaves them, are left out: OpenCV would fill the holes with grey. In
+    files and streams FFmpeg decides.
 
     Attribute `remark`: what is odd about an open source, in a sentence; "" if nothing is.
     """
@@ -58,6 +67,7 @@ class VideoSource:
         self.loop, self.timeout_sec = loop, timeout_sec
         self.remark = ""
         self._capture = None
+        self._undecoded = False  # whether it gives JPEG streams, to be decoded here
         self._rate_hz = 0.0  # of a file
         self._due = 0.0  # steady clock: when the next frame of a file is to be shown
 
@@ -93,17 +103,32 @@ class VideoSource:
 
         if self.kind == "file":
             return self._read_file(cv2)
-        ok = self._capture.grab()
-        grabbed = time.monotonic()
-        # V4L2 stamps its buffers on the monotonic clock; streams report their position instead.
-        at = self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 if ok and self.kind == "device" else 0.0
-        ok, pixels = self._capture.retrieve() if ok else (False, None)
-        if not ok:
-            raise SourceError(f"{self.source} delivers no more frames")
-        age = time.monotonic() - grabbed
-        if 0 <= grabbed - at < 1:
-            age += grabbed - at
-        return Frame(pixels, age)
+        for _ in range(MAX_DAMAGED):
+            ok = self._capture.grab()
+            grabbed = time.monotonic()
+            # V4L2 stamps its buffers on the monotonic clock; streams report their position instead.
+            at = self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 if ok and self.kind == "device" else 0.0
+            ok, pixels = self._capture.retrieve() if ok else (False, None)
+            if not ok:
+                raise SourceError(f"{self.source} delivers no more frames")
+            age = time.monotonic() - grabbed
+            if 0 <= grabbed - at < 1:
+                age += grabbed - at
+            if self._undecoded and (pixels := self._decode(pixels)) is None:
+                continue
+            return Frame(pixels, age)
+        raise SourceError(f"{self.source}: {MAX_DAMAGED} damaged frames. Try another USB port or cable, or a lower rate")
+
+    def _decode(self, data: np.ndarray) -> np.ndarray | None:
+        """BGR of a JPEG stream [1, bytes]; None if it is damaged."""
+        if data.ndim == 3:  # a driver that does not deliver what it said
+            return data
+        try:
+            pixels = streams.decode_jpeg(data.tobytes(), order="BGR")
+        except streams.ImageDecodeError:
+            self.remark = f"{self.source} sends damaged frames, which are left out: try another USB port or cable"
+            return None
+        return np.repeat(pixels[:, :, None], 3, axis=2) if pixels.ndim == 2 else pixels
 
     def close(self):
         if self._capture is not None:
@@ -128,6 +153,7 @@ class VideoSource:
             for name, value in wanted.items():
                 if value:
                     capture.set(name, value)
+            self._undecoded = self._takes_jpeg(capture, cv2)
             # A device that somebody else streams from can be opened; only the first frame tells.
             if capture.grab():
                 return capture
@@ -136,6 +162,18 @@ class VideoSource:
             f"{self.source} delivers no picture: it is busy (who has it: fuser -v {self.source}), or no camera "
             "(v4l2-ctl --list-devices shows which are)"
         )
+
+    def _takes_jpeg(self, capture, cv2) -> bool:
+        """Asks a device that sends JPEG for the streams as they are; False where it does not, or nothing could check."""
+        fourcc = int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(8, "little", signed=True)[:4]
+        if fourcc not in (b"MJPG", b"JPEG"):
+            return False
+        try:
+            streams.import_simplejpeg()
+        except ImportError as error:
+            self.remark = f"{self.source}: damaged frames cannot be told from whole ones. {error}"
+            return False
+        return bool(capture.set(cv2.CAP_PROP_CONVERT_RGB, 0))
 
     def _open_file(self, cv2):
         if os.path.exists(self.source) and stat.S_ISFIFO(os.stat(self.source).st_mode):

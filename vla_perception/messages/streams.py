@@ -79,8 +79,8 @@ class _JpegHeader:
     restart_interval: int  # in such units; 0: no restart markers
 
 
-def decode_jpeg(stream: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """uint8 [height, width] of a grey JPEG, [height, width, 3] RGB of any other. See `decode`.
+def decode_jpeg(stream: bytes, max_pixels: int = MAX_PIXELS, order: str = "RGB") -> np.ndarray:
+    """uint8 [height, width] of a grey JPEG, [height, width, 3] of any other, RGB or BGR. See `decode`.
 
     A stream without Huffman tables (MJPEG of USB cameras) has the standard's. What libjpeg only warns of is refused
     (a hole in the data, a missing end), but for a few stray bytes between the data and the marker that ends it.
@@ -91,7 +91,7 @@ def decode_jpeg(stream: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     # An upper bound: what is coded has no such bytes, and nothing but scans should follow the first one.
     if stream.count(b"\xff\xda", header.scan) > MAX_SCANS:
         raise ImageDecodeError(f"JPEG image has more than {MAX_SCANS} scans, which would take too long to decode")
-    kind = "GRAY" if header.components == 1 else "RGB"
+    kind = "GRAY" if header.components == 1 else order
     try:
         pixels = simplejpeg.decode_jpeg(stream, kind)
     except ValueError as error:
