@@ -17,11 +17,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from vla_perception.tokenizer.image_layout import Layout, memory_of
+from vla_perception.tokenizer.prepare import Step, parse_step
 from vla_perception.tokenizer.preprocess import (
     Preprocessor,
     check_image,
@@ -32,6 +34,9 @@ from vla_perception.tokenizer.preprocess import (
     resized_size,
 )
 from vla_perception.tokenizer.presets import EncoderConfig
+
+if TYPE_CHECKING:
+    from vla_perception.tokenizer.device_prepare import DeviceSteps
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +105,7 @@ def resampling_taps(length: int, target: int, interpolation: int) -> tuple[np.nd
 
 @dataclass(frozen=True, eq=False)
 class _Resize:
-    """One resize of all images of one size, for the encoders that share it. Everything lies on the device.
+    """One resize of all images of one size, for the encoders that share it; tensors lie on the device.
 
     Attributes:
         encoders: their indices.
@@ -124,7 +129,7 @@ class PreprocessPlan:
 
     Two steps, so that the second can be a part of a CUDA graph:
 
-        plan = preprocessor.plan(images)            # cached; equal for images of equal sizes and layouts
+        plan = preprocessor.plan(images)            # cached; the same one for images of equal sizes and layouts
         source = plan.upload(images)                # or plan.upload(images, into=static_source)
         plan.run(source, outputs)                   # kernels only
 
@@ -139,26 +144,30 @@ class PreprocessPlan:
         outputs: shape of each output, [views, 3, side, side] per encoder.
     """
 
-    def __init__(self, owner: DevicePreprocessor, layouts: tuple[Layout, ...], kernels: ModuleType | None) -> None:
+    def __init__(
+        self,
+        owner: DevicePreprocessor,
+        layouts: tuple[Layout, ...],
+        steps: tuple[tuple[Step, ...], ...],
+        kernels: ModuleType | None,
+    ) -> None:
         self.layouts = layouts
         self.nbytes = sum(layout.nbytes for layout in layouts)
         self.outputs = [(len(layouts), 3, config.image_size, config.image_size) for config in owner.encoders]
         self._owner = owner
         self._kernels = kernels
         self._starts = np.cumsum([0, *(layout.nbytes for layout in layouts)]).tolist()
-        sizes: dict[tuple[int, int], list[int]] = {}
-        for view, layout in enumerate(layouts):
-            sizes.setdefault((layout.height, layout.width), []).append(view)
-        self._sizes = sizes
-        self._resizes = (
-            [
-                owner.make_resize(sharing, size, self._view_table(views))
-                for size, views in sizes.items()
-                for sharing in owner.sharing
-            ]
-            if kernels
-            else []
-        )
+        groups: dict[tuple[int, int, tuple[Step, ...]], list[int]] = {}
+        for view, (layout, chain) in enumerate(zip(layouts, steps)):
+            groups.setdefault((layout.height, layout.width, chain), []).append(view)
+        self._groups = [((height, width), views) for (height, width, _), views in groups.items()]
+        self._stages: list[tuple[DeviceSteps | None, torch.Tensor, list[_Resize]]] = []
+        for (height, width, chain), views in groups.items() if kernels else ():
+            table = self._view_table(views)
+            prepared = owner.make_steps(chain, (height, width), views) if chain else None
+            image_size, read = (prepared.image_size, prepared.views) if prepared else ((height, width), table)
+            resizes = [owner.make_resize(sharing, image_size, read) for sharing in owner.sharing]
+            self._stages.append((prepared, table, resizes))
 
     def _view_table(self, views: Sequence[int]) -> torch.Tensor:
         rows = [(self._starts[view] + self.layouts[view].offset, *self.layouts[view].strides, view) for view in views]
@@ -207,22 +216,30 @@ class PreprocessPlan:
         if self._kernels is None:
             self._run_in_torch(source, tables, outputs)
             return
-        # Triton launches on the current device.
-        with torch.cuda.device(source.device) if source.is_cuda else contextlib.nullcontext():
-            for resize in self._resizes:
-                between = self._kernels.along_rows(
-                    source, resize.views, resize.across, resize.size, resize.padding, resize.fill, resize.rows
-                )
-                chosen = [(tables[index], outputs[index]) for index in resize.encoders]
-                self._kernels.along_columns(
-                    between, resize.views, resize.down, resize.rows[0], *(list(part) for part in zip(*chosen))
-                )
+        with _current(source.device):
+            for images, (_, _, resizes) in zip(self.prepare(source), self._stages):
+                for resize in resizes:
+                    between = self._kernels.along_rows(
+                        images, resize.views, resize.across, resize.size, resize.padding, resize.fill, resize.rows
+                    )
+                    chosen = [(tables[index], outputs[index]) for index in resize.encoders]
+                    self._kernels.along_columns(
+                        between, resize.views, resize.down, resize.rows[0], *(list(part) for part in zip(*chosen))
+                    )
+
+    def prepare(self, source: torch.Tensor) -> list[torch.Tensor]:
+        """What the steps make of the images: per group of equal size and steps uint8 [views, size, size, 3].
+
+        `source` as it is where there are none.
+        """
+        with _current(source.device):
+            return [steps.run(source, views) if steps else source for steps, views, _ in self._stages]
 
     def _run_in_torch(
         self, source: torch.Tensor, tables: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
     ) -> None:
         owner = self._owner
-        for (height, width), views in self._sizes.items():
+        for (height, width), views in self._groups:
             planes = self._planes(source, height, width, views)
             for sharing in owner.sharing:
                 levels = owner.resize(planes, owner.encoders[sharing[0]]).long()
@@ -246,6 +263,15 @@ class PreprocessPlan:
             backward = [dim for dim, step in enumerate(strides) if step < 0]
             parts.append(forward.flip(backward) if backward else forward)
         return parts[0][None] if len(parts) == 1 else torch.stack(parts)
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
 
 
 class DevicePreprocessor:
@@ -295,32 +321,63 @@ class DevicePreprocessor:
         if device.type == "cuda" and kernels:
             self._use_kernels()
 
-    def __call__(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    def __call__(
+        self, images: Sequence[np.ndarray], steps: Sequence[tuple[Step, ...]] | None = None
+    ) -> list[torch.Tensor]:
         """uint8 [height, width, 3] images of any sizes → per encoder float32 [views, 3, side, side].
 
-        On a GPU the result may still be being computed on the current stream; `images` are no longer needed.
+        Arguments are those of `plan`. On a GPU the result may still be being computed on the current stream; `images` are no longer needed.
         """
         if isinstance(images, np.ndarray) and images.ndim == 3:
             images = [images]
-        plan = self.plan(images)
+        plan = self.plan(images, steps)
         outputs = [torch.empty(shape, dtype=torch.float32, device=self.device) for shape in plan.outputs]
         plan.run(plan.upload(images), outputs)
         return outputs
 
-    def plan(self, images: Sequence[np.ndarray]) -> PreprocessPlan:
+    def plan(self, images: Sequence[np.ndarray], steps: Sequence[tuple[Step, ...]] | None = None) -> PreprocessPlan:
         """The plan for uint8 [height, width, 3] images of these sizes and layouts; their content does not matter.
 
         Cached; for new sizes it computes weights and copies them to the device, which takes some milliseconds.
+
+        Args:
+            steps: what is left of each image's preparation (`Prepare.begin`), where `does_steps`.
 
         Raises:
             ValueError: no such images.
         """
         if len(images) == 0:
             raise ValueError("no image given; pass at least one uint8 [height, width, 3] array")
-        return self._plan(tuple(memory_of(check_image(image))[0] for image in images))
+        layouts = tuple(memory_of(check_image(image))[0] for image in images)
+        return self._plan(layouts, tuple(steps or [()] * len(images)))
 
-    def _make_plan(self, layouts: tuple[Layout, ...]) -> PreprocessPlan:
-        return PreprocessPlan(self, layouts, self._kernels)
+    def _make_plan(self, layouts: tuple[Layout, ...], steps: tuple[tuple[Step, ...], ...]) -> PreprocessPlan:
+        return PreprocessPlan(self, layouts, steps, self._kernels)
+
+    @functools.cached_property
+    def does_steps(self) -> bool:
+        """Whether steps with a `Step.size` can be left to `plan`: where the kernels are used, and these compile, too."""
+        if self._kernels is None:
+            return False
+        image = np.random.default_rng(0).integers(0, 256, (45, 60, 3), dtype=np.uint8)
+        chain = tuple(parse_step(text) for text in ("lanczos3:28", "center_crop_tf:24"))
+        expected = functools.reduce(lambda prepared, step: step.run(prepared), chain, image)
+        try:
+            plan = self.plan([image], [chain])
+            prepared = plan.prepare(plan.upload([image]))[0]
+            if not np.array_equal(prepared.cpu().numpy(), expected[None]):
+                raise ArithmeticError("their values are not TensorFlow's on this device")
+        except Exception as error:
+            log.warning(
+                "images are prepared on the host, which is slower: no Triton kernels for it: %s", _reason(error)
+            )
+            return False
+        return True
+
+    def make_steps(self, chain: tuple[Step, ...], image_size: tuple[int, int], views: Sequence[int]) -> DeviceSteps:
+        from vla_perception.tokenizer.device_prepare import DeviceSteps
+
+        return DeviceSteps(chain, image_size, views, self.device)
 
     def _use_kernels(self) -> None:
         """Takes the kernels if they compile here and give PIL's values; says why not in `fallback`."""
@@ -334,7 +391,7 @@ class DevicePreprocessor:
                     raise ArithmeticError("their values are not PIL's on this device")
         except Exception as error:
             self._kernels = None
-            self.fallback = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
+            self.fallback = _reason(error)
             log.warning("preprocessing without Triton's kernels, which is slower: %s", self.fallback)
         self._plan.cache_clear()
 

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -28,6 +30,10 @@ from PIL import Image
 #: Row-major 2 × 3 map of picture coordinates, in which pixel i covers [i, i + 1).
 Affine = tuple[float, float, float, float, float, float]
 STEPS = ("rotate180", "region", "jpeg", "lanczos3", "center_crop_tf", "center_crop_pil")
+#: Steps that only look at an image differently.
+VIEWS = ("rotate180", "region")
+#: Bytes of an image from which on its JPEG round trip takes longer than starting a thread.
+_LARGE = 1 << 19
 _MAX_SIZE = 4096
 #: Side of OpenVLA's centre crop: the square root of 0.9 of the area, in float32 as TensorFlow computes it.
 _CROP_SIDE = np.sqrt(np.float32(0.9))
@@ -41,11 +47,17 @@ class Step:
         text: how it is written, with all numbers; part of the fingerprint.
         run: uint8 [height, width, 3] → the same of another size.
         map: (height, width) of what comes in → (affine map, height, width of what goes out).
+        size: S, for a step that `device_prepare` can do as well, with the same bits.
     """
 
     text: str
     run: Callable[[np.ndarray], np.ndarray]
     map: Callable[[int, int], tuple[Affine, int, int]]
+    size: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.text.partition(":")[0]
 
 
 def parse_chains(
@@ -94,11 +106,12 @@ def parse_step(text: str, image_sizes: Sequence[int] = ()) -> Step:
         size = _size(text, argument, image_sizes)
         if name == "lanczos3":
             return Step(f"lanczos3:{size}", lambda image: resize_lanczos3(image, size), lambda h, w: (
-                (size / w, 0.0, 0.0, 0.0, size / h, 0.0), size, size))  # fmt: skip
+                (size / w, 0.0, 0.0, 0.0, size / h, 0.0), size, size), size)  # fmt: skip
         return Step(
             f"center_crop_tf:{size}",
             lambda image: crop_and_resize(image, size),
             lambda h, w: _map_crop_and_resize(h, w, size),
+            size,
         )
     if name == "center_crop_pil" and not argument:
         return Step(name, _center_crop_pil, _map_center_crop_pil)
@@ -120,7 +133,34 @@ class Prepare:
 
     def image(self, image: np.ndarray, camera: str | None = None) -> np.ndarray:
         """uint8 [height, width, 3] → the picture that the model is to see."""
-        for step in self._chain(camera):
+        return self._run(image, self._chain(camera))
+
+    def images(self, images: Sequence[np.ndarray], cameras: Sequence[str | None]) -> list[np.ndarray]:
+        """`image` of each, side by side."""
+        return _side_by_side(self._run, images, [self._chain(camera) for camera in cameras])
+
+    def begin(
+        self, images: Sequence[np.ndarray], cameras: Sequence[str | None]
+    ) -> tuple[list[np.ndarray], list[tuple[Step, ...]]]:
+        """The part of the preparation that the host has to do, and the steps of each image that a device can do."""
+        on_host, left = [], []
+        for camera in cameras:
+            chain = self._chain(camera)
+            first = len(chain)
+            while first and chain[first - 1].size:
+                first -= 1
+            on_host.append(chain[:first])
+            left.append(tuple(chain[first:]))
+        begun = _side_by_side(self._run, images, on_host)
+        for image, chain in zip(begun, left):
+            height, width = image.shape[:2]
+            for step in chain:
+                _, height, width = step.map(height, width)  # refuses an image that is too small
+        return begun, left
+
+    @staticmethod
+    def _run(image: np.ndarray, chain: Sequence[Step]) -> np.ndarray:
+        for step in chain:
             image = step.run(image)
         return image
 
@@ -143,6 +183,23 @@ class Prepare:
         return self._chains.get("", [])
 
 
+def _side_by_side(
+    run: Callable[[np.ndarray, Sequence[Step]], np.ndarray],
+    images: Sequence[np.ndarray],
+    chains: Sequence[Sequence[Step]],
+) -> list[np.ndarray]:
+    """`run` of each pair, in threads where that is worth it: PIL, NumPy and simplejpeg let go of the interpreter."""
+    working = sum(
+        any(step.name not in VIEWS and (step.name != "jpeg" or image.size >= _LARGE) for step in chain)
+        for image, chain in zip(images, chains)
+    )
+    if working < 2 or (os.cpu_count() or 1) < 2:
+        return [run(image, chain) for image, chain in zip(images, chains)]
+    # Not kept: threads that outlived the call would be missing in a forked process.
+    with ThreadPoolExecutor(working, thread_name_prefix="prepare") as pool:
+        return list(pool.map(run, images, chains))
+
+
 def compose(outer: Sequence[float], inner: Sequence[float]) -> Affine:
     """The map that does `inner`, then `outer`."""
     a, b, c, d, e, f = outer
@@ -152,8 +209,8 @@ def compose(outer: Sequence[float], inner: Sequence[float]) -> Affine:
 
 def resize_lanczos3(image: np.ndarray, size: int) -> np.ndarray:
     """uint8 [height, width, 3] → uint8 [size, size, 3], rounded as OpenVLA's evaluation code does it."""
-    values = _apply(image, *_lanczos3_taps(image.shape[0], size))
-    values = _apply(values.swapaxes(0, 1), *_lanczos3_taps(image.shape[1], size)).swapaxes(0, 1)
+    values = _apply(image, *lanczos3_taps(image.shape[0], size))
+    values = _apply(values.swapaxes(0, 1), *lanczos3_taps(image.shape[1], size)).swapaxes(0, 1)
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
@@ -163,8 +220,8 @@ def crop_and_resize(image: np.ndarray, size: int) -> np.ndarray:
     ``tf.image.crop_and_resize`` between two ``convert_image_dtype``, in float32: bilinear without antialiasing, and
     the corner pixels' centres of the crop fall on those of the result.
     """
-    top, bottom, down = _crop_samples(image.shape[0], size)
-    left, right, across = _crop_samples(image.shape[1], size)
+    top, bottom, down = crop_samples(image.shape[0], size)
+    left, right, across = crop_samples(image.shape[1], size)
     across, down = across[None, :, None], down[:, None, None]
 
     def row(index: np.ndarray) -> np.ndarray:
@@ -237,7 +294,7 @@ def _jpeg(image: np.ndarray, quality: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=32)
-def _lanczos3_taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+def lanczos3_taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
     """First source index of every output [target], and weights [target, taps], as TensorFlow's ScaleAndTranslate."""
     one = np.float32(1)
     inverse = one / (np.float32(target) / np.float32(source))
@@ -278,7 +335,8 @@ def _crop_box() -> tuple[np.float32, np.float32]:
     return offset, offset + _CROP_SIDE
 
 
-def _crop_samples(source: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+@lru_cache(maxsize=32)
+def crop_samples(source: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per output index: the source index before it, the one after it, and the weight of the latter."""
     begin, end = _crop_box()
     step = (end - begin) * np.float32(source - 1) / np.float32(size - 1)

@@ -333,11 +333,12 @@ class VisualTokenizer:
             images = [images]
         if cameras is not None and len(cameras) != len(images):
             raise ValueError(f"{len(images)} pictures need as many cameras, got {list(cameras)}")
-        if self._prepare:
-            images = [
-                self._prepare.image(image, camera) for image, camera in zip(images, cameras or [None] * len(images))
-            ]
-        return self._preprocessor(images)
+        if not self._prepare:
+            return self._preprocessor(images)
+        cameras = cameras or [None] * len(images)
+        if isinstance(self._preprocessor, DevicePreprocessor) and self._preprocessor.does_steps:
+            return self._preprocessor(*self._prepare.begin(images, cameras))
+        return self._preprocessor(self._prepare.images(images, cameras))
 
     @torch.inference_mode()
     def encode(self, pixel_values: Sequence[torch.Tensor], features: bool = False) -> TokenizerOutput:
