@@ -145,6 +145,10 @@ def damaged(stream, kind, rng):
     if kind == "zeros to the end":
         at = rng.integers(begin, end - 1000)
         return stream[:at] + bytes(end - at) + EOI
+    if kind == "zeros in the middle":
+        length = rng.integers(100, 3000)
+        at = rng.integers(begin, end - length)
+        return stream[:at] + bytes(length) + stream[at + length :]
     if kind == "no end":
         return stream[:end]
     if kind == "zeros for the end":
@@ -160,7 +164,7 @@ def damaged(stream, kind, rng):
     "kind",
     [
         "an end too early", "an end one byte too early", "zeros to the end", "no end", "zeros for the end",
-        "a third lost", "a third other bytes",
+        "a third lost", "a third other bytes", "zeros in the middle",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("seed", range(3))
@@ -168,6 +172,20 @@ def test_a_jpeg_with_a_hole_is_refused(options, kind, seed):
     stream = jpeg(photograph(seed=seed), **options)
     with pytest.raises(ImageDecodeError, match="corrupt or truncated"):
         decode(damaged(stream, kind, np.random.default_rng(seed)))
+
+
+@pytest.mark.parametrize("sampling", ["420", "422", "444"])
+@pytest.mark.parametrize("options", [{}, {"optimize": 1}, {"progressive": 1}, {"rst_interval": 7}, {"quality": 1}])
+@pytest.mark.parametrize("level", [0, 128, 255])
+def test_pictures_of_nothing_have_no_holes(sampling, options, level):
+    """Their data may well be zeros."""
+    flat = np.full((240, 320, 3), level, np.uint8)
+    half = flat.copy()
+    half[:120] = photograph()[:120]
+    for picture in (flat, half, flat[:, :, 0], half[:, :, 0]):
+        factor = {"sampling_factor": SAMPLING[sampling]} if picture.ndim == 3 else {}
+        stream = jpeg(picture, **factor, **options)
+        assert np.array_equal(decode(stream), opencv(stream))
 
 
 @pytest.mark.parametrize("lost", [1, 8, 9, 16])

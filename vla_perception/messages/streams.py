@@ -28,6 +28,10 @@ _MAX_REPAIRED = 1 << 23
 #: Bytes of header that are copied for them.
 _MAX_HEADERS = 1 << 25
 _END = b"\xff\xd9"
+#: What is left where a part of a frame never arrived. To libjpeg zeros are data like any other: most often blocks in which
+#: every coefficient is −1. Only where they stand for "no more coefficients" or "16 zeros" may they come in a row.
+_HOLE = bytes(32)
+_LONG_ZEROS = (0x00, 0xF0)
 
 
 class ImageDecodeError(ValueError):
@@ -77,6 +81,7 @@ class _JpegHeader:
     sequential: bool
     mcu: tuple[int, int]  # width and height in pixels of what an interleaved scan codes together
     restart_interval: int  # in such units; 0: no restart markers
+    zeros: int  # what a code of zeros stands for in the scan's first component: 16 * (zeros before it) + (its bits)
 
 
 def decode_jpeg(stream: bytes, max_pixels: int = MAX_PIXELS, order: str = "RGB") -> np.ndarray:
@@ -96,9 +101,14 @@ def decode_jpeg(stream: bytes, max_pixels: int = MAX_PIXELS, order: str = "RGB")
         pixels = simplejpeg.decode_jpeg(stream, kind)
     except ValueError as error:
         try:
-            pixels = simplejpeg.decode_jpeg(_without_stray_bytes(stream, header, error), kind)
+            stream = _without_stray_bytes(stream, header, error)
+            pixels = simplejpeg.decode_jpeg(stream, kind)
         except ValueError:
             raise ImageDecodeError(f"JPEG image is corrupt or truncated: {error}") from error
+    if header.sequential and header.zeros not in _LONG_ZEROS:
+        hole = stream.find(_HOLE, header.scan)
+        if hole >= 0 and stream.find(_END, header.scan) > hole:
+            raise ImageDecodeError("JPEG image is corrupt or truncated: a run of zeros where its data should be")
     return pixels[:, :, 0] if header.components == 1 else pixels
 
 
@@ -113,6 +123,7 @@ def import_simplejpeg():
 def _read_jpeg_header(stream: bytes) -> _JpegHeader:
     """Reads segment by segment as libjpeg does, so that the first SOFn is the one that counts."""
     position, frame, restart_interval = 2, 0, 0
+    zeros = {0: 0x01, 1: 0x00}  # by table, in the standard's
     while position + 4 <= len(stream) and stream[position] == 0xFF:
         marker = stream[position + 1]
         length = int.from_bytes(stream[position + 2 : position + 4], "big")
@@ -127,18 +138,33 @@ def _read_jpeg_header(stream: bytes) -> _JpegHeader:
         if marker == 0xDA:
             if not frame or length < 6:
                 break
-            return _jpeg_header(stream, frame, position, restart_interval)
+            return _jpeg_header(stream, frame, position, restart_interval, zeros)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # tables, reserved, arithmetic conditioning
             if frame or length < 8 or length < 8 + 3 * stream[position + 9]:
                 break
             frame = position
+        elif marker == 0xC4:
+            zeros |= _codes_of_zeros(stream[position + 4 : position + 2 + length])
         elif marker == 0xDD and length == 4:
             restart_interval = int.from_bytes(stream[position + 4 : position + 6], "big")
         position += 2 + length
     raise ImageDecodeError(f"JPEG image is corrupt or truncated: no picture in its {len(stream)} bytes")
 
 
-def _jpeg_header(stream: bytes, frame: int, scan: int, restart_interval: int) -> _JpegHeader:
+def _codes_of_zeros(tables: bytes) -> dict[int, int]:
+    """Number of each Huffman table for coefficients in a DHT segment → what its first code, of zeros, stands for."""
+    found, position = {}, 0
+    while position + 17 < len(tables):
+        kind, count = tables[position], sum(tables[position + 1 : position + 17])
+        if kind >> 4 == 1:
+            found[kind & 15] = tables[position + 17]
+        position += 17 + count
+    return found
+
+
+def _jpeg_header(
+    stream: bytes, frame: int, scan: int, restart_interval: int, zeros: dict[int, int]
+) -> _JpegHeader:
     height, width = (int.from_bytes(stream[frame + at : frame + at + 2], "big") for at in (5, 7))
     components = stream[frame + 9]
     sampling = [stream[frame + 11 + 3 * index] for index in range(components)]
@@ -149,6 +175,7 @@ def _jpeg_header(stream: bytes, frame: int, scan: int, restart_interval: int) ->
         sequential=stream[frame + 1] in (0xC0, 0xC1) and stream[scan + 4] == components,
         mcu=(8, 8) if components == 1 else (8 * across, 8 * down),
         restart_interval=restart_interval,
+        zeros=zeros.get(stream[scan + 6] & 15, 0x00),
     )  # fmt: skip
 
 
