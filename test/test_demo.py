@@ -90,6 +90,16 @@ def test_every_frame_is_accounted_for(whole):
     assert report["dtype"] in ("bfloat16", "float16", "float32")
 
 
+def test_a_bag_with_more_images_than_memory_is_for(monkeypatch):
+    with Bag(ROOT / "examples" / "sample_bag") as bag:
+        cameras = demo.find_cameras(bag)
+        images = demo.read_images(bag, cameras)
+        assert {name: len(messages) for name, messages in images.items()} == dict.fromkeys(CAMERAS, 40)
+        monkeypatch.setattr(demo, "IMAGES_LIMIT", 1 << 20)
+        with pytest.raises(demo.DemoError, match="more than 1 MiB of images"):
+            demo.read_images(bag, cameras)
+
+
 def test_latencies(whole):
     latency = json.loads((whole[0] / "report.json").read_text())["latency_ms"]
     assert set(latency) == {"image_to_policy", "decode", "preprocess", "encode", "publish"}

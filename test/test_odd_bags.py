@@ -391,6 +391,7 @@ def test_a_count_above_0_that_gives_nothing_is_an_error(tmp_path):
 def test_fewer_messages_than_said_are_a_warning(tmp_path, caplog):
     file = mcap(tmp_path / "x.mcap", index_types=IndexType.CHUNK)
     patched(file, struct.pack("<HQ", 1, 10), struct.pack("<HQ", 1, 12))
+    patched(file, struct.pack("<QHI", 10, 1, 1), struct.pack("<QHI", 12, 1, 1))
     with caplog.at_level(logging.WARNING):
         assert read(file) == SERIES
     assert f"it says that it has 12 messages of {TOPIC}, and holds 10" in caplog.text
@@ -413,6 +414,56 @@ def test_times_at_the_ends_of_time(tmp_path, first):
     assert read(mcap(tmp_path / "x.mcap", series)) == series
     if first < 2**63:
         assert read(sqlite_bag(tmp_path / "x.db3", series)) == series
+
+
+@pytest.mark.parametrize("index_types", [IndexType.ALL, IndexType.CHUNK])
+def test_statistics_that_say_less_than_there_is(tmp_path, index_types):
+    """The file is read through instead."""
+    for number, counts in enumerate(((10, 0), (0, 10), (0, 0), (7, 7))):
+        file = mcap(tmp_path / f"{number}.mcap", index_types=index_types)
+        content = file.read_bytes()
+        at = content.rindex(struct.pack("<QHI", 10, 1, 1))  # messages, schemas, channels
+        of_channel = content.index(struct.pack("<HQ", 1, 10), at)
+        content = bytearray(content)
+        content[at : at + 8] = struct.pack("<Q", counts[0])
+        content[of_channel + 2 : of_channel + 10] = struct.pack("<Q", counts[1])
+        file.write_bytes(content)
+        assert read(file) == SERIES
+
+
+@pytest.mark.parametrize("kind", ["sensor_msgs/CompressedImage", "sensor_msgs::msg::dds_::CompressedImage_"])
+def test_types_as_other_tools_write_them(tmp_path, kind):
+    assert read(mcap(tmp_path / "x.mcap", kind=kind)) == SERIES
+
+
+def test_damaged_files_raise_bag_errors_alone(tmp_path):
+    """Bytes changed, cut out, doubled, zeroed, at a thousand places."""
+    import random
+
+    random = random.Random(0)
+    files = [
+        mcap(tmp_path / "zstd.mcap"),
+        mcap(tmp_path / "plain.mcap", compression=CompressionType.NONE, chunk_size=300),
+        mcap(tmp_path / "loose.mcap", use_chunking=False),
+        sqlite_bag(tmp_path / "x.db3"),
+    ]
+    outcomes = {"read": 0, "refused": 0}
+    for number in range(1000):
+        content = bytearray(files[number % 4].read_bytes())
+        for _ in range(random.choice((1, 2, 8))):
+            at, length = random.randrange(len(content)), random.choice((1, 8, 40))
+            change = random.choice((b"", bytes(length), b"\xff" * length, random.randbytes(length), content[:length]))
+            content[at : at + random.choice((0, length))] = change
+        damaged = tmp_path / f"damaged{files[number % 4].suffix}"
+        damaged.write_bytes(content)
+        try:
+            with Bag(damaged) as bag:
+                bag.camera_topics()
+                list(bag.messages())
+            outcomes["read"] += 1
+        except BagError:
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 100
 
 
 # Hostile ones: each in bounded memory

@@ -122,6 +122,12 @@ def test_a_pipe_is_refused(tmp_path):
         VideoSource(str(tmp_path / "pipe")).open()
 
 
+def test_without_opencv_there_is_a_sentence(monkeypatch, video):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(SourceError, match="pip install opencv-python-headless"):
+        VideoSource(video).open()
+
+
 def test_kinds_of_sources():
     assert VideoSource("0").source == "/dev/video0" and VideoSource("0").kind == "device"
     assert VideoSource("rtsp://camera/1").kind == "stream"

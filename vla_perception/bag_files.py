@@ -11,6 +11,7 @@ passes over chunks that have no message index, and expands a chunk before it loo
 from __future__ import annotations
 
 import heapq
+import re
 import shutil
 import sqlite3
 import struct
@@ -134,7 +135,7 @@ class McapFile:
         schemas: dict[int, str] = {}
         chunks: dict[int, tuple[int, int, int, frozenset[int]]] = {}
         known: dict[frozenset[int], frozenset[int]] = {}
-        counts = None
+        statistics = None
         file.seek(summary_start)
         for _, opcode, size in records(file):
             if opcode in (Opcode.SCHEMA, Opcode.CHANNEL):
@@ -152,10 +153,13 @@ class McapFile:
                 if len(chunks) > CHUNKS_LIMIT:
                     raise FileError(f"it has more than {CHUNKS_LIMIT} chunks")
             elif opcode == Opcode.STATISTICS:
-                counts = parse(mcap.records.Statistics, body(file, opcode, size)).channel_message_counts
+                statistics = parse(mcap.records.Statistics, body(file, opcode, size))
             elif opcode == Opcode.FOOTER:
                 break
-        if counts is None or not chunks:
+        if statistics is None or not chunks:
+            return False
+        counts = statistics.channel_message_counts
+        if not statistics.message_count or statistics.message_count != sum(counts.values()):
             return False
         counted = {key for key, messages in counts.items() if messages}
         indexed = set().union(*known)
@@ -206,7 +210,7 @@ class McapFile:
         channel = parse(mcap.records.Channel, data)
         if channel.id not in self.channels:
             self.channels[channel.id] = Channel(
-                channel.topic, schemas.get(channel.schema_id, ""), channel.message_encoding
+                channel.topic, ros_type(schemas.get(channel.schema_id, "")), encoding_of(channel.message_encoding)
             )
 
     def _count(self, key: int) -> None:
@@ -278,7 +282,10 @@ class SqliteFile:
         with closing(reader):
             self.channels = {
                 connection.id: Channel(
-                    connection.topic, connection.msgtype, connection.ext.serialization_format, connection.msgcount
+                    connection.topic,
+                    connection.msgtype,
+                    encoding_of(connection.ext.serialization_format),
+                    connection.msgcount,
                 )
                 for connection in reader.connections
             }
@@ -365,6 +372,18 @@ def in_time_order(sources: list[tuple[int, Callable[[], Iterator]]]) -> Iterator
             heapq.heappop(heap)
         else:
             heapq.heapreplace(heap, (item[0], number, item, iterator))
+
+
+def encoding_of(said: str) -> str:
+    """ "cdr", also where it is said in capitals or not at all; each message is looked at when it is read."""
+    return said.strip().lower() or "cdr"
+
+
+def ros_type(name: str) -> str:
+    """ "sensor_msgs/msg/Image" for that, for ROS 1's way ("sensor_msgs/Image"), and for DDS' way to write it."""
+    if dds := re.fullmatch(r"(\w+)::msg::dds_::(\w+)_", name):
+        return f"{dds[1]}/msg/{dds[2]}"
+    return name.replace("/", "/msg/") if name.count("/") == 1 else name
 
 
 # MCAP's records

@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("decode", "preprocess", "encode", "publish")
 COUNTERS = ("received", "encoded", "replaced", "unmatched", "undecodable", "pending")
 PERCENTILES = (50, 95, 99)
+IMAGES_LIMIT = 1 << 30  # bytes
 MOMENTS = 3  # of the bag, that are in the picture
 
 LOADING_SEC = 1800.0  # the first use of a checkpoint reads and hashes gigabytes
@@ -183,6 +184,22 @@ def find_cameras(bag: Bag) -> Cameras:
     )
 
 
+def read_images(bag: Bag, cameras: Cameras) -> dict[str, list[BagMessage]]:
+    """Every image of each camera. DemoError if they take more memory than a demo should."""
+    images: dict[str, list[BagMessage]] = {name: [] for name in cameras.topics}
+    names = {topic: name for name, topic in cameras.topics.items()}
+    size = 0
+    for message in bag.messages(list(names)):
+        size += len(message.cdr)
+        if size > IMAGES_LIMIT:
+            raise DemoError(
+                f"{bag.path} has more than {IMAGES_LIMIT >> 20} MiB of images, which the demo keeps in memory: choose a "
+                "shorter bag, or play this one with replay_bag.launch.py"
+            )
+        images[names[message.topic]].append(message)
+    return images
+
+
 def free_domain() -> tuple[int, socket.socket]:
     """A ROS domain that nobody on this machine uses, and the lock that keeps it: hold on to it.
 
@@ -234,7 +251,7 @@ def run(arguments: argparse.Namespace) -> int:
     with Bag(arguments.bag) as bag, tempfile.TemporaryDirectory(prefix="vla_perception_demo_") as folder:
         record = Path(folder)
         cameras = find_cameras(bag)
-        pictures = {name: list(bag.messages([topic])) for name, topic in cameras.topics.items()}
+        pictures = read_images(bag, cameras)
         domain, lock = free_domain()
         environment = ros_environment(domain)
         children: list[Child] = []

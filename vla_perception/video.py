@@ -77,7 +77,10 @@ class VideoSource:
 
     def open(self):
         """Raises SourceError if that fails. May take up to `timeout_sec` for a stream."""
-        import cv2
+        try:
+            import cv2
+        except ImportError as error:
+            raise SourceError(f"OpenCV cannot be loaded: {error}. pip install opencv-python-headless") from error
 
         self.close()
         if self.kind == "device":
