@@ -46,7 +46,7 @@ def told(domain, tmp_path, monkeypatch):
             declare(node, parameter, "", "", any_type=True)
         try:
             warn_of_ignored(node, name, others=others, qos=False, arguments=arguments)
-            warn_of_ignored_qos(node, arguments)
+            warn_of_ignored_qos(node, arguments=arguments)
             taken = {p for p in DECLARED if node.get_parameter(p).value != ""}
         finally:
             node.destroy_node()

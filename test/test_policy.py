@@ -634,6 +634,20 @@ def test_request_does_not_repeat_what_is_refused_for_good(ros):
 
 
 @pytest.mark.ros
+def test_callback_is_not_called_for_a_late_set(ros):
+    publisher, node, stamps = ros.publisher(), ros.node(), []
+    with TokenSubscriber(node, callback=lambda visual: stamps.append(visual.stamp_ns), history=8) as tokens:
+        ros.spin(node)
+        matched(publisher)
+        for sequence, stamp in enumerate([0, 100, 50, 150, 120, 110]):
+            publisher.publish(to_message(make_tokens(sequence, stamp_ns=stamp)))
+            wait_until(lambda sequence=sequence: tokens.received == sequence + 1, 20.0, "the set")
+        wait_until(lambda: stamps and stamps[-1] == 150, 20.0, "the newest set")
+        assert stamps == sorted(set(stamps)) and len(stamps) + tokens.passed_over == 6
+        assert [visual.stamp_ns for visual in tokens.history] == [0, 50, 100, 110, 120, 150]
+
+
+@pytest.mark.ros
 def test_callback_runs_in_the_policys_executor_and_sees_the_newest(ros):
     node, publisher = ros.node(), ros.publisher()
     seen, threads, go = [], set(), threading.Event()

@@ -474,7 +474,7 @@ def test_bad_frames_are_skipped(robot, tokenizer):
     depth.encoding = "32FC1"
     for bad in (truncated, depth, Image()):
         received = robot.counts("front")["received"]
-        bad.header.stamp.sec = robot.next_stamp() // 10**9
+        bad.header.stamp.sec, bad.header.stamp.nanosec = divmod(robot.next_stamp(), 10**9)
         robot.send("front", bad)
         robot.counts("front", lambda counts, n=received: counts["received"] == n + 1 and counts["pending"] == 0)
     good.header.stamp.sec += 100

@@ -70,9 +70,13 @@ def warn_of_ignored(
             )
 
 
-def warn_of_ignored_qos(node: Node, arguments: Sequence[str] | None = None) -> None:
-    """The same for `qos_overrides` parameters, when all publishers and subscriptions that take some are there."""
-    _warn_of_unknown(node, list(_sections(sys.argv if arguments is None else arguments)), (), qos=True)
+def warn_of_ignored_qos(node: Node, also: Collection[str] = (), arguments: Sequence[str] | None = None) -> None:
+    """The same for `qos_overrides` parameters, when all publishers and subscriptions that take some are there.
+
+    also: those that are only declared where they are given.
+    """
+    sections = list(_sections(sys.argv if arguments is None else arguments))
+    _warn_of_unknown(node, sections, (), qos=True, also=also)
 
 
 @dataclass(frozen=True)
@@ -135,8 +139,8 @@ def _names(prefix: str, parameters: object) -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
-def _warn_of_unknown(node: Node, sections: Sequence[_Section], others: Collection[str], *, qos: bool) -> None:
-    known = [parameter for parameter in node._parameters if parameter.startswith(_QOS) == qos]
+def _warn_of_unknown(node: Node, sections: Sequence[_Section], others: Collection[str], *, qos: bool, also=()) -> None:
+    known = [*(parameter for parameter in node._parameters if parameter.startswith(_QOS) == qos), *also]
     own = node.get_fully_qualified_name()
     for given in sorted(node._parameter_overrides):  # rclpy has no other way to ask for what was given
         if given.startswith(_QOS) != qos or node.has_parameter(given):

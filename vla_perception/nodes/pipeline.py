@@ -188,7 +188,7 @@ class Pipeline:
             if not self._active:
                 return False
             self._sync.refuse(camera)
-        self._complain_of_frame(camera, reason)
+        self._complain_of_frame("header", camera, reason)
         return True
 
     def request(self) -> Request:
@@ -369,7 +369,7 @@ class Pipeline:
             except Exception as error:
                 bad.append(frame)
                 reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-                self._complain_of_frame(frame.camera, reason)
+                self._complain_of_frame("decode", frame.camera, reason)
         if bad:
             with self._changed:
                 self._sync.undecodable(job.frames, bad)
@@ -392,8 +392,8 @@ class Pipeline:
             self._timings["preprocess"].append(preprocessed - decoded)
         return True
 
-    def _complain_of_frame(self, camera: str, reason: str) -> None:
-        self._complain(f"decode {camera}", f"camera {camera}: a frame is skipped: {reason}")
+    def _complain_of_frame(self, step: str, camera: str, reason: str) -> None:
+        self._complain(f"{step} {camera}", f"camera {camera}: a frame is skipped: {reason}")
 
     def _view(self, frame: Frame, image: np.ndarray) -> View:
         """ValueError where a picture of this size cannot be prepared."""

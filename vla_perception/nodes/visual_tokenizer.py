@@ -328,7 +328,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                 self._cameras[name] = camera
         if not self._qos_looked_at:
             self._qos_looked_at = True
-            warn_of_ignored_qos(self)
+            warn_of_ignored_qos(self, [self._reliability_parameter(camera) for camera in self._cameras.values()])
         return TransitionCallbackReturn.SUCCESS
 
     @_guarded
@@ -519,8 +519,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
 
     def _subscribe(self, camera: _Camera, reliability: ReliabilityPolicy) -> None:
         """(Re)creates the camera's subscription; `qos_overrides` parameters come first."""
-        prefix = f"qos_overrides.{self.resolve_topic_name(camera.topic)}.subscription"
-        camera.qos_is_given = self._is_given(f"{prefix}.reliability")
+        camera.qos_is_given = self._is_given(self._reliability_parameter(camera))
         policies = [QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH]
         if camera.qos_is_given:
             policies.append(QoSPolicyKind.RELIABILITY)
@@ -535,6 +534,9 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             event_callbacks=SubscriptionEventCallbacks(incompatible_qos=lambda _event: self._qos_mismatch.trigger()),
             qos_overriding_options=QoSOverridingOptions(policies),
         )
+
+    def _reliability_parameter(self, camera: _Camera) -> str:
+        return f"qos_overrides.{self.resolve_topic_name(camera.topic)}.subscription.reliability"
 
     def _is_given(self, name: str) -> bool:
         """Whether the user gave a value for a parameter that is not declared (rclpy has no other way to ask)."""
