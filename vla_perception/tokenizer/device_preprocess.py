@@ -139,9 +139,11 @@ class PreprocessPlan:
     are read only: any number of threads may use one.
 
     Attributes:
-        layouts: of the images, one per view. A graph is for one value of this.
+        key: sizes and layouts of the images, and their steps. A graph is for one value of this, and holds on to its plan:
+            the kernels read the plan's tensors at every replay.
         nbytes: length of the source.
         outputs: shape of each output, [views, 3, side, side] per encoder.
+        capturable: whether `run` can be a part of a CUDA graph; not without the kernels.
     """
 
     def __init__(
@@ -152,6 +154,8 @@ class PreprocessPlan:
         kernels: ModuleType | None,
     ) -> None:
         self.layouts = layouts
+        self.key = (layouts, steps)
+        self.capturable = kernels is not None
         self.nbytes = sum(layout.nbytes for layout in layouts)
         self.outputs = [(len(layouts), 3, config.image_size, config.image_size) for config in owner.encoders]
         self._owner = owner

@@ -145,8 +145,11 @@ class Preprocessor:
             [index for index, other in enumerate(geometries) if other == geometry] for geometry in dict.fromkeys(geometries)
         ]
 
-    def __call__(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """uint8 [height, width, 3] pictures of any sizes → per encoder float32 [views, 3, side, side]."""
+    def __call__(self, images: Sequence[np.ndarray], steps: None = None) -> list[torch.Tensor]:
+        """uint8 [height, width, 3] pictures of any sizes → per encoder float32 [views, 3, side, side].
+
+        `steps` are for `DevicePreprocessor`: nothing of the images' preparation can be left to this one.
+        """
         if isinstance(images, np.ndarray) and images.ndim == 3:
             images = [images]
         if len(images) == 0:

@@ -19,7 +19,7 @@ from vla_perception.tokenizer.device_preprocess import FILTERS, DevicePreprocess
 from vla_perception.tokenizer.devices import COMPUTE_DTYPES, Placement, place
 from vla_perception.tokenizer.encoders import PatchEncoder
 from vla_perception.tokenizer.layouts import open_model
-from vla_perception.tokenizer.prepare import Prepare, compose
+from vla_perception.tokenizer.prepare import Prepare, Step, compose
 from vla_perception.tokenizer.preprocess import Preprocessor, source_to_grid
 from vla_perception.tokenizer.presets import PRESETS, ModelConfig
 from vla_perception.tokenizer.projector import Projector
@@ -329,16 +329,22 @@ class VisualTokenizer:
         Raises:
             ValueError: no such pictures, or one that cannot be prepared (smaller than its region of interest).
         """
+        return self._preprocessor(*self._prepared(images, cameras))
+
+    def _prepared(
+        self, images: Sequence[np.ndarray] | np.ndarray, cameras: Sequence[str] | None
+    ) -> tuple[Sequence[np.ndarray], Sequence[tuple[Step, ...]] | None]:
+        """Arguments of `_preprocessor`: images, and what of their preparation is left to it."""
         if isinstance(images, np.ndarray) and images.ndim == 3:
             images = [images]
         if cameras is not None and len(cameras) != len(images):
             raise ValueError(f"{len(images)} pictures need as many cameras, got {list(cameras)}")
         if not self._prepare:
-            return self._preprocessor(images)
+            return images, None
         cameras = cameras or [None] * len(images)
         if isinstance(self._preprocessor, DevicePreprocessor) and self._preprocessor.does_steps:
-            return self._preprocessor(*self._prepare.begin(images, cameras))
-        return self._preprocessor(self._prepare.images(images, cameras))
+            return self._prepare.begin(images, cameras)
+        return self._prepare.images(images, cameras), None
 
     @torch.inference_mode()
     def encode(self, pixel_values: Sequence[torch.Tensor], features: bool = False) -> TokenizerOutput:
