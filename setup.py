@@ -38,9 +38,9 @@ ROS = [
 # not on an aarch64 board, where pip would look for a Rust compiler. The layout of the memory changes from series to
 # series; processes of different ones do not see each other, and do with the topic.
 SHM = ["iceoryx2>=0.10,<0.11; platform_machine == 'x86_64' and sys_platform == 'linux'"]
-# rosbags reads SQLite. Of MCAP it refuses sound files and expands chunks without a limit (vla_perception/bag_files.py);
+# rosbags reads SQLite (storage files by themselves since 0.11). Of MCAP it refuses sound files and expands chunks without a limit (vla_perception/bag_files.py);
 # mcap brings zstandard and lz4.
-BAGS = ["rosbags>=0.10.4", "mcap>=1.1", "pyyaml"]
+BAGS = ["rosbags>=0.11", "mcap>=1.1", "pyyaml"]
 OPENVLA = ["torch>=2.4", "transformers>=4.46"]  # a policy that runs OpenVLA's language model on the tokens
 SIM = ["mujoco>=3.2", OPENCV]
 TEST = [

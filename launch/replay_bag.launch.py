@@ -60,7 +60,7 @@ ARGUMENTS = dict(
         ),
         declare(
             "max_gap",
-            default_value="10.0",
+            default_value="5.0",
             description="Longer silences in the bag are cut down to this, in its seconds; 0: none is.",
         ),
         declare("rate", default_value="1.0", description="Speed: 2.0 plays twice as fast."),

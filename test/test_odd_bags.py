@@ -680,6 +680,16 @@ def test_camera_topics_are_found_by_what_was_recorded(tmp_path):
         assert all(header_stamp_ns(message.cdr) >= T0 for message in bag.messages(cameras))
 
 
+def test_more_image_topics_than_a_robot_has(tmp_path):
+    with Writer(tmp_path / "bag", version=9, storage_plugin=StoragePlugin.MCAP) as writer:
+        for number in range(501):
+            writer.write(writer.add_connection(f"/c{number}", COMPRESSED, typestore=TYPES), T0, SERIES[0][1])
+    with Bag(tmp_path / "bag") as bag:
+        with pytest.raises(BagError, match="501 image topics: name those"):
+            bag.image_topics()
+        assert len(list(bag.messages(["/c7"]))) == 1
+
+
 def test_without_the_libraries_there_is_a_sentence(tmp_path):
     file = mcap(tmp_path / "x.mcap")
     for module in ("rosbags", "mcap"):

@@ -193,3 +193,18 @@ def test_a_process_tells_before_it_ends_for_want_of_what_was_misspelt(tmp_path):
         assert process.wait(60) == 1
     assert "/bag_player has no parameter bga, so it is ignored; is bag meant?" in process.output
     assert "the parameters for /robot/bag_player (loop) are ignored, because this node is /bag_player" in process.output
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+def test_what_is_no_number_is_refused(domain, value):
+    """rclpy takes NaN for one within any range."""
+    context = rclpy.Context()
+    with in_domain(domain):
+        rclpy.init(args=["program", "--ros-args", "-p", f"rate_hz:={value}"], context=context, domain_id=domain)
+        node = rclpy.create_node("camera", context=context, start_parameter_services=False)
+    try:
+        with pytest.raises(Exception, match="rate_hz"):
+            declare(node, "rate_hz", 0.0, "Frames per second.", 0, 1000)
+    finally:
+        node.destroy_node()
+        context.try_shutdown()

@@ -11,6 +11,7 @@ passes over chunks that have no message index, and expands a chunk before it loo
 from __future__ import annotations
 
 import heapq
+import logging
 import re
 import shutil
 import sqlite3
@@ -33,6 +34,8 @@ from mcap.data_stream import ReadDataStream
 from mcap.opcode import Opcode
 from rosbags.rosbag2 import Reader
 from rosbags.rosbag2.metadata import parse_qos
+
+_log = logging.getLogger(__name__)
 
 MCAP_MAGIC = b"\x89MCAP0\r\n"
 SQLITE_MAGIC = b"SQLite format 3\0"
@@ -313,6 +316,7 @@ class SqliteFile:
         """A copy, with what lies beside the file in it."""
         folder = scratch()
         names = " and ".join(file.name for file in (self.path, *beside))
+        _log.warning("%s: a copy of %s is made in %s, and read", self.path, names, folder)
         require_room(folder, sum(file.stat().st_size for file in (self.path, *beside)), f"a copy of {names}")
         for file in (self.path, *beside):
             shutil.copyfile(file, folder / file.name)

@@ -29,7 +29,7 @@ COMPRESSED_IMAGE = "sensor_msgs/msg/CompressedImage"
 CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
 
 # What the `format` of a token message of any schema version starts with.
-TOKEN_FORMAT_PREFIX = "safetensors; vla_tokens/"
+TOKEN_FORMAT_PREFIX = "safetensors;"
 
 #: Encodings of sensor_msgs/image_encodings with a color or a brightness in them. 16UC1, 32FC1 (depth), 32SC1 (labels)
 #: and the like have none.
@@ -38,6 +38,8 @@ CAMERA_ENCODING = re.compile(
     r"|yuv422(_yuy2)?|uyvy|yuyv|yuv420|i420|nv\d\d",
     re.IGNORECASE,
 )
+#: Topics that are looked into for a camera's images; a recorded robot has some tens.
+IMAGE_TOPICS_LIMIT = 500
 #: Messages of a topic that are looked at for their encoding, if the first ones are empty.
 LOOKED_AT = 5
 #: Bytes of a metadata.yaml: some thousand topics.
@@ -133,9 +135,12 @@ class Bag:
         """Topics with a camera's images, sorted: Image and CompressedImage by type, and by what was recorded.
 
         Depth, labels and token messages have those types too: a topic whose first messages say so in their `encoding`
-        or `format` is left out, and so are topics without messages.
+        or `format` is left out, and so are topics without messages. Raises BagError as `messages` does.
         """
-        return [topic.name for topic in self.topics.values() if topic.messages and self._is_camera(topic)]
+        topics = [topic for topic in self.topics.values() if topic.type in (IMAGE, COMPRESSED_IMAGE) and topic.messages]
+        if len(topics) > IMAGE_TOPICS_LIMIT:
+            raise BagError(f"{self.path} has {len(topics)} image topics: name those to play")
+        return [topic.name for topic in topics if self._is_camera(topic)]
 
     def camera_topics(self) -> list[str]:
         """What cameras published: `image_topics` and CameraInfo, sorted by name."""
@@ -211,8 +216,6 @@ class Bag:
     # Cameras
 
     def _is_camera(self, topic: BagTopic) -> bool:
-        if topic.type not in (IMAGE, COMPRESSED_IMAGE):
-            return False
         try:
             for message in islice(self.messages([topic.name]), LOOKED_AT):
                 verdict = is_camera_image(message)
@@ -402,7 +405,7 @@ def is_camera_image(message: BagMessage) -> bool | None:
         return False
     said = compressed_format(message.cdr)
     first = said.split(";")[0].strip()
-    if said.startswith("safetensors") or "compresseddepth" in said.lower():
+    if said.startswith(TOKEN_FORMAT_PREFIX) or "compresseddepth" in said.lower():
         return False
     if CAMERA_ENCODING.fullmatch(first):  # "bgr8; jpeg compressed bgr8"
         return True

@@ -40,7 +40,7 @@ REMEMBERED_STAMPS = 256
 SHORTEST_HEADER = 16
 
 # Seconds of silence that are logged where max_gap_sec cuts none.
-GAP_SEC = 10.0
+GAP_SEC = 5.0
 
 # Silences that are logged one by one; further ones are counted.
 LOGGED_GAPS = 5
@@ -68,7 +68,7 @@ class BagPlayer(Node):
         offset = self._number("start_offset_sec", 0.0, "Seconds of the bag to leave out at its beginning.", least=0.0)
         clock = self._parameter("clock", False, "Publish the bag's time on /clock, for nodes with use_sim_time.")
         self._max_gap_sec = self._number(
-            "max_gap_sec", 10.0, "Longer silences in the bag are cut down to this, in its seconds; 0: none is.", least=0.0
+            "max_gap_sec", 5.0, "Longer silences in the bag are cut down to this, in its seconds; 0: none is.", least=0.0
         )
         self._wanted = self._parameter(
             "wait_for_subscribers", 0, "Wait for this many subscriptions to every image topic before starting."

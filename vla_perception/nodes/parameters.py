@@ -7,6 +7,7 @@ that no parameter has, and a section of a file that is for a node of another nam
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ _QOS = "qos_overrides."
 
 
 def declare(node: Node, name: str, default, description: str, low=None, high=None, *, fixed=True, any_type=False):
-    """Declares a parameter and returns its value.
+    """Declares a parameter and returns its value. ValueError where it is not a number: no range refuses that.
 
     low, high: the range, both or none. fixed: it cannot change while the node runs. any_type: a value of another
     type than the default's is accepted, for the caller to convert.
@@ -32,7 +33,10 @@ def declare(node: Node, name: str, default, description: str, low=None, high=Non
         descriptor.floating_point_range = [FloatingPointRange(from_value=float(low), to_value=float(high))]
     elif isinstance(default, int) and low is not None:
         descriptor.integer_range = [IntegerRange(from_value=low, to_value=high, step=1)]
-    return node.declare_parameter(name, default, descriptor).value
+    value = node.declare_parameter(name, default, descriptor).value
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}, expected a number")
+    return value
 
 
 def warn_of_ignored(
