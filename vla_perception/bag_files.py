@@ -281,8 +281,7 @@ class SqliteFile:
             link.symlink_to(readable.absolute())
             readable = link
         self._readable = readable
-        reader = self._reader()
-        with closing(reader):
+        with closing(self._reader()) as reader:
             self.channels = {
                 connection.id: Channel(
                     connection.topic,
@@ -298,8 +297,7 @@ class SqliteFile:
 
     def messages(self, topics: Collection[str], start_ns: int | None) -> Iterator[Stored]:
         """Messages of `topics` at or after `start_ns`, by time."""
-        reader = self._reader()
-        with closing(reader):
+        with closing(self._reader()) as reader:
             connections = [connection for connection in reader.connections if connection.topic in topics]
             if not connections:  # rosbags takes an empty list for all of them
                 return
