@@ -181,6 +181,25 @@ def test_what_a_launch_file_names_exists(launch_file, name, arguments, executabl
     assert [type(a).__name__ for a in actions if type(a).__name__ != "LogInfo"][:2] == ["SetEnvironmentVariable"] * 2
 
 
+@pytest.mark.parametrize(("name", "arguments"), [run[:2] for run in RUNS])
+def test_the_model_is_locked_unless_it_is_asked_not_to_be(launch_file, name, arguments):
+    if name == "replay_bag.launch.py":
+        pytest.importorskip("rosbags")
+    module = launch_file(name)
+    for given, locked in (({}, True), ({"model_locked": "false"}, False), ({"model_locked": "true"}, True)):
+        nodes = kinds(module.run(**arguments, **given), "Node")
+        (tokenizer,) = [node for node in nodes if node.executable == "visual_tokenizer"]
+        assert parameters_of(tokenizer)["model_locked"] is locked
+
+
+def test_the_unit_of_the_deployment_page_is_closed():
+    page = (ROOT / "docs" / "deployment.md").read_text()
+    unit = page.partition("```ini\n")[2].partition("```")[0]
+    assert "Environment=ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST\n" in unit
+    (start,) = [line for line in unit.splitlines() if line.startswith("ExecStart=")]
+    assert " model_locked:=true " in start
+
+
 def test_every_launch_file_is_covered():
     assert set(FILES) == {name for name, _, _ in RUNS}
 
