@@ -1,7 +1,9 @@
 """CUDA graphs: their logic with a recorder on the CPU, what only a device can show with the marker gpu."""
 
 import contextlib
+import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from vla_perception.tokenizer import VisualTokenizer, cuda_graphs  # noqa: E402
 from vla_perception.tokenizer.cuda_graphs import CudaGraphs  # noqa: E402
+from vla_perception.tokenizer.device_preprocess import DevicePreprocessor  # noqa: E402
 from vla_perception.tokenizer.fused_blocks import patches_as_products  # noqa: E402
 
 #: What CUDA says when somebody else has broken off a capture.
@@ -300,7 +303,133 @@ def test_each_failure_is_told_where_neither_compiling_nor_capturing_works(cuda, 
     )
 
 
+# --- preprocessing in the graph
+
+
+@pytest.fixture
+def in_graph(cuda, monkeypatch):
+    """A tokenizer that takes the CPU for a GPU: preprocessing in PyTorch's operations, which the fakes can record."""
+    plan = DevicePreprocessor.plan
+
+    def capturable(self, images, steps=None):
+        made = plan(self, images, steps)
+        made.capturable = True
+        return made
+
+    monkeypatch.setattr(DevicePreprocessor, "plan", capturable)
+    tokenizer = load(runtime="eager")
+    tokenizer._preprocessor = DevicePreprocessor(tokenizer.config.encoders, torch.device("cpu"))
+    tokenizer._runtime = CudaGraphs(tokenizer.network, torch.device("cpu"), torch.float32)
+    return tokenizer
+
+
+def agrees(tokenizer, exact, pictures):
+    found, expected = (kind(pictures, features=True) for kind in (tokenizer, exact))
+    torch.testing.assert_close(found.tokens, expected.tokens)
+    torch.testing.assert_close(found.features, expected.features)
+
+
+def test_images_become_tokens_in_one_graph(cuda, in_graph):
+    exact = load(runtime="eager")
+    for seed in range(4):
+        agrees(in_graph, exact, images(2, seed))
+    # one graph from pixel values, for the first call, and one from images for the three others
+    assert [recorder.replays for recorder in cuda.captures] == [1, 3]
+    assert in_graph(images(2)).features is None
+    assert in_graph.runtime == "graph" and not in_graph.runtime_fallback
+
+
+def test_each_layout_of_images_has_a_graph(cuda, in_graph):
+    """Reversed channels and rows, other sizes, padded rows: what the graph reads lies elsewhere."""
+    exact = load(runtime="eager")
+    wide = np.random.default_rng(7).integers(0, 256, (96, 160, 4), dtype=np.uint8)
+    kinds = [[wide[:, :, :3]], [wide[:, :, 2::-1]], [wide[::-1, ::-1, :3]], [wide[:48, :, :3]], [wide[:, :, :3], wide[:48, :, :3]]]
+    for pictures in kinds * 2:
+        agrees(in_graph, exact, pictures)
+    one, two = in_graph._runtime._captured, len(kinds)
+    assert len(one) == two + 2  # and one each for pixel values of one and of two views
+    agrees(in_graph, exact, [255 - wide[:, :, :3]])
+    assert len(cuda.captures) == two + 2
+
+
+def test_a_graph_holds_on_to_its_plan_and_pixel_values(cuda, in_graph):
+    """They lie outside the graphs' memory pool, and the preprocessor may forget a plan."""
+    held = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function in (torch.ops.aten.empty.memory_format, torch.ops.aten.zeros.default):
+                held.append(weakref.ref(result))
+            return result
+
+    in_graph(images(1))
+    plan = weakref.ref(in_graph._preprocessor.plan(images(1)))
+    with Watch():
+        in_graph(images(1))
+    in_graph._preprocessor._plan.cache_clear()
+    (entry,) = [entry for key, entry in in_graph._runtime._captured.items() if not isinstance(key[0], torch.Size)]
+    for recorder in cuda.captures:
+        recorder.operations.clear()  # which hold on to all, unlike CUDA
+    gc.collect()
+    assert plan() is not None and len([one for one in held if one() is not None]) >= 1 + len(entry.prepare())
+
+
+def test_results_stay_when_other_images_follow(in_graph):
+    exact = load(runtime="eager")
+    first = [in_graph(images(1, seed)).tokens for seed in range(4)]
+    for seed, tokens in enumerate(first):
+        torch.testing.assert_close(tokens, exact(images(1, seed)).tokens)
+
+
+def test_images_are_written_when_the_last_replay_is_done(cuda, in_graph):
+    in_graph.warm_up(1, (120, 160))
+    in_graph(images(1))
+    in_graph(images(1))
+    del cuda.order[:]
+    in_graph(images(1))
+    (first, _, waited), (last, _, recorded) = cuda.order
+    assert (first, last) == ("wait event", "record") and waited == recorded
+
+
+def test_where_images_cannot_be_captured_the_two_steps_do_it(cuda, in_graph, caplog):
+    exact = load(runtime="eager")
+    agrees(in_graph, exact, images(1))
+    cuda.failures = [RuntimeError("CUDA out of memory")]
+    for seed in range(3):
+        agrees(in_graph, exact, images(1, seed))
+    assert [recorder.replays for recorder in cuda.captures] == [4, 0]
+    assert in_graph.runtime == "graph" and in_graph.runtime_fallback == (
+        "no CUDA graph for an image of 160 × 120: RuntimeError: CUDA out of memory"
+    )
+    assert len(caplog.records) == 1
+
+
+def test_without_kernels_preprocessing_is_in_no_graph(cuda, in_graph, monkeypatch):
+    plan = in_graph._preprocessor.plan(images(1))
+    plan.capturable = False
+    for _ in range(3):
+        assert in_graph._runtime.from_images(plan, images(1)) is None
+    assert not cuda.captures
+    plan.capturable, cuda.capturing_elsewhere = True, True
+    for _ in range(3):
+        assert in_graph._runtime.from_images(plan, images(1)) is None
+
+
 # --- on a device
+
+
+@pytest.mark.gpu
+def test_one_graph_gives_the_bits_of_two_steps():
+    tokenizer = load(device="cuda", runtime="graph", compute_dtype="bfloat16")
+    for views, step in ((1, 1), (3, 1), (2, -1)):
+        for seed in range(3):
+            pictures = [picture[:, :, ::step] for picture in images(views, seed)]
+            two_steps = tokenizer.encode(tokenizer.preprocess(pictures), features=True)
+            whole = tokenizer(pictures, features=True)
+            assert torch.equal(whole.tokens, two_steps.tokens) and torch.equal(whole.features, two_steps.features)
+    assert sum(not isinstance(key[0], torch.Size) for key in tokenizer._runtime._captured) == 3
+    assert not tokenizer.runtime_fallback
 
 
 def synchronizing(stop):

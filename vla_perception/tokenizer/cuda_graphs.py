@@ -1,4 +1,4 @@
-"""The network as CUDA graphs: captured once per input shape, then launched as one.
+"""The network as CUDA graphs, with preprocessing or without: captured once per input shape, then launched as one.
 
 Memory: all graphs of one `CudaGraphs` share one private memory pool, and their replays follow one another, so the pool
 is as large as the largest of them. Streams: a capture runs on streams on which nothing else of ours runs. cuBLAS keeps
@@ -12,12 +12,14 @@ import contextlib
 import logging
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from vla_perception.tokenizer.device_preprocess import PreprocessPlan
 from vla_perception.tokenizer.runtime import Network, Runtime
 
 log = logging.getLogger(__name__)
@@ -32,8 +34,8 @@ _MAX_GRAPHS = 8
 #: CUDA captures one graph at a time in a process.
 _capturing = threading.Lock()
 
-#: The inputs' shapes.
-_Key = tuple[torch.Size, ...]
+#: The inputs' shapes, or `PreprocessPlan.key`.
+_Key = tuple
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,18 @@ class _Captured:
     """One graph and the memory that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
+    #: what the caller fills: pixel values, or the bytes of images
     inputs: list[torch.Tensor]
     features: torch.Tensor
     tokens: torch.Tensor
+    #: holds on to what else it reads and writes that is not of the graphs' pool
+    prepare: Callable[[], list[torch.Tensor]]
 
 
 class CudaGraphs(Runtime):
     """The network as CUDA graphs, one per shape of the inputs, captured when that shape first comes.
+
+    `from_images` has preprocessing in the graph as well, one per size and layout of the images.
 
     What cannot be compiled is captured as it is; a shape whose capture fails runs without a graph. `name` and
     `fallback` say so. Where the caller captures a graph itself, the network becomes part of it.
@@ -76,6 +83,7 @@ class CudaGraphs(Runtime):
         self._pool = torch.cuda.graph_pool_handle()
         # None: cannot be captured.
         self._captured: OrderedDict[_Key, _Captured | None] = OrderedDict()
+        self._seen: deque[_Key] = deque(maxlen=_MAX_GRAPHS)
         # One at a time, in the calling threads and on the device: a graph has one place for inputs and outputs.
         self._lock = threading.Lock()
         self._free = torch.cuda.Event()
@@ -83,36 +91,87 @@ class CudaGraphs(Runtime):
     def __call__(
         self, pixel_values: Sequence[torch.Tensor], features: bool = True
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        def capture() -> _Captured:
+            inputs = [pixels.to(self._device, self._dtype, copy=True) for pixels in pixel_values]
+            return self._capture(inputs, lambda: inputs)
+
+        def fill(inputs: list[torch.Tensor]) -> None:
+            for static, pixels in zip(inputs, pixel_values, strict=True):
+                static.copy_(pixels, non_blocking=True)
+
         with self._lock, torch.cuda.device(self._device):
-            captured = None if torch.cuda.is_current_stream_capturing() else self._captured_for(pixel_values)
+            key = tuple(pixels.shape for pixels in pixel_values)
+            captured = None if torch.cuda.is_current_stream_capturing() else self._graph(key, capture)
             if captured is None:
                 return super().__call__(pixel_values, features)
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(self._free)  # whoever called last may have used another stream
-            for static, pixels in zip(captured.inputs, pixel_values, strict=True):
-                static.copy_(pixels, non_blocking=True)
-            captured.graph.replay()
-            # Copies, because the next replay writes where this one did: 2 MiB take some microseconds on the device.
-            result = captured.features.clone() if features else None, captured.tokens.clone()
-            self._free.record(stream)
-            return result
+            return self._replay(captured, fill, features)
 
-    def _captured_for(self, pixel_values: Sequence[torch.Tensor]) -> _Captured | None:
-        """The graph for these shapes; None, and the reason in `fallback`, if there cannot be one."""
-        key = tuple(pixels.shape for pixels in pixel_values)
+    def from_images(
+        self, plan: PreprocessPlan, images: Sequence[np.ndarray], features: bool = True
+    ) -> tuple[torch.Tensor | None, torch.Tensor] | None:
+        """Images and the plan for them → as `__call__`, preprocessing being part of the graph.
+
+        None where there is no such graph: images of these sizes are seen for the first time (capturing takes longer
+        than a graph saves), or it cannot be captured.
+        """
+
+        def capture() -> _Captured:
+            source = torch.zeros(plan.nbytes, dtype=torch.uint8, device=self._device)
+            pixel_values = [torch.empty(shape, dtype=self._dtype, device=self._device) for shape in plan.outputs]
+
+            def preprocess() -> list[torch.Tensor]:
+                plan.run(source, pixel_values)
+                return pixel_values
+
+            return self._capture([source], preprocess)
+
+        key = plan.key
+        with self._lock, torch.cuda.device(self._device):
+            if not plan.capturable or torch.cuda.is_current_stream_capturing():
+                return None
+            if key not in self._captured and not self._was_seen(key):
+                return None
+            captured = self._graph(key, capture)
+            if captured is None:
+                return None
+            return self._replay(captured, lambda inputs: plan.upload(images, into=inputs[0]), features)
+
+    def _was_seen(self, key: _Key) -> bool:
+        """Whether it is among the last few keys that this was asked for."""
+        seen = key in self._seen
+        if not seen:
+            self._seen.append(key)
+        return seen
+
+    def _replay(
+        self, captured: _Captured, fill: Callable[[list[torch.Tensor]], object], features: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(self._free)  # whoever called last may have used another stream
+        fill(captured.inputs)
+        captured.graph.replay()
+        # Copies, because the next replay writes where this one did: 2 MiB take some microseconds on the device.
+        result = captured.features.clone() if features else None, captured.tokens.clone()
+        self._free.record(stream)
+        return result
+
+    def _graph(self, key: _Key, capture: Callable[[], _Captured]) -> _Captured | None:
+        """The graph for this key; None, and the reason in `fallback`, if there cannot be one."""
         if key in self._captured:
             self._captured.move_to_end(key)
             return self._captured[key]
         try:
-            captured = self._capture(pixel_values)
+            # The first capture of a process makes tensors that outlive it, CUDA's generator's; made in inference mode
+            # they would break other people's captures.
+            with torch.inference_mode(False), torch.no_grad():
+                captured = capture()
         except Exception as error:
             if self.name == "compile":
                 self._report(f"not compiled: {_reason(error)}", "runs without torch.compile")
                 self.name = "graph"
                 self._branches, self._join = self._network.branches(), self._network.join
-                return self._captured_for(pixel_values)
-            shapes = " and ".join(str(list(shape)) for shape in key)
-            self._report(f"no CUDA graph for {shapes}: {_reason(error)}", "runs eagerly, which is slower")
+                return self._graph(key, capture)
+            self._report(f"no CUDA graph for {_described(key)}: {_reason(error)}", "runs eagerly, which is slower")
             captured = None
         self._captured[key] = captured
         if len(self._captured) > _MAX_GRAPHS:
@@ -127,26 +186,23 @@ class CudaGraphs(Runtime):
         if reason not in self.fallback:
             self.fallback = f"{self.fallback}; {reason}".removeprefix("; ")
 
-    def _capture(self, pixel_values: Sequence[torch.Tensor]) -> _Captured:
-        # The first capture of a process makes tensors that outlive it, CUDA's generator's; made in inference mode
-        # they would break other people's captures.
-        with torch.inference_mode(False), torch.no_grad():
-            inputs = [pixels.to(self._device, self._dtype, copy=True) for pixels in pixel_values]
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(self._free)
-            for _ in range(_RUNS_BEFORE_CAPTURE):
-                self._join([branch(pixels) for branch, pixels in zip(self._branches, inputs)])
-            stream.synchronize()
-            for pause in (*_RETRY_AFTER_SEC, None):
-                try:
-                    return self._record(inputs)
-                except Exception as error:
-                    if pause is None or "captur" not in str(error):
-                        raise
-                    time.sleep(pause)
-            raise AssertionError("the last attempt returns or raises")
+    def _capture(self, inputs: list[torch.Tensor], prepare: Callable[[], list[torch.Tensor]]) -> _Captured:
+        """`prepare` gives the network's inputs, on the device and in its dtype; what it computes is part of the graph."""
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(self._free)
+        for _ in range(_RUNS_BEFORE_CAPTURE):
+            self._join([branch(pixels) for branch, pixels in zip(self._branches, prepare())])
+        stream.synchronize()
+        for pause in (*_RETRY_AFTER_SEC, None):
+            try:
+                return self._record(inputs, prepare)
+            except Exception as error:
+                if pause is None or "captur" not in str(error):
+                    raise
+                time.sleep(pause)
+        raise AssertionError("the last attempt returns or raises")
 
-    def _record(self, inputs: list[torch.Tensor]) -> _Captured:
+    def _record(self, inputs: list[torch.Tensor], prepare: Callable[[], list[torch.Tensor]]) -> _Captured:
         """One attempt. Leaves nothing of a capture behind if it fails; raises what went wrong first."""
         graph = torch.cuda.CUDAGraph()
         # Not `torch.cuda.graph`: it synchronizes the device and empties the allocator's cache, which would break off a
@@ -154,7 +210,7 @@ class CudaGraphs(Runtime):
         with _capturing, torch.cuda.stream(self._main):
             try:
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                features, tokens = self._run_side_by_side(inputs)
+                features, tokens = self._run_side_by_side(prepare())
                 graph.capture_end()
             except BaseException:
                 with contextlib.suppress(Exception):
@@ -165,7 +221,7 @@ class CudaGraphs(Runtime):
                     torch._C._cuda_endAllocateToPool(self._main.device_index, self._pool)
                     torch._C._cuda_releasePool(self._main.device_index, self._pool)
                 raise
-        return _Captured(graph, inputs, features, tokens)
+        return _Captured(graph, inputs, features, tokens, prepare)
 
     def _run_side_by_side(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The branches on a stream each: forked from the current stream, and joined to it again."""
@@ -189,6 +245,12 @@ class CudaGraphs(Runtime):
             main.wait_stream(side)
         # `parts` lives until its last reader is queued: a side stream's memory could be given out again before.
         return self._join(parts)
+
+
+def _described(key: _Key) -> str:
+    if isinstance(key[0], torch.Size):
+        return " and ".join(str(list(shape)) for shape in key)
+    return " and ".join(f"an image of {layout.width} × {layout.height}" for layout in key[0])
 
 
 def _reason(error: BaseException) -> str:

@@ -24,10 +24,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 
+from vla_perception.tokenizer.device_preprocess import PreprocessPlan
 from vla_perception.tokenizer.fused_blocks import fuse_blocks, patches_as_products, replace_modules, scale_in_one
 
 log = logging.getLogger(__name__)
@@ -74,6 +76,12 @@ class Runtime:
         called in `torch.inference_mode`.
         """
         return self._run([pixels.to(self._device, self._dtype, non_blocking=True) for pixels in pixel_values])
+
+    def from_images(
+        self, plan: PreprocessPlan, images: Sequence[np.ndarray], features: bool = True
+    ) -> tuple[torch.Tensor | None, torch.Tensor] | None:
+        """Preprocessing and network in one, where a runtime has that for these images; None where it has not."""
+        return None
 
     def _run(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         return self._network.join([branch(pixels) for branch, pixels in zip(self._network.branches(), inputs)])

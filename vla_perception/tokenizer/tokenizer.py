@@ -361,22 +361,39 @@ class VisualTokenizer:
         joined, tokens = self._runtime(pixel_values, features)
         return TokenizerOutput(tokens, joined if features else None, self.grid)
 
+    @torch.inference_mode()
     def __call__(
         self,
         images: Sequence[np.ndarray] | np.ndarray,
         features: bool = False,
         cameras: Sequence[str] | None = None,
     ) -> TokenizerOutput:
-        """`preprocess` and `encode` in one."""
-        return self.encode(self.preprocess(images, cameras), features)
+        """`preprocess` and `encode` in one: on a GPU, one CUDA graph from the second call with such sizes on."""
+        return self._tokens(*self._prepared(images, cameras), features)
 
-    def warm_up(self, views: int = 1) -> None:
-        """Runs once on black pictures, so that the first real frame does not pay for set-up.
+    def _tokens(
+        self, images: Sequence[np.ndarray], steps: Sequence[tuple[Step, ...]] | None, features: bool
+    ) -> TokenizerOutput:
+        if isinstance(self._preprocessor, DevicePreprocessor):
+            found = self._runtime.from_images(self._preprocessor.plan(images, steps), images, features)
+            if found is not None:
+                return TokenizerOutput(found[1], found[0], self.grid)
+        return self.encode(self._preprocessor(images, steps), features)
 
-        Weights are packed, code is compiled and the CUDA graph for this number of views is captured here.
+    def warm_up(self, views: int = 1, size: tuple[int, int] = (480, 640)) -> None:
+        """Runs some times on black images, so that the first real frame does not pay for set-up.
+
+        Weights are packed, code is compiled, and the CUDA graphs for this number of views are captured here.
+
+        Args:
+            size: (height, width) of the images that `__call__` will get.
         """
-        self.encode(self._preprocessor([np.zeros((480, 640, 3), np.uint8)] * views))
+        images = [np.zeros((*size, 3), np.uint8)] * views
+        self.encode(self._preprocessor(images))
         if self.device.type == "cuda":
+            with torch.inference_mode():
+                for _ in range(2):  # a graph with preprocessing is captured at the second time
+                    self._tokens(images, None, features=False)
             # Not the whole device: somebody else may be capturing a graph.
             torch.cuda.current_stream(self.device).synchronize()
 
