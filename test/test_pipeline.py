@@ -379,3 +379,40 @@ def test_sets_that_are_prepared_while_another_is_encoded_do_not_mix(bench, devic
         np.testing.assert_allclose(tokens.float32(), expected, atol=1e-4 * np.abs(expected).max())
     wait_until(lambda: bench.counts()["pending"] == 0, 10, "what waited for the encoder is accounted for")
     assert bench.counts()["replaced"] > 0
+
+
+def test_compressed_images_of_a_set_are_decoded_side_by_side():
+    """Each waits for the others: one after the other they would never come to an end. A bad one is the only one lost."""
+    cameras = ("front", "side", "wrist", "rear")
+    together, undecoded = threading.Barrier(3), []
+
+    def decode(image):
+        if hasattr(image, "format"):
+            together.wait(30.0)
+        if image.pixels is None:
+            raise ValueError("no picture")
+        return image.pixels
+
+    published, complaints, model = [], [], Model()
+    model.encode = lambda images, features: SimpleNamespace(tokens=torch.ones(len(images), 4, 8), features=None)
+    pipeline = Pipeline(
+        model, SetSynchronizer(cameras), SETTINGS, decode=decode, publish=published.append, wanted=lambda: True,
+        complain=lambda subject, text: complaints.append(text), fail=undecoded.append,
+    )  # fmt: skip
+    compressed = SimpleNamespace(**vars(PICTURE), format="jpeg")
+    broken = SimpleNamespace(**vars(UNREADABLE), format="jpeg")
+    frames = (compressed, PICTURE, compressed, compressed), (compressed, PICTURE, broken, compressed)
+    pipeline.start()
+    for stamp, images in enumerate(frames, start=1):
+        for camera, image in zip(cameras, images):
+            pipeline.add(camera, stamp * 10**8, image)
+        wait_until(lambda: len(published) + len(complaints) == stamp, 30.0, "the set's end")  # noqa: B023
+    counts, _, _ = pipeline.report()
+    assert [view.camera for view in published[0].views] == list(cameras) and len(published) == 1
+    assert [count["undecodable"] for count in counts.values()] == [0, 0, 1, 0]
+    assert "wrist" in complaints[0]
+    before = [thread for thread in threading.enumerate() if thread.name.startswith("decoder")]
+    pipeline.close()
+    for thread in before:
+        thread.join(30.0)
+    assert before and not any(thread.is_alive() for thread in before) and not undecoded

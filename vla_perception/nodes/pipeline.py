@@ -16,7 +16,9 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -128,6 +130,7 @@ class Pipeline:
         self._failures = dict.fromkeys(FAILURES, 0)
         self._timings: dict[str, deque[float]] = {stage: deque(maxlen=500) for stage in STAGES}
 
+        self._decoders = ThreadPoolExecutor(max(1, len(synchronizer.cameras) - 1), thread_name_prefix="decoder")
         loops = {"worker": self._work, "encoder": self._encode_loop, "publisher": self._publish_loop}
         if tokenizer.device.type not in self.OVERLAPPING:
             del loops["encoder"]
@@ -168,6 +171,7 @@ class Pipeline:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join(timeout_sec)
+        self._decoders.shutdown(wait=False)
 
     def add(self, camera: str, stamp_ns: int, image: object) -> bool:
         """A frame has arrived; False while stopped."""
@@ -361,9 +365,9 @@ class Pipeline:
         clock = time.perf_counter
         begun = clock()
         images, bad = [], []
-        for frame in job.frames:
+        for frame, decoded in zip(job.frames, self._decode_all(job.frames)):
             try:
-                image = self._decode(frame.image)
+                image = decoded()
                 job.views.append(self._view(frame, image))
                 images.append(image)
             except Exception as error:
@@ -378,7 +382,7 @@ class Pipeline:
             if job.request is not None:
                 job.request.answer(False, f"no readable picture from {', '.join(frame.camera for frame in bad)}")
             return False
-        decoded = clock()
+        decoding_ended = clock()
         device = self.tokenizer.device
         job.pixel_values = self.tokenizer.preprocess(images, [frame.camera for frame in job.frames])
         if device.type == "cuda":
@@ -386,14 +390,24 @@ class Pipeline:
 
             torch.cuda.current_stream(device).synchronize()  # the encoder's stream does not wait for this one
         preprocessed = clock()
-        job.tokenizing = preprocessed - decoded
+        job.tokenizing = preprocessed - decoding_ended
         with self._changed:
-            self._timings["decode"].append(decoded - begun)
-            self._timings["preprocess"].append(preprocessed - decoded)
+            self._timings["decode"].append(decoding_ended - begun)
+            self._timings["preprocess"].append(preprocessed - decoding_ended)
         return True
 
     def _complain_of_frame(self, step: str, camera: str, reason: str) -> None:
         self._complain(f"{step} {camera}", f"camera {camera}: a frame is skipped: {reason}")
+
+    def _decode_all(self, frames: FrameSet) -> list[Callable[[], np.ndarray]]:
+        """Per frame what gives its image, or raises; several JPEG or PNG images are decoded side by side."""
+        calls = [partial(self._decode, frame.image) for frame in frames]
+        # Those of CompressedImage have a format. Other images are views of the message, which take no time.
+        compressed = [index for index, frame in enumerate(frames) if hasattr(frame.image, "format")]
+        # This thread decodes one of them: it would only wait meanwhile.
+        for index in compressed[1:]:
+            calls[index] = self._decoders.submit(calls[index]).result
+        return calls
 
     def _view(self, frame: Frame, image: np.ndarray) -> View:
         """ValueError where a picture of this size cannot be prepared."""
