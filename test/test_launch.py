@@ -295,6 +295,8 @@ def test_real_cameras(launch_file, monkeypatch):
         module.run(width="640")
     with pytest.raises(ValueError, match="rate_hz:=fast is no number"):
         module.run(rate_hz="fast")
+    with pytest.raises(ValueError, match="rate_hz:=nan is no number"):
+        module.run(rate_hz="nan")
     camera, tokenizer = kinds(module.run(cameras="front=0", namespace="arm"), "Node")
     assert camera.namespace == "/arm/front" and parameters_of(camera)["source"] == "0"
     # One camera may end, the last one ends the rest.

@@ -316,9 +316,13 @@ def _first_bytes(path: Path) -> bytes:
         return file.read(16)
 
 
+def _is_storage(path: Path) -> bool:
+    return path.name.lower().removesuffix(".zstd").endswith((".mcap", ".db3"))
+
+
 def _checked_name(path: Path) -> Path:
     """The file itself. BagError with advice where its name is not that of a recording."""
-    if path.name.removesuffix(".zstd").endswith((".mcap", ".db3")):
+    if _is_storage(path):
         return path
     raise BagError(
         f"{path} is not a bag: expected a folder with metadata.yaml, an .mcap or a .db3 file"
@@ -328,9 +332,7 @@ def _checked_name(path: Path) -> Path:
 
 def _listed_files(folder: Path, claimed: dict) -> list[Path]:
     """The storage files of a folder, in the order of metadata.yaml. BagError with advice where they are not there."""
-    there = sorted(
-        file for file in folder.iterdir() if file.name.removesuffix(".zstd").endswith((".mcap", ".db3"))
-    )
+    there = sorted(filter(_is_storage, folder.iterdir()))
     listed = claimed.get("relative_file_paths")
     # Never outside of the folder, and each once. Until Foxy the paths began with the folder's name.
     names = [PurePosixPath(str(name)).name for name in listed] if isinstance(listed, list) else []

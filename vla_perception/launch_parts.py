@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import re
 import shutil
@@ -171,7 +172,10 @@ def number(context: LaunchContext, name: str, kind: type = float) -> Any:
     """ValueError that names the argument if it is no number."""
     text = argument(context, name)
     try:
-        return kind(text)
+        value = kind(text)
+        if not math.isfinite(value):
+            raise ValueError
+        return value
     except ValueError:
         raise ValueError(f"{name}:={text} is no {'whole ' if kind is int else ''}number") from None
 

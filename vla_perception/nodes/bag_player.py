@@ -27,7 +27,14 @@ from rclpy.publisher import Publisher
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rosgraph_msgs.msg import Clock
 
-from vla_perception.bags import Bag, BagMessage, header_stamp_ns, with_header_stamp
+from vla_perception.bags import (
+    COMPRESSED_IMAGE,
+    IMAGE,
+    Bag,
+    BagMessage,
+    header_stamp_ns,
+    with_header_stamp,
+)
 from vla_perception.nodes.parameters import warn_of_ignored
 from vla_perception.nodes.process import Stop, run_node
 
@@ -86,7 +93,7 @@ class BagPlayer(Node):
         if depth < 1:
             raise ValueError(f"queue_depth is {depth}, expected at least 1")
         self._bag = Bag(bag)
-        self._topics = self._playable([f"/{t.lstrip('/')}" for t in topics if t] or self._bag.camera_topics())
+        self._topics = self._playable([f"/{t.lstrip('/')}" for t in topics if t] or self._camera_topics())
         # Without an offset nothing is filtered by time: the times that a bag says of itself may be wrong.
         self._start_ns = self._bag.start_ns + round(offset * 1e9) if offset else None
         if self._start_ns is not None and self._start_ns > self._bag.end_ns:
@@ -141,6 +148,14 @@ class BagPlayer(Node):
             bound = f"above {above:g}" if above is not None else f"at least {least:g}"
             raise ValueError(f"{name} is {value:g}, expected {bound}")
         return float(value)
+
+    def _camera_topics(self) -> list[str]:
+        cameras = self._bag.camera_topics()
+        images = [topic for topic in self._bag.topics.values() if topic.type in (IMAGE, COMPRESSED_IMAGE)]
+        others = [topic.name for topic in images if topic.messages and topic.name not in cameras]
+        if others:
+            self.get_logger().info(f"Left out, as their encoding is no camera's: {', '.join(others)} (`topics` plays them)")
+        return cameras
 
     def _playable(self, topics: list[str]) -> list[str]:
         """The topics whose message type has a Python package here; the others are named in one warning."""
