@@ -272,6 +272,18 @@ def test_the_bound_is_the_callers():
             read(message, 4799)
 
 
+def test_messages_are_measured_before_they_are_kept():
+    """Eight of each camera may wait for the other cameras' frames."""
+    images.check_message_size(RawImage(60, 80, "rgba16", bytes(60 * 80 * 8), 0), 4800)
+    images.check_message_size(Compressed("png", bytes(60 * 80 * 8 + 1000)), 4800)
+    for width, height in ((81, 60), (65_501, 0), (0, 60), (65_501, 1)):
+        with pytest.raises(ImageDecodeError):
+            images.check_message_size(RawImage(height, width, "rgba16", b"", 0), 4800)
+    for message in (RawImage(60, 80, "mono8", bytes(200_000), 0), Compressed("jpeg", bytes(200_000))):
+        with pytest.raises(ImageDecodeError, match="a message of 200000 bytes"):
+            images.check_message_size(message, 4800)
+
+
 @pytest.mark.parametrize("scans", [33, 600])
 def test_a_jpeg_of_too_many_scans_is_refused(scans):
     stream = with_size(jpeg(photograph(16, 16), progressive=1), 4000, 4000)

@@ -19,7 +19,10 @@ import numpy as np
 from vla_perception.messages import streams
 from vla_perception.messages.streams import MAX_PIXELS, ImageDecodeError, check_size
 
-__all__ = ["ENCODINGS", "MAX_PIXELS", "ImageDecodeError", "compressed_to_rgb", "image_to_rgb", "narrow", "warm_up"]
+__all__ = [
+    "ENCODINGS", "MAX_PIXELS", "ImageDecodeError", "check_message_size", "compressed_to_rgb", "image_to_rgb", "narrow",
+    "warm_up",
+]  # fmt: skip
 
 # Encodings of interleaved pixels: name -> (bytes per sample, samples per pixel). The generic OpenCV types come in
 # OpenCV's channel order, blue first, as everything in ROS that turns them into colour assumes.
@@ -34,10 +37,21 @@ _YUV_PLANAR = ("nv12", "nv21", "nv16", "nv24", "i420", "yuv420")
 ENCODINGS = (*_RGB_ORDER, *_BGR_ORDER, *_MONO, *_SIXTEEN_BIT, *_BAYER, *_YUV_422, *_YUV_PLANAR)
 """Every `encoding` that image_to_rgb accepts."""
 
+#: Bytes of a pixel: of rgba16, and of a PNG of it.
+_MOST_BYTES = 8
+
 _DEPTH_ADVICE = (
     "is a depth or measurement image without a meaning in colour. Point the camera at its colour topic; "
     "a grey picture belongs under the encoding mono8 or mono16"
 )
+
+
+def check_message_size(msg, max_pixels: int) -> None:
+    """ImageDecodeError for an Image or CompressedImage that is not worth keeping until its turn: too many pixels or bytes."""
+    if hasattr(msg, "encoding"):
+        check_size(int(msg.width), int(msg.height), max_pixels)
+    if len(msg.data) > _MOST_BYTES * max_pixels + 65536:
+        raise ImageDecodeError(f"a message of {len(msg.data)} bytes is more than an image of max_image_pixels takes")
 
 
 def image_to_rgb(msg, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -568,6 +568,8 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             return
         try:
             check_header(message.header)
+            # Now, not when it is decoded: several wait for each camera.
+            images.check_message_size(message, self._settings["max_image_pixels"])
         except ValueError as error:
             taken = pipeline.refuse(camera.name, str(error))
         else:
