@@ -671,8 +671,8 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             return ""
         names = ", ".join(sorted(f"{info.node_namespace.rstrip('/')}/{info.node_name}" for info in publishers))
         return (
-            f"{len(publishers)} publishers send on {topic} ({names}): their pictures alternate as one view. Stop one, or "
-            f"remap its topic and name it in `cameras`"
+            f"more than one publisher sends on {topic} (listed: {names}): their images alternate as one view. Stop one, or "
+            "remap its topic and name it in `cameras`"
         )
 
     def _watch_sets(self, now: float) -> None:
