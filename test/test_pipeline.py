@@ -361,7 +361,7 @@ def test_sets_that_are_prepared_while_another_is_encoded_do_not_mix(bench, devic
     pytest.importorskip("timm")
     from vla_perception.tokenizer import VisualTokenizer
 
-    tokenizer, pictures = VisualTokenizer.load("small", device=device), {}
+    tokenizer, pictures = VisualTokenizer.load("small", device=device, compute_dtype="float32"), {}
     bench = bench(tokenizer, OverlappingPipeline)
 
     def more():
