@@ -18,9 +18,11 @@ from vla_perception.messages.tokens import (  # noqa: E402
     TokenFormatError,
     View,
     VisualTokens,
+    all_finite,
     check_header,
     from_message,
     is_token_message,
+    queue_to_host,
     to_message,
 )
 
@@ -386,6 +388,38 @@ def test_summary_token_stands_before_the_grid():
     read = VisualTokens.from_bytes(replace(both, features=features).to_bytes())
     assert (read.encoder("siglip")[:, 0] == 7).all() and read.encoder("dinov2").shape == (2, 13, 5)
     assert (read.on_grid(read.encoder("siglip")) == 0).all()
+
+
+def test_tokens_that_are_on_a_device_are_given_from_there():
+    """The source holds other values here, so that it shows; on a GPU they are the same."""
+    tokens, visual = make()
+    source = tokens + 1
+    visual = replace(visual, _source=(visual.data, source))
+    given = visual.torch("cpu")
+    assert torch.equal(given, source) and given.data_ptr() != source.data_ptr()
+    assert torch.equal(visual.view("wrist").torch(), source[1:])
+    assert visual.torch("meta").device.type == "meta"
+    other = replace(visual, data=visual.data * 2)  # what is no longer a copy of it is not told by it
+    assert torch.equal(other.torch(), tokens * 2) and torch.equal(other.view("front").torch(), tokens[:1] * 2)
+    assert visual.to_bytes() == make()[1].to_bytes()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_all_finite(bad):
+    good, odd = torch.ones(2, 3, dtype=torch.float16), torch.full((4,), bad, dtype=torch.float16)
+    assert all_finite([good]) and all_finite([good, good])
+    assert not all_finite([good, odd]) and not all_finite([odd, good])
+
+
+@pytest.mark.gpu
+def test_tokens_of_a_gpu_are_copied_to_the_host_once_and_stay_there():
+    tokens = torch.randn(2, 12, 6, device="cuda", dtype=torch.bfloat16)
+    visual = VisualTokens.from_torch(tokens, sequence=7, views=VIEWS, **MODEL)
+    assert torch.equal(visual.torch(), tokens.cpu())
+    for device in ("cuda", tokens.device):
+        given = visual.torch(device)
+        assert torch.equal(given, tokens) and given.data_ptr() != tokens.data_ptr()
+    assert torch.equal(queue_to_host(tokens)[:0], tokens.cpu()[:0]) and queue_to_host(tokens).is_pinned()
 
 
 def test_reading_needs_no_torch(monkeypatch):

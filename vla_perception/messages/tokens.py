@@ -125,6 +125,8 @@ class VisualTokens:
     projector: str
     features: np.ndarray | None = field(default=None, repr=False)
     fingerprint_inputs: Mapping[str, object] | None = field(default=None, repr=False)
+    #: `data`, and the tensor on a GPU that it is a copy of: for `torch`, while `data` is still that one.
+    _source: tuple[np.ndarray, torch.Tensor] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
@@ -220,16 +222,25 @@ class VisualTokens:
     ) -> VisualTokens:
         """Tokens [views, tokens, channels] in the dtype that they are to have, from any device.
 
+        From a GPU, they are copied to the host once, and `torch` still gives them there.
+
         Args:
             model: `VisualTokenizer.metadata()`.
         """
         dtype = str(tokens.dtype).removeprefix("torch.")
+        on_host = [queue_to_host(part.detach().to(tokens.dtype)) for part in (tokens, features) if part is not None]
+        if tokens.is_cuda:
+            import torch
+
+            torch.cuda.current_stream(tokens.device).synchronize()
+        words = [_torch_words(part) for part in on_host]
         return cls(
-            data=_torch_words(tokens),
+            data=words[0],
             dtype=dtype,
             views=tuple(views),
             sequence=sequence,
-            features=None if features is None else _torch_words(features.to(tokens.dtype)),
+            features=words[1] if len(words) > 1 else None,
+            _source=(words[0], tokens.detach()) if tokens.is_cuda else None,
             **_model_fields(model),  # type: ignore[arg-type]
         )
 
@@ -255,6 +266,12 @@ class VisualTokens:
         """[views, tokens, channels] as a torch tensor in `dtype` on `device`, a copy of its own."""
         import torch
 
+        if self._source is not None and self._source[0] is self.data:
+            target = torch.device(device)
+            if target.type == "cuda" and target.index is None:
+                target = torch.device("cuda", torch.cuda.current_device())
+            if self._source[1].device == target:
+                return self._source[1].clone()
         # A received array is read-only, which torch does not know: hence a copy.
         words = torch.from_numpy(self.data.view(np.int16 if self.data.itemsize == 2 else np.int32).copy())
         return words.view(getattr(torch, self.dtype)).to(device)
@@ -264,9 +281,12 @@ class VisualTokens:
         if camera not in self.cameras:
             raise KeyError(f"no camera {camera!r} among {', '.join(self.cameras)}")
         index = self.cameras.index(camera)
+        data = self.data[index : index + 1]
+        on_device = self._source is not None and self._source[0] is self.data
         return replace(
             self,
-            data=self.data[index : index + 1],
+            data=data,
+            _source=(data, self._source[1][index : index + 1]) if on_device else None,
             views=(self.views[index],),
             features=None if self.features is None else self.features[index : index + 1],
         )
@@ -535,10 +555,27 @@ def _model_fields(model: Mapping[str, object]) -> dict[str, object]:
     }  # fmt: skip
 
 
+def queue_to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the host. From a GPU the copy goes to pinned memory and is only queued: wait for the current stream."""
+    import torch
+
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def all_finite(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A boolean on their device, without waiting for it: whether they hold neither NaN nor infinity."""
+    import torch
+
+    return torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all()
+
+
 def _torch_words(tensor: torch.Tensor) -> np.ndarray:
     import torch
 
-    tensor = tensor.detach().cpu().contiguous()
+    tensor = tensor.contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(np.uint16)
     return tensor.numpy()

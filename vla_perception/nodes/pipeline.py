@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vla_perception.messages.encode_service import FINAL
-from vla_perception.messages.tokens import View, VisualTokens
+from vla_perception.messages.tokens import View, VisualTokens, all_finite, queue_to_host
 from vla_perception.nodes.synchronizer import Frame, FrameSet, SetSynchronizer
 
 if TYPE_CHECKING:
@@ -423,7 +423,7 @@ class Pipeline:
         )
 
     def _encode(self, job: _Job) -> bool:
-        """→ tokens on the device, which has finished them; False if they are not finite."""
+        """→ tokens on the host; False if they are not finite."""
         import torch
 
         begun = time.perf_counter()
@@ -431,10 +431,12 @@ class Pipeline:
         token_dtype = self._settings["token_dtype"]
         dtype = getattr(torch, token_dtype)
         parts = [part.to(dtype) for part in (output.tokens, output.features) if part is not None]
-        job.tokens, job.features = parts[0], parts[1] if len(parts) > 1 else None
-        finite = all(bool(torch.isfinite(part).all()) for part in parts)
-        # That has waited for the device: only now may what it read be given to the next set.
-        job.pixel_values = []
+        # All is queued before the one wait for the device; on a GPU the copies go to pinned memory.
+        finite, *on_host = [queue_to_host(part) for part in (all_finite(parts), *parts)]
+        if parts[0].is_cuda:
+            torch.cuda.current_stream(parts[0].device).synchronize()
+        job.tokens, job.features = on_host[0], on_host[1] if len(on_host) > 1 else None
+        job.pixel_values = []  # not before the wait: what they hold may be given to the next set
         if not finite:
             text = (
                 f"tokens that are not finite were not published; compute_dtype {self.tokenizer.compute_dtype} or "
