@@ -359,6 +359,44 @@ def test_a_metadata_file_that_says_nothing(tmp_path):
         assert "cut off" not in str(caught.value) and len(str(caught.value)) < 1000
 
 
+def bomb_of_aliases(merge: bool) -> str:
+    """YAML of a kilobyte that is gigabytes as text, or as a mapping."""
+    lines = ["a0: &a0 {x: 1}" if merge else "a0: &a0 [1, 1]"]
+    for level in range(1, 12):
+        inner = ", ".join([f"*a{level - 1}"] * 10)
+        lines.append(f"a{level}: &a{level} {{<<: [{inner}]}}" if merge else f"a{level}: &a{level} [{inner}]")
+    return "\n".join(lines)
+
+
+def test_yaml_bombs(tmp_path):
+    text = bomb_of_aliases(merge=False) + f"""
+rosbag2_bagfile_information:
+  relative_file_paths: [*a11, x_0.mcap]
+  topics_with_message_count:
+  - {{topic_metadata: {{name: *a11, type: *a11}}, message_count: *a11}}
+  - {{topic_metadata: {{name: {TOPIC}, type: *a11}}, message_count: 3}}
+"""
+    for name, content in (("aliases", text), ("merges", bomb_of_aliases(merge=True))):
+        (tmp_path / name).mkdir()
+        mcap(tmp_path / name / "x_0.mcap")
+        (tmp_path / name / "metadata.yaml").write_text(content)
+    qos = sqlite_bag(tmp_path / "qos.db3", qos=bomb_of_aliases(merge=True))
+    lines = lines_of([tmp_path / "aliases", tmp_path / "merges", qos])
+    assert lines[0] == lines[2] == "10" and "metadata.yaml: " in lines[1]
+
+
+def test_files_that_were_expanded_or_not_yet_compressed(tmp_path):
+    mcap(tmp_path / "x_0.mcap")
+    assert read(metadata(tmp_path, ["x_0.mcap.zstd"], compression_mode="FILE", compression_format="zstd")) == SERIES
+    (tmp_path / "x_0.mcap.zstd").write_bytes(zstandard.compress((tmp_path / "x_0.mcap").read_bytes()))
+    (tmp_path / "x_0.mcap").unlink()
+    assert read(metadata(tmp_path, ["x_0.mcap"])) == SERIES
+    (tmp_path / "metadata.yaml").unlink()
+    os.mkfifo(tmp_path / "metadata.yaml")
+    with pytest.raises(BagError, match="it is not a file"):
+        Bag(tmp_path)
+
+
 # Counts that are not so
 
 

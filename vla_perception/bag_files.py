@@ -49,6 +49,8 @@ OPEN_CHUNKS_LIMIT = 1 << 30
 #: Bytes of any other record that is read (a schema, the statistics, …), and number of chunks of a file.
 RECORD_LIMIT = 16 << 20
 CHUNKS_LIMIT = 2_000_000
+#: Characters of a topic's QoS that rosbags may parse.
+QOS_LIMIT = 1 << 16
 #: Bytes that copying or decompressing a file leaves free on the disk.
 DISK_RESERVE = 1 << 30
 
@@ -283,13 +285,8 @@ class SqliteFile:
         self._readable = readable
         with closing(self._reader()) as reader:
             self.channels = {
-                connection.id: Channel(
-                    connection.topic,
-                    connection.msgtype,
-                    encoding_of(connection.ext.serialization_format),
-                    connection.msgcount,
-                )
-                for connection in reader.connections
+                c.id: Channel(c.topic, c.msgtype, encoding_of(c.ext.serialization_format), c.msgcount)
+                for c in reader.connections
             }
             empty = reader.message_count == 0
             self.start_ns = None if empty else reader.start_time
@@ -348,6 +345,8 @@ class SqliteFile:
                 return False
             try:
                 for (profiles,) in database.execute("SELECT offered_qos_profiles FROM topics"):
+                    if len(profiles) > QOS_LIMIT or "<<" in profiles:
+                        raise ValueError("too long, or YAML's merges in it, which multiply")
                     parse_qos(profiles)
             except Exception:  # whatever a text that is not QoS makes rosbags raise: it is not needed here
                 return True

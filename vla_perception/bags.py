@@ -296,6 +296,8 @@ class Bag:
     def _compare(self, claimed: dict) -> None:
         """Warns of what metadata.yaml says and the files do not hold."""
         for name, kind, messages in _claimed_topics(claimed):
+            if name in self._not_cdr:
+                continue
             topic = self.topics.get(name)
             if topic is None or (messages and not topic.messages):
                 if messages:
@@ -335,8 +337,8 @@ def _listed_files(folder: Path, claimed: dict) -> list[Path]:
     there = sorted(filter(_is_storage, folder.iterdir()))
     listed = claimed.get("relative_file_paths")
     # Never outside of the folder, and each once. Until Foxy the paths began with the folder's name.
-    names = [PurePosixPath(str(name)).name for name in listed] if isinstance(listed, list) else []
-    names = [name for name in dict.fromkeys(names) if name]
+    names = [PurePosixPath(name).name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+    names = [_as_it_lies(folder, name) for name in dict.fromkeys(names) if name]
     if names:
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
@@ -357,14 +359,26 @@ def _listed_files(folder: Path, claimed: dict) -> list[Path]:
     raise BagError(f"{folder} is not a bag: it has neither metadata.yaml nor an .mcap or .db3 file")
 
 
+def _as_it_lies(folder: Path, name: str) -> str:
+    """The name, with or without .zstd: the recorder may have been killed before it compressed, or somebody expanded it."""
+    other = name.removesuffix(".zstd") if name.endswith(".zstd") else f"{name}.zstd"
+    return other if (folder / other).is_file() and not (folder / name).is_file() else name
+
+
 def _read_metadata(path: Path) -> dict:
     """`rosbag2_bagfile_information`. BagError where the file has none."""
     import yaml
 
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        def flatten_mapping(self, node):
+            """Leaves `<<` as it is, which is an error then: a few of them in each other would fill the memory."""
+
     try:
+        if not path.is_file():
+            raise ValueError("it is not a file")
         if path.stat().st_size > METADATA_LIMIT:
             raise ValueError(f"it is larger than {METADATA_LIMIT >> 20} MiB")
-        content = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
         information = content["rosbag2_bagfile_information"]
         if not isinstance(information, dict):
             raise ValueError("rosbag2_bagfile_information is not a mapping")
@@ -382,8 +396,9 @@ def _claimed_topics(claimed: dict) -> Iterator[tuple[str, str, int]]:
     topics = claimed.get("topics_with_message_count")
     for entry in topics if isinstance(topics, list) else []:
         try:
-            about = entry["topic_metadata"]
-            yield str(about["name"]), str(about["type"]), _whole(entry["message_count"])
+            name, kind = entry["topic_metadata"]["name"], entry["topic_metadata"]["type"]
+            if isinstance(name, str) and isinstance(kind, str):  # as text, nested aliases would be without end
+                yield name, kind, _whole(entry["message_count"])
         except (KeyError, TypeError, ValueError, OverflowError):
             continue
 
