@@ -4,6 +4,7 @@
     python benchmarks/gpu.py --json gpu.json latency variants        # these alone
 
 ``latency``: host uint8 images → tokens on the device, for several numbers of views and sizes, and the device's memory.
+``preprocess``: preprocessing alone, per size, number of views and encoding, and whether its values are PIL's.
 ``variants``: one replay of the CUDA graph with parts of it done otherwise, how far its tokens are from float32's, and
 whether a second capture gives the same bits.
 ``kernels``: what lies between the products, one by one: PyTorch's beside Triton's, and Triton's block sizes.
@@ -29,6 +30,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gpu_preprocess
 import numpy as np
 import torch
 from torch.nn import functional
@@ -152,6 +154,13 @@ class Kit:
         print(f"memory beyond the weights {found['beyond_weights_mib']:.0f} MiB; tokens to the host, pageable and pinned: "
               f"{found['tokens_to_host_ms']}")  # fmt: skip
         return found
+
+    def preprocess(self) -> dict:
+        sizes = dict.fromkeys((height, width) for _, height, width in SIZES)
+        views = sorted({1, max(views for views, *_ in SIZES)})
+        rows = gpu_preprocess.measure(DEVICE, ROUNDS, tuple(sizes), views, self.tokenizer.config.encoders)
+        print(gpu_preprocess.table(rows))
+        return {f"{row['views']} view(s) of {row['size']} {row['encoding']}": row for row in rows}
 
     def variants(self) -> dict:
         pixel_values = self.tokenizer.preprocess(random_images(1, seed=5))
@@ -302,7 +311,7 @@ def _product(values: torch.Tensor, weights: list[torch.Tensor], bias: torch.Tens
     return lambda: functional.linear(values, next(turn), bias)
 
 
-QUESTIONS = ("latency", "variants", "kernels", "products", "profile")
+QUESTIONS = ("latency", "preprocess", "variants", "kernels", "products", "profile")
 
 
 def _add_layer_norm(values, delta, gamma, norm):

@@ -21,7 +21,7 @@ import torch
 
 from vla_perception.tokenizer.device_preprocess import DevicePreprocessor, PreprocessPlan
 from vla_perception.tokenizer.preprocess import Preprocessor
-from vla_perception.tokenizer.presets import PRESETS
+from vla_perception.tokenizer.presets import PRESETS, EncoderConfig
 
 LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "rgb8": lambda image: np.ascontiguousarray(image[:, :, :3]),
@@ -36,10 +36,13 @@ ROTATION = 4
 
 
 def measure(
-    device: torch.device, rounds: int = 50, sizes: Sequence[tuple[int, int]] = SIZES, views: Sequence[int] = (1, 4)
+    device: torch.device,
+    rounds: int = 50,
+    sizes: Sequence[tuple[int, int]] = SIZES,
+    views: Sequence[int] = (1, 4),
+    encoders: Sequence[EncoderConfig] = PRESETS["openvla-7b"].encoders,
 ) -> list[dict]:
     """One row per size, number of views and encoding; times are medians in microseconds."""
-    encoders = PRESETS["openvla-7b"].encoders
     preprocessor, reference = DevicePreprocessor(encoders, device), Preprocessor(encoders)
     in_torch = DevicePreprocessor(encoders, device, kernels=False)
     generator = np.random.default_rng(0)

@@ -56,6 +56,7 @@ def test_every_question_is_answered(kit, tmp_path, capsys, monkeypatch):
     assert not [label for rows in answers.values() for label, row in rows.items() if "error" in str(row).lower()], answers
     assert set(answers["latency"]) >= {"2 view(s) of 64 x 48"}
     assert all(0 < row["end_to_end_ms"]["p50"] for size, row in answers["latency"].items() if "view" in size)
+    assert len(answers["preprocess"]) == 10 and all(row["equal"] for row in answers["preprocess"].values())
     as_it_is = answers["variants"]["as it is"]
     assert as_it_is["replay_us"] > 0 and as_it_is["relative_l2"] < 1e-5 and as_it_is["same_bits"]
     assert all(not row["fallback"] for row in answers["variants"].values())
@@ -77,4 +78,4 @@ def test_a_question_that_fails_is_told_and_the_others_are_asked(kit, tmp_path, c
 def test_an_unknown_question_is_refused(kit, capsys):
     with pytest.raises(SystemExit):
         kit.main(["speed"])
-    assert "unknown: speed; choose among latency, variants" in capsys.readouterr().err
+    assert "unknown: speed; choose among latency, preprocess, variants" in capsys.readouterr().err

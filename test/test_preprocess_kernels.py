@@ -1,7 +1,5 @@
 """Triton's kernels give what PIL and torchvision give, bit for bit: on a GPU, and on the CPU in Triton's interpreter."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -176,15 +174,3 @@ def test_kernels_that_do_not_compile_or_compute_otherwise_are_not_used(monkeypat
     made._use_kernels()
     assert "values are not PIL's" in made.fallback
     assert torch.equal(made([image])[0], Preprocessor([encoder(28)])([image])[0])
-
-
-def test_the_benchmark_measures_every_encoding_and_compares_values(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-    import gpu_preprocess
-
-    rows = gpu_preprocess.measure(torch.device("cpu"), rounds=1, sizes=[(24, 32)], views=(1, 2))
-    assert {(row["views"], row["encoding"]) for row in rows} == {
-        (n, name) for n in (1, 2) for name in gpu_preprocess.LAYOUTS
-    }
-    assert all(row["equal"] and row["plan_us"] > row["upload_us"] > 0 for row in rows)
-    assert "bgra8" in gpu_preprocess.table(rows)

@@ -415,7 +415,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                         f"({', '.join(settings['cameras'])})"
                     )
                 loaded = time.monotonic()
-                tokenizer.warm_up(views)
+                tokenizer.warm_up(views, cameras=settings["cameras"])
                 try:
                     images.warm_up()
                 except ImportError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -380,20 +381,28 @@ class VisualTokenizer:
                 return TokenizerOutput(found[1], found[0], self.grid)
         return self.encode(self._preprocessor(images, steps), features)
 
-    def warm_up(self, views: int = 1, size: tuple[int, int] = (480, 640)) -> None:
+    def warm_up(
+        self, views: int = 1, size: tuple[int, int] = (480, 640), cameras: Sequence[str] | None = None
+    ) -> None:
         """Runs some times on black images, so that the first real frame does not pay for set-up.
 
-        Weights are packed, code is compiled, and the CUDA graphs for this number of views are captured here.
+        Weights are packed, code is compiled, and the CUDA graphs for this number of views are captured here. Images of
+        other sizes take some milliseconds more at their first time, in which PIL's weights for them are computed;
+        encodings (bgr8, mono8, ...) make no difference.
 
         Args:
             size: (height, width) of the images that `__call__` will get.
+            cameras: that they come from, as for `preprocess`.
         """
         images = [np.zeros((*size, 3), np.uint8)] * views
         self.encode(self._preprocessor(images))
         if self.device.type == "cuda":
+            prepared: tuple = (images, None)
+            with contextlib.suppress(ValueError):  # such images cannot be prepared: too small, or of unknown cameras
+                prepared = self._prepared(images, cameras)
             with torch.inference_mode():
                 for _ in range(2):  # a graph with preprocessing is captured at the second time
-                    self._tokens(images, None, features=False)
+                    self._tokens(*prepared, features=False)
             # Not the whole device: somebody else may be capturing a graph.
             torch.cuda.current_stream(self.device).synchronize()
 
