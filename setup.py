@@ -99,11 +99,11 @@ setup(
     entry_points={
         "console_scripts": [
             f"vla-perception = {NAME}.cli:main",
-            f"visual_tokenizer = {NAME}.nodes.visual_tokenizer:main",
-            f"bag_player = {NAME}.nodes.bag_player:main",
-            f"opencv_camera = {NAME}.nodes.opencv_camera:main",
-            f"mujoco_camera = {NAME}.nodes.mujoco_camera:main",
-            f"token_viewer = {NAME}.nodes.token_viewer:main",
+            f"visual_tokenizer = {NAME}.nodes.executables:visual_tokenizer",
+            f"bag_player = {NAME}.nodes.executables:bag_player",
+            f"opencv_camera = {NAME}.nodes.executables:opencv_camera",
+            f"mujoco_camera = {NAME}.nodes.executables:mujoco_camera",
+            f"token_viewer = {NAME}.nodes.executables:token_viewer",
         ]
     },
 )

@@ -1,8 +1,15 @@
 """Camera images to the visual tokens of vision-language-action policies, on ROS 2 and without it."""
 
-from importlib import metadata as _metadata
+__version__: str
 
-try:
-    __version__: str = _metadata.version(__name__)
-except _metadata.PackageNotFoundError:  # run from a checkout that is not installed
-    __version__ = "unknown"
+
+def __getattr__(name: str) -> str:
+    """`__version__`, looked up when asked for: that takes longer than what a node does before it takes signals."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import metadata
+
+    try:
+        return metadata.version(__name__)
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"

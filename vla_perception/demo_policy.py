@@ -7,6 +7,11 @@ Started by `vla_perception.demo` in a process of its own. It tells on stdout, a 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from vla_perception.nodes import executables
+
+    executables.begin()  # before what takes long to import
+
 import json
 import sys
 import threading
@@ -113,4 +118,4 @@ def tell(event: str, **facts: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_node(DemoPolicy))
+    executables.leave(run_node(DemoPolicy))

@@ -7,12 +7,16 @@ acknowledged, the process ends with 0.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from vla_perception.nodes import executables
+
+    executables.begin()  # before what takes long to import
+
 import importlib
 import importlib.util
 import json
 import math
 import re
-import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -394,4 +398,4 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    executables.leave(main())

@@ -6,8 +6,12 @@ Topics, relative to the node's namespace and for every camera: <camera>/image_ra
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from vla_perception.nodes import executables
+
+    executables.begin()  # before what takes long to import
+
 import queue
-import sys
 import threading
 import time
 
@@ -18,7 +22,7 @@ from rosgraph_msgs.msg import Clock
 from vla_perception.messages.camera_info import pinhole, uncalibrated
 from vla_perception.nodes.camera_publisher import CameraPublisher
 from vla_perception.nodes.parameters import declare, warn_of_ignored
-from vla_perception.nodes.process import Stop, run_node
+from vla_perception.nodes.process import GRACE_SEC, Stop, run_node
 from vla_perception.simulation import Simulation
 
 CLOCK_PERIOD_SEC = 0.01
@@ -80,7 +84,7 @@ class MujocoCamera(Node):
 
     def close(self):
         self._closing.set()
-        self._thread.join(5.0)
+        self._thread.join(GRACE_SEC)
 
     def _simulate(self, *arguments):
         try:
@@ -147,4 +151,4 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    executables.leave(main())

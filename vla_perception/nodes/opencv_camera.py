@@ -6,7 +6,11 @@ Topics, relative to the node's namespace: image_raw, image_raw/compressed, camer
 
 from __future__ import annotations
 
-import sys
+if __name__ == "__main__":
+    from vla_perception.nodes import executables
+
+    executables.begin()  # before what takes long to import
+
 import threading
 
 from rclpy.node import Node
@@ -15,7 +19,7 @@ from rclpy.time import Time
 from vla_perception.messages.camera_info import read_calibration, uncalibrated
 from vla_perception.nodes.camera_publisher import CameraPublisher
 from vla_perception.nodes.parameters import declare, warn_of_ignored
-from vla_perception.nodes.process import Stop, run_node
+from vla_perception.nodes.process import GRACE_SEC, Stop, run_node
 from vla_perception.video import SourceError, VideoSource
 
 FIRST_RETRY_SEC = 0.5
@@ -87,7 +91,7 @@ class OpencvCamera(Node):
         with self._slot:
             self._slot.notify_all()
         for thread in self._threads:
-            thread.join(1.0)
+            thread.join(GRACE_SEC)
         if not self._threads[0].is_alive():
             self._source.close()
 
@@ -166,4 +170,4 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    executables.leave(main())

@@ -163,14 +163,15 @@ class Pipeline:
             self._changed.wait_for(lambda: not self._publishing, _GRACE_SEC)
 
     def close(self, timeout_sec: float | None = None) -> None:
-        """Ends the threads, waiting for what cannot be interrupted: for each so long, or for ever."""
+        """Ends the threads, waiting for what cannot be interrupted: so long in all, or for ever."""
+        end = None if timeout_sec is None else time.monotonic() + timeout_sec
         with self._changed:
             self._active = False
             self._ended = True
             self._answer_waiting("the node is ending")
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join(timeout_sec)
+            thread.join(None if end is None else max(0.0, end - time.monotonic()))
         self._decoders.shutdown(wait=False)
 
     def add(self, camera: str, stamp_ns: int, image: object) -> bool:

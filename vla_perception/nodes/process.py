@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,11 +30,15 @@ from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 
+from vla_perception.nodes.executables import on_signal
+
 Stop = Callable[[int], None]
 """Ends the process with an exit code: `stop(0)`. From any thread, any number of times; the first one counts."""
 
-#: Seconds that callbacks which are still running get to finish before the process leaves without them.
-GRACE_SEC = 5.0
+#: Seconds that callbacks and threads which are still running get to finish before the process leaves without them.
+GRACE_SEC = 0.5
+#: Seconds from the first signal, or `stop`, after which the process leaves with whatever has not ended yet.
+_LIMIT_SEC = 1.5
 #: Seconds that a callback may wait for a thread before others are looked for.
 _BUSY_SEC = 0.1
 
@@ -59,8 +63,9 @@ class RosLogHandler(logging.Handler):
 def run_node(make_node: Callable[[Stop], Node], args: Sequence[str] | None = None, *, threads: int = 1) -> int:
     """Runs one node until SIGINT, SIGTERM or its own `stop`, and gives the process's exit code.
 
-    To be called from the main thread, as the last thing before `sys.exit`: SIGINT and SIGTERM are ignored
-    afterwards, because under `ros2 launch` Ctrl-C reaches a node twice. Works alike on rclpy 7.1 (Jazzy) and 9.1.
+    To be called from the main thread, as the last thing before `executables.leave`: SIGINT and SIGTERM are ignored
+    afterwards, because under `ros2 launch` Ctrl-C reaches a node twice, and threads that cannot be interrupted may be
+    left. Where the end takes longer than `_LIMIT_SEC` it leaves by itself. Works alike on rclpy 7.1 (Jazzy) and 9.1.
 
     Args:
         make_node: gets `stop` and makes the node. If it raises, its message is printed as one sentence. A node with
@@ -75,26 +80,42 @@ def run_node(make_node: Callable[[Stop], Node], args: Sequence[str] | None = Non
     """
     arguments = list(sys.argv if args is None else args)
     program = os.path.basename(arguments[0]) if arguments else "node"
-    # A SimpleQueue may be filled from a signal handler; an Event may not (its lock is not reentrant).
     codes: queue.SimpleQueue[int] = queue.SimpleQueue()
-    others = set(threading.enumerate())
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda _number, _frame: codes.put(0))
+    told: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # the same for `limit`, and None when all has ended
+
+    def stop(code: int) -> None:
+        codes.put(code)
+        told.put(code)
+
+    def limit() -> None:
+        if (code := told.get()) is None:
+            return
+        end = time.monotonic() + _LIMIT_SEC
+        try:
+            while told.get(timeout=max(0.0, end - time.monotonic())) is not None:
+                pass
+        except queue.Empty:
+            os._exit(code)
+
+    watch = threading.Thread(target=limit, name="limit", daemon=True)
+    watch.start()
+    on_signal(lambda: stop(0))
     try:
-        code = _run(make_node, arguments, program, codes, threads)
+        return _run(make_node, arguments, program, stop, codes, threads)
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if any(thread.is_alive() for thread in set(threading.enumerate()) - others):
-        # Work that cannot be interrupted (a model being read) holds a thread; Python would wait for it, or crash
-        # in it, on its ordinary way out.
-        os._exit(code)
-    return code
+        on_signal(None)
+        told.put(None)
+        watch.join()
 
 
-def _run(make_node, arguments: list[str], program: str, codes: queue.SimpleQueue[int], threads: int) -> int:
+def _run(
+    make_node: Callable[[Stop], Node],
+    arguments: list[str],
+    program: str,
+    stop: Stop,
+    codes: queue.SimpleQueue[int],
+    threads: int,
+) -> int:
     try:
         rclpy.init(args=arguments, signal_handler_options=SignalHandlerOptions.NO)
     except Exception as error:
@@ -108,11 +129,13 @@ def _run(make_node, arguments: list[str], program: str, codes: queue.SimpleQueue
                 file=sys.stderr,
             )
             return 2
+        if not codes.empty():
+            return codes.get()
         try:
-            node = make_node(codes.put)
+            node = make_node(stop)
         except Exception as error:
             return _refuse(program, error)
-        return _spin(node, codes, threads)
+        return _spin(node, stop, codes, threads)
     finally:
         rclpy.try_shutdown()
 
@@ -154,7 +177,7 @@ class _ThreadedExecutor(Executor):
         begun.wait(_BUSY_SEC)
 
 
-def _spin(node: Node, codes: queue.SimpleQueue[int], threads: int) -> int:
+def _spin(node: Node, stop: Stop, codes: queue.SimpleQueue[int], threads: int) -> int:
     executor = SingleThreadedExecutor() if threads == 1 else _ThreadedExecutor(threads)
     executor.add_node(node)
     stopping = threading.Event()
@@ -164,10 +187,10 @@ def _spin(node: Node, codes: queue.SimpleQueue[int], threads: int) -> int:
             while not stopping.is_set():
                 executor.spin_once(timeout_sec=1.0)
         except (ExternalShutdownException, ShutdownException):
-            codes.put(0)
+            stop(0)
         except Exception:
             traceback.print_exc()
-            codes.put(1)
+            stop(1)
         if isinstance(executor, _ThreadedExecutor):
             executor.pool.shutdown(wait=True)
 

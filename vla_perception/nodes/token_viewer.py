@@ -5,8 +5,12 @@ tokens (and <camera>/image_raw, or <camera>/image_raw/compressed) -> token_image
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from vla_perception.nodes import executables
+
+    executables.begin()  # before what takes long to import
+
 import difflib
-import sys
 import time
 from array import array
 from collections import deque
@@ -263,4 +267,4 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    executables.leave(main())

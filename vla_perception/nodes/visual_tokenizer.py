@@ -6,6 +6,11 @@ torch is imported when the node is configured, so that the node is up at once an
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from vla_perception.nodes import executables
+
+    executables.begin()  # before what takes long to import
+
 import contextlib
 import functools
 import gc
@@ -358,7 +363,6 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             pipeline.close(GRACE_SEC)
         self._tokens.close_shared_memory()
         logging.getLogger("vla_perception").removeHandler(self._log_handler)
-        gc.unfreeze()  # or Triton complains about what Python never takes apart
 
     def _autostart(self) -> None:
         if self._closing.is_set() or self._state_machine.current_state[1] != "unconfigured":
@@ -795,4 +799,4 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    executables.leave(main())

@@ -1,0 +1,118 @@
+"""The nodes' executables: they take signals before they import what takes long, and leave without Python's way out.
+
+Imports nothing that takes time: until rclpy is there (seconds on a busy machine) a signal finds Python's own handlers,
+which end the process with a traceback or not with 0. What precedes this module, the start of Python itself (twice with
+ROS 2's wheels), is not this package's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import NoReturn
+
+#: Bytes that must be left in /dev/shm: the tracing library that rclpy loads ends the process with SIGBUS otherwise.
+_ROOM = 16384
+#: Seconds for what was printed to be written.
+_WRITE_SEC = 0.3
+
+
+def begin() -> None:
+    """From here on SIGINT and SIGTERM end this process with 0, at once; to be called before rclpy is imported.
+
+    There is nothing yet to be torn down. `run_node` gives another action.
+    """
+    on_signal(lambda: os._exit(0))
+    with contextlib.suppress(OSError):
+        state = os.statvfs("/dev/shm")
+        if state.f_blocks and state.f_bavail * state.f_frsize < _ROOM:
+            program = os.path.basename(sys.argv[0])
+            print(f"{program}: /dev/shm is full, and ROS 2 needs some of it (containers: --shm-size)", file=sys.stderr)
+            leave(1)
+
+
+def on_signal(action: Callable[[], None] | None) -> None:
+    """Calls `action` in a thread of its own at every SIGINT and SIGTERM; None: they are ignored.
+
+    Not in the main thread, which Python's handlers need: where two signals come at once, Linux may give both to a thread
+    of some library, and nothing wakes the main thread from what it waits for.
+    """
+    global _action
+    _action = action
+    handler = signal.SIG_IGN if action is None else _do_nothing
+    if action is not None and _reading is None:
+        _begin_reading()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def _do_nothing(_number: int, _frame: object) -> None:
+    """Python's part of handling a signal; the other part writes to the wake-up file."""
+
+
+def _begin_reading() -> None:
+    global _reading
+    _reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_read, args=(_reading,), name="signals", daemon=True).start()
+
+
+def _read(reading: int) -> None:
+    while os.read(reading, 1):
+        if (action := _action) is not None:
+            action()
+
+
+_action: Callable[[], None] | None = None
+_reading: int | None = None
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process, with everything written that was printed or logged.
+
+    What others see of it (DDS, shared memory, devices, files) was ended before. Python would go on to collect every
+    object of torch and the model, for seconds on a busy machine, and to wait for threads that nothing can interrupt
+    (a model being read), or crash in them.
+    """
+    on_signal(None)
+    # Writing takes as long as whoever reads wants.
+    limit = threading.Timer(_WRITE_SEC, os._exit, (code,))
+    limit.daemon = True
+    limit.start()
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, a pipe that nobody reads, none at all
+            stream.flush()
+    os._exit(code)
+
+
+def _run(name: str) -> NoReturn:
+    begin()
+    leave(importlib.import_module(f"vla_perception.nodes.{name}").main())
+
+
+def visual_tokenizer() -> NoReturn:
+    _run("visual_tokenizer")
+
+
+def bag_player() -> NoReturn:
+    _run("bag_player")
+
+
+def opencv_camera() -> NoReturn:
+    _run("opencv_camera")
+
+
+def mujoco_camera() -> NoReturn:
+    _run("mujoco_camera")
+
+
+def token_viewer() -> NoReturn:
+    _run("token_viewer")
