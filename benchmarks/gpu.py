@@ -4,12 +4,12 @@
     python benchmarks/gpu.py --json gpu.json latency variants        # these alone
 
 ``latency``: host uint8 images → tokens on the device, for several numbers of views and sizes, and the device's memory.
-``preprocess``: preprocessing alone, per size, number of views and encoding, and whether its values are PIL's.
 ``variants``: one replay of the CUDA graph with parts of it done otherwise, how far its tokens are from float32's, and
 whether a second capture gives the same bits.
+``preprocess``: preprocessing alone, per size, number of views and encoding, and whether its values are PIL's.
+``profile``: the kernels of one replay and of one preprocessing, the heaviest first.
 ``kernels``: what lies between the products, one by one: PyTorch's beside Triton's, and Triton's block sizes.
 ``products``: the matrix products, one by one.
-``profile``: the kernels of one replay and of one preprocessing, the heaviest first.
 
 Device times are CUDA events' around work that was queued before it began, so no launch of the host is in them. What is
 compared is measured in one process on one device. How captures survive others is asked by the tests with the marker gpu.
@@ -108,7 +108,7 @@ class Kit:
         self.answers["start"] = {
             "model": self.tokenizer.model, "load_s": loaded - begun, "warm_up_s": time.perf_counter() - loaded,
             "runtime": self.tokenizer.runtime, "runtime_fallback": self.tokenizer.runtime_fallback,
-            "kernels": self.tokenizer._runtime.kernels,
+            "kernels": self.tokenizer.kernels,
         }  # fmt: skip
 
     # --- questions
@@ -311,7 +311,7 @@ def _product(values: torch.Tensor, weights: list[torch.Tensor], bias: torch.Tens
     return lambda: functional.linear(values, next(turn), bias)
 
 
-QUESTIONS = ("latency", "preprocess", "variants", "kernels", "products", "profile")
+QUESTIONS = ("latency", "variants", "preprocess", "profile", "products", "kernels")
 
 
 def _add_layer_norm(values, delta, gamma, norm):

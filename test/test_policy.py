@@ -243,7 +243,7 @@ def test_a_policy_loop_runs_on_local_tokens(tokenizer):
 def test_local_tokens_on_the_page(tokenizer, monkeypatch):
     page = (ROOT / "docs" / "policy.md").read_text()
     (code,) = (code for code in re.findall(r"```python\n(.*?)```", page, re.S) if "LocalTokens" in code)
-    monkeypatch.setattr("vla_perception.tokenizer.VisualTokenizer.load", lambda _model, device: tokenizer)
+    monkeypatch.setattr("vla_perception.tokenizer.VisualTokenizer.load", lambda _model, **_options: tokenizer)
     camera = SimpleNamespace(read=lambda: np.zeros((48, 64, 3), np.uint8))
     exec(code, namespace := {"camera": camera})
     assert namespace["visual"].cameras == ("front",) and namespace["visual"].shape == (1, 196, 256)

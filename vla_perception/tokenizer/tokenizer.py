@@ -312,6 +312,11 @@ class VisualTokenizer:
         return self._runtime.fallback
 
     @property
+    def kernels(self) -> str:
+        """What computes between the matrix products: ``pytorch``, or ``triton``, with a reason where the first had to."""
+        return self._runtime.kernels
+
+    @property
     def tokens_per_view(self) -> int:
         patches = self.grid[0] * self.grid[1]
         return {"patch": patches, "cls": 1, "cls+patch": 1 + patches}[self.config.token_strategy]
