@@ -8,6 +8,7 @@ block and norm (DINOv2), or what the attention-pooling head makes of all patches
 
 from __future__ import annotations
 
+import vla_perception.tokenizer.timm_import  # noqa: F401
 import timm
 import torch
 from torch import nn
@@ -36,7 +37,7 @@ class PatchEncoder(nn.Module):
         self.config = config
         name = check_architecture(config.timm_id.split(".")[0], f"encoder {config.name!r}")
         try:
-            vit = timm.create_model(
+            vit = timm.models._factory.create_model(
                 name, pretrained=False, num_classes=0, img_size=config.image_size, **config.overrides
             )
         except Exception as error:  # timm's architectures refuse arguments in every way
