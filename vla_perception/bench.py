@@ -9,6 +9,7 @@ the plain way's get random weights.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ import timm
 import torch
 import torchvision
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from torchvision.transforms import functional as transforms
 
 from vla_perception import __version__
@@ -44,6 +45,13 @@ _PREPROCESS_ROUNDS = 50
 _COMPARED_ROUNDS = 2
 
 Mark = Callable[[str], None]
+
+if torch.backends.mkldnn.is_available():
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _packed_linear_flops(values_shape, weight_shape, *_, **__) -> int:
+        """For `FlopCounterMode`, which does not know the operation."""
+        return 2 * math.prod(values_shape) * weight_shape[0]
 
 
 class PlainModel:

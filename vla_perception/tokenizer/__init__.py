@@ -1,6 +1,5 @@
 """Images → visual tokens, in plain PyTorch. Nothing here imports ROS."""
 
-import vla_perception.tokenizer.timm_import
 from vla_perception.tokenizer.checkpoint import CheckpointError
 from vla_perception.tokenizer.presets import PRESETS, EncoderConfig, ModelConfig
 from vla_perception.tokenizer.tokenizer import TokenizerOutput, VisualTokenizer

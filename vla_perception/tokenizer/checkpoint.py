@@ -135,7 +135,7 @@ def merged(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         low, high = parts[".lora_A"].float().flatten(1), parts[".lora_B"].float().flatten(1)
         tensor = tensor.float() + (high @ low).mul_(parts[".lora_scale"]).reshape(tensor.shape)
     if ".position_grid" in parts:
-        from timm.layers import resample_abs_pos_embed
+        from vla_perception.tokenizer.timm_import import resample_abs_pos_embed
 
         rows, columns, prefix = (int(number) for number in parts[".position_grid"])
         tensor = resample_abs_pos_embed(tensor.float(), [rows, columns], num_prefix_tokens=prefix)

@@ -193,9 +193,8 @@ def as_text(description: dict) -> str:
 
 def _timm_config(model: str, image_size: int | Sequence[int] | None) -> ModelConfig:
     """As `pretrained.open_encoders` would have it, without its weights; local and hub forms are opened by it."""
-    import timm
-
     from vla_perception.tokenizer import pretrained
+    from vla_perception.tokenizer.timm_import import get_pretrained_cfg, is_model, timm
 
     if ":" in model.removeprefix("timm:") or "=" in model:
         return pretrained.open_encoders(model, image_size).config
@@ -203,7 +202,7 @@ def _timm_config(model: str, image_size: int | Sequence[int] | None) -> ModelCon
     encoders: list[EncoderConfig] = []
     for part, size in zip(parts, per_encoder(image_size, len(parts))):
         name, _, own = part.partition("@")
-        facts = timm.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
+        facts = get_pretrained_cfg(name) if is_model(name.split(".")[0]) else None
         if facts is None:
             raise ValueError(f"timm {timm.__version__} does not know the encoder {name!r}; check the name")
         short = encoder_name(name)

@@ -8,13 +8,12 @@ block and norm (DINOv2), or what the attention-pooling head makes of all patches
 
 from __future__ import annotations
 
-import vla_perception.tokenizer.timm_import  # noqa: F401
-import timm
 import torch
 from torch import nn
 
 from vla_perception.tokenizer.model_args import check_architecture
 from vla_perception.tokenizer.presets import EncoderConfig
+from vla_perception.tokenizer.timm_import import VisionTransformer, create_model, timm
 
 
 class PatchEncoder(nn.Module):
@@ -37,15 +36,13 @@ class PatchEncoder(nn.Module):
         self.config = config
         name = check_architecture(config.timm_id.split(".")[0], f"encoder {config.name!r}")
         try:
-            vit = timm.models._factory.create_model(
-                name, pretrained=False, num_classes=0, img_size=config.image_size, **config.overrides
-            )
+            vit = create_model(name, num_classes=0, img_size=config.image_size, **config.overrides)
         except Exception as error:  # timm's architectures refuse arguments in every way
             raise ValueError(
                 f"timm {timm.__version__} cannot build the encoder {config.timm_id!r} at {config.image_size} pixels "
                 f"with {dict(config.overrides)}: {error}"
             ) from error
-        if not isinstance(vit, timm.models.vision_transformer.VisionTransformer):
+        if not isinstance(vit, VisionTransformer):
             raise ValueError(f"{config.timm_id!r} is a {type(vit).__name__}; only plain vision transformers work here")
         if len(vit.blocks) < 2:
             raise ValueError(f"{config.timm_id!r} has {len(vit.blocks)} blocks; the second-to-last is needed")

@@ -11,12 +11,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from timm.layers import GELU, Attention, Mlp
-from timm.models.vision_transformer import Block, LayerScale
 from torch import nn
 from torch.nn import functional
 
 from vla_perception.tokenizer.encoders import PatchEncoder
+from vla_perception.tokenizer.timm_import import GELU, Attention, Block, LayerScale, Mlp
 
 #: Relative L2 between a block with these kernels and timm's. A right one is below a fifth of it.
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}

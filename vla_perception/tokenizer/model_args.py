@@ -63,9 +63,9 @@ def checked_model_args(arguments: Mapping[str, object], where: str) -> dict[str,
 
 def check_architecture(name: object, where: str) -> str:
     """timm's name of an architecture without its tag; CheckpointError if timm does not know it, or it is a place."""
-    import timm
+    from vla_perception.tokenizer.timm_import import is_model, timm
 
-    if not isinstance(name, str) or not re.fullmatch(r"\w{1,200}", name, re.ASCII) or not timm.is_model(name):
+    if not isinstance(name, str) or not re.fullmatch(r"\w{1,200}", name, re.ASCII) or not is_model(name):
         raise CheckpointError(
             f"{where}: timm {timm.__version__} does not know the encoder {name!r:.200}; check the name, or upgrade timm"
         )

@@ -13,9 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import timm
-import torch
-
 from vla_perception.tokenizer.checkpoint import Checkpoint
 from vla_perception.tokenizer.files import (
     CheckpointError,
@@ -27,6 +24,7 @@ from vla_perception.tokenizer.files import (
 )
 from vla_perception.tokenizer.model_args import check_architecture, checked_model_args
 from vla_perception.tokenizer.presets import EncoderConfig, ModelConfig, encoder_name, per_encoder
+from vla_perception.tokenizer.timm_import import create_model, get_pretrained_cfg, is_model, on_meta, timm
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +58,7 @@ def is_name(model: str) -> bool:
     """Whether `model` names timm encoders: a prefix says so, or timm knows all the names."""
     if model.startswith(("timm:", "hf-hub:", "local-dir:")):
         return True
-    return all(timm.is_model(re.split("[.@=]", part)[0]) for part in model.split("+"))
+    return all(is_model(re.split("[.@=]", part)[0]) for part in model.split("+"))
 
 
 def open_encoders(model: str, image_size: int | Sequence[int] | None = None) -> Checkpoint:
@@ -116,7 +114,7 @@ def read(source: str, image_size: int | None, file: Path | None = None) -> Encod
         file = file or (folder / _WEIGHTS if kind == "local-dir" else _download(where, _WEIGHTS))
     else:
         name = source
-        known = timm.get_pretrained_cfg(source) if timm.is_model(source.split(".")[0]) else None
+        known = get_pretrained_cfg(source) if is_model(source.split(".")[0]) else None
         if known is None:
             raise CheckpointError(f"timm {timm.__version__} does not know the encoder {source!r}; check the name")
         facts = known.to_dict()
@@ -131,10 +129,8 @@ def read(source: str, image_size: int | None, file: Path | None = None) -> Encod
             interpolation=_INTERPOLATIONS[facts.get("interpolation", "bicubic")],
             overrides=overrides,
         )
-        with torch.device("meta"):
-            model = timm.create_model(
-                name.split(".")[0], pretrained=False, num_classes=0, img_size=config.image_size, **config.overrides
-            )
+        with on_meta():
+            model = create_model(name.split(".")[0], num_classes=0, img_size=config.image_size, **config.overrides)
         grid, prefix = model.patch_embed.grid_size, 0 if model.no_embed_class else model.num_prefix_tokens
     except CheckpointError:
         raise

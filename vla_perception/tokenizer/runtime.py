@@ -17,7 +17,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -27,7 +26,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.flop_counter import register_flop_formula
 
 from vla_perception.tokenizer.device_preprocess import PreprocessPlan
 from vla_perception.tokenizer.fused_blocks import fuse_blocks, patches_as_products, replace_modules, scale_in_one
@@ -132,14 +130,6 @@ class PackedLinear(nn.Module):
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(values, self._weight, self._bias, "none", [], "")
-
-
-if torch.backends.mkldnn.is_available():
-
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-    def _packed_linear_flops(values_shape, weight_shape, *_, **__) -> int:
-        """For `FlopCounterMode`, which does not know the operation."""
-        return 2 * math.prod(values_shape) * weight_shape[0]
 
 
 def make_runtime(name: str, network: Network, device: torch.device, dtype: torch.dtype) -> Runtime:

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 #: Running a package's `__init__`, for one thread at a time; others wait for it.
 _running = threading.RLock()
@@ -36,6 +38,11 @@ class _Deferred(ModuleType):
             return self.__dict__[name]
         except KeyError:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}") from None
+
+    def __dir__(self) -> list[str]:
+        with _running:
+            _execute(self)
+        return list(vars(self))
 
 
 def _execute(module: ModuleType) -> None:
@@ -90,24 +97,82 @@ def _without_dynamo() -> Iterator[None]:
             del torch._dynamo
 
 
-def _import_vision_transformers() -> None:
+def _import_timm() -> ModuleType:
+    """timm, with its vision transformers imported."""
     if "timm" in sys.modules:
-        return
+        return importlib.import_module("timm")
     try:
         package, _, data = (_defer(name) for name in ("timm", "timm.models", "timm.data"))
         package.__version__ = importlib.import_module("timm.version").__version__
         constants = importlib.import_module("timm.data.constants")
         vars(data).update({name: value for name, value in vars(constants).items() if not name.startswith("_")})
         with _without_dynamo():
-            importlib.import_module("timm.models.vision_transformer")
-            importlib.import_module("timm.models._factory")
+            for name in ("vision_transformer", "_factory", "_registry"):
+                importlib.import_module(f"timm.models.{name}")
+        return package
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "timm":
             raise
         # Another timm than those that this was written for: all of it, in the ordinary way.
         for name in [name for name in sys.modules if name == "timm" or name.startswith("timm.")]:
             del sys.modules[name]
-        importlib.import_module("timm")
+        return importlib.import_module("timm")
 
 
-_import_vision_transformers()
+def create_model(name: str, **settings: object) -> nn.Module:
+    """``timm.create_model``; all of timm is imported only if `name` is none of its plain vision transformers.
+
+    Raises:
+        RuntimeError: timm does not know the name.
+    """
+    return _of("_factory", name).create_model(name, pretrained=False, **settings)
+
+
+def is_model(name: str) -> bool:
+    """``timm.is_model``."""
+    return _of("_registry", name).is_model(name)
+
+
+def get_pretrained_cfg(name: str) -> object:
+    """``timm.get_pretrained_cfg``: what is known of weights, by an architecture's name and tag; None if it has none."""
+    return _of("_registry", name).get_pretrained_cfg(name)
+
+
+def _of(module: str, model: str) -> ModuleType:
+    """Where timm's public functions come from, if what has been imported by now knows the model; timm otherwise."""
+    registry, wanted = (sys.modules.get(f"timm.models.{name}") for name in ("_registry", module))
+    known = registry is not None and wanted is not None and registry.is_model(model.split(".")[0])
+    return wanted if known else timm
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Leaves out what would give values to tensors that have none; one of these steps imports ``torch._dynamo``."""
+
+    _STEPS = frozenset(
+        [getattr(torch.Tensor, name) for name in ("normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "zero_")]
+        + [function for name, function in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")]
+    )
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in self._STEPS and (tensor := args[0] if args else kwargs["tensor"]).is_meta:
+            return tensor
+        return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """In it, modules are built on the meta device: shapes without memory, and without initialising anything."""
+    with torch.device("meta"), _WithoutValues():
+        yield
+
+
+timm = _import_timm()
+# After it, so that these imports find the deferred packages.
+from timm.layers import GELU, Attention, Mlp, resample_abs_pos_embed  # noqa: E402
+from timm.models.vision_transformer import Block, LayerScale, VisionTransformer  # noqa: E402
+
+__all__ = [
+    "GELU", "Attention", "Block", "LayerScale", "Mlp", "VisionTransformer", "create_model", "get_pretrained_cfg", "is_model",
+    "on_meta", "resample_abs_pos_embed", "timm",
+]  # fmt: skip

@@ -25,6 +25,7 @@ from vla_perception.tokenizer.preprocess import Preprocessor, source_to_grid
 from vla_perception.tokenizer.presets import PRESETS, ModelConfig
 from vla_perception.tokenizer.projector import Projector
 from vla_perception.tokenizer.runtime import make_runtime
+from vla_perception.tokenizer.timm_import import on_meta
 
 log = logging.getLogger(__name__)
 
@@ -481,9 +482,8 @@ def random_weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 def empty_network(config: ModelConfig) -> _Network:
     """Encoders and projector on the meta device: shapes without memory. ValueError if they do not go together."""
-    with torch.device("meta"):
+    with on_meta():
         return _Network(config).eval().requires_grad_(False)
-
 
 def _is_unused(network: _Network, checkpoint: Checkpoint) -> Callable[[str], bool]:
     """Tells tensors that may be there and are not read: encoders and projector that were not chosen, and for patch

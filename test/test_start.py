@@ -1,0 +1,100 @@
+"""What is imported when: a start is mostly imports, and which they are does not depend on how busy a machine is."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("timm")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(code: str) -> object:
+    """Runs code in a process of its own; gives the JSON that it prints last."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_a_model_that_encodes_has_imported_neither_dynamo_nor_the_other_models_of_timm():
+    imported = python("""
+import json, sys
+from vla_perception.tokenizer import VisualTokenizer
+tokenizer = VisualTokenizer.load("small", token_strategy="cls+patch", device="cpu")
+tokenizer.warm_up()
+VisualTokenizer.load("base", device="cpu")
+print(json.dumps(sorted(sys.modules)))
+""")
+    assert "timm.models.vision_transformer" in imported and "torch" in imported
+    unwanted = ("torch._dynamo", "torch._inductor", "sympy", "triton", "torch.utils.flop_counter", "timm.models.beit", "timm.data.loader")
+    assert not {name for name in imported if name.startswith(unwanted)}
+
+
+def test_other_code_finds_the_timm_that_it_knows():
+    told = """
+print(json.dumps([timm.__version__, timm.list_models(), dir(timm.data), dir(timm.models), dir(timm)]))
+"""
+    names = python(f"import json, timm, timm.data\n{told}")
+    lean = python(f"import json, vla_perception.tokenizer.timm_import, timm\n{told}")
+    assert lean[:2] == names[:2]
+    for found, expected in zip(lean[2:], names[2:]):
+        assert set(found) >= set(expected)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from timm.data import create_transform\nimport timm.models.resnet\nassert timm.models.resnet.ResNet",
+        "from timm.models import *\nassert ResNet and timm.create_model('resnet18')",
+        "import torch, torchvision\nassert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)) == 2\n"
+        "assert torch._dynamo.optimize and torchvision.ops.RoIAlign",
+    ],
+)
+def test_whatever_other_code_asks_for_first(code):
+    assert python(f"import json\nfrom vla_perception.tokenizer.timm_import import timm\n{code}\nprint(json.dumps(True))")
+
+
+def test_a_timm_that_is_laid_out_otherwise_is_imported_whole(tmp_path):
+    assert python("""
+import importlib, json, sys
+real = importlib.import_module
+def fails_once(name, package=None):
+    if name == "timm.models._factory":
+        raise ModuleNotFoundError("No module named 'timm.models._factory'", name=name)
+    return real(name, package)
+importlib.import_module = fails_once
+from vla_perception.tokenizer import VisualTokenizer
+importlib.import_module = real
+import timm
+assert "timm.models.beit" in sys.modules and timm.is_model("resnet18")
+print(json.dumps(VisualTokenizer.load("small", device="cpu").grid))
+""") == [14, 14]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_timm_s_modules_built_without_values_are_those_built_with_them(dtype):
+    """Shapes and names; and the same weights in them give the same output."""
+    import timm
+    import torch
+
+    from vla_perception.tokenizer.timm_import import create_model, on_meta
+
+    for name in ("test_vit.r160_in1k", "vit_base_patch16_siglip_224"):
+        settings = {"num_classes": 0, "img_size": 64} | ({} if name.startswith("test") else {"depth": 2})
+        real = timm.create_model(name.split(".")[0], **settings).eval()
+        with on_meta():
+            empty = create_model(name.split(".")[0], **settings).eval()
+        assert all(parameter.is_meta for parameter in empty.parameters())
+        shapes = {key: value.shape for key, value in real.state_dict().items()}
+        assert {key: value.shape for key, value in empty.state_dict().items()} == shapes
+        empty.load_state_dict(real.state_dict(), assign=True)
+        pixels = torch.randn(1, 3, 64, 64, dtype=getattr(torch, dtype))
+        for model in (real, empty):
+            model.to(pixels.dtype)
+        assert torch.equal(real(pixels), empty(pixels))
