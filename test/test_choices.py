@@ -189,6 +189,7 @@ def test_the_node_and_the_command_offer_what_the_tokenizer_takes():
         ("describe", "projector"): taken["projector"],
         ("describe", "dtype"): tuple(COMPUTE_DTYPES),
         ("bench", "compute_dtype"): taken["compute_dtype"],
+        ("bench", "runtime"): taken["runtime"],
     }
 
 

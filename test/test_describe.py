@@ -1,6 +1,7 @@
 """`vla-perception describe`: its arithmetic against modules that are there and forward passes that are counted."""
 
 import json
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ import checkpoints  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from vla_perception import cli  # noqa: E402
-from vla_perception.tokenizer import VisualTokenizer, files, pretrained  # noqa: E402
+from vla_perception.tokenizer import VisualTokenizer, files, pretrained, vits  # noqa: E402
 from vla_perception.tokenizer.describe import LanguageModel, as_text, describe, model_config  # noqa: E402
 from vla_perception.tokenizer.encoders import PatchEncoder  # noqa: E402
 from vla_perception.tokenizer.presets import PRESETS  # noqa: E402
+from vla_perception.tokenizer.timm_import import on_meta  # noqa: E402
 
 #: A short timm encoder of each family: registers and no pooling head, and the other way round.
 TINY = ("test_vit.r160_in1k", "test_vit3.r160_in1k")
@@ -66,6 +68,24 @@ def test_operations_of_each_encoder(name, summary):
     (encoder,) = describe(config)["encoders"]
     assert encoder["flops"] == pytest.approx(flops, rel=0.01)
     assert encoder["parameters"] == sum(parameter.numel() for parameter in tower.parameters())
+
+
+@pytest.mark.parametrize("strategy", ["patch", "cls+patch"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_presets_encoders_are_timms(preset, strategy):
+    """What is known of them without timm, and what timm builds."""
+    config = PRESETS[preset].choose(trained=False, token_strategy=strategy)
+    for encoder in config.encoders:
+        with on_meta():
+            tower = PatchEncoder(encoder, summary=config.summary)
+        known, built = vits.by_name(encoder, config.summary), vits.of_module(tower)
+        assert replace(known, layers=()) == replace(built, layers=())
+        assert sorted(map(astuple, known.layers)) == sorted(map(astuple, built.layers))
+
+
+@pytest.mark.parametrize("change", [{"image_size": 8}, {"overrides": {"mlp_ratio": 2.0}}, {"timm_id": "test_vit"}])
+def test_other_encoders_are_not_guessed(change):
+    assert vits.by_name(replace(PRESETS["small"].encoders[0], **change), False) is None
 
 
 def test_openvlas_own_numbers_from_torch_on_the_meta_device():

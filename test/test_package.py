@@ -175,7 +175,7 @@ def test_the_command_says_what_is_missing():
 
         told = io.StringIO()
         with contextlib.redirect_stderr(told):
-            assert cli.main(["describe", "small"]) == 1
+            assert cli.main(["describe", "timm:test_vit"]) == 1
         assert "pip install '.[tokenizer]' in this package's sources" in told.getvalue(), told.getvalue()
         """,
     )

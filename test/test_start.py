@@ -11,6 +11,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("timm")
 
+from vla_perception import cli  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -34,6 +36,37 @@ print(json.dumps(sorted(sys.modules)))
     assert "timm.models.vision_transformer" in imported and "torch" in imported
     unwanted = ("torch._dynamo", "torch._inductor", "sympy", "triton", "torch.utils.flop_counter", "timm.models.beit", "timm.data.loader")
     assert not {name for name in imported if name.startswith(unwanted)}
+
+
+@pytest.mark.parametrize(
+    "arguments, code, told",
+    [
+        (["describe", "small", "--token-strategy", "cls+patch"], 0, ""),
+        (["describe", "openvla-7b", "--pool", "3"], 1, "pool 3 does not divide"),
+        (["tokenize", "missing.png", "--model", "small", "--out", "tokens.safetensors"], 1, "missing.png"),
+        (["tokenize", "docs/images/tokens.png", "--model", "small", "--out", "no/folder/t.safetensors"], 1, "no/folder"),
+        (["tokenize", "docs/images/tokens.png", "--model", "/no/model", "--out", "t.safetensors"], 1, "/no/model"),
+        (["tokenize", "docs/images/tokens.png", "--model", "small", "--pool", "0", "--out", "t"], 1, "pool must be"),
+        (["tokenize", "docs/images/tokens.png", "--model", "a/b", "--prepare", "turn", "--out", "t"], 1, "turn"),
+        (["tokenize", "docs/images/tokens.png", "--model", "a/b", "--adapter", "/no", "--out", "t"], 1, "adapter at '/no'"),
+        (["tokenize", "docs/images/tokens.png", "--model", "small", "--device", "GPU 0", "--out", "t"], 2, "not a device"),
+        (["bench", "--model", "~/no/model"], 1, "no/model"),
+        (["bench", "--model", "small", "--json", "no/folder/it.json"], 1, "no/folder"),
+        (["bench", "--model", "small", "--runtime", "fast"], 2, "fast"),
+    ],
+)  # fmt: skip
+def test_what_needs_no_torch_imports_none(arguments, code, told, monkeypatch, capsys):
+    """Descriptions of presets, and everything about arguments and files that can be told before it is needed."""
+    monkeypatch.chdir(ROOT)
+    for name in [name for name in sys.modules if name.split(".")[0] in ("torch", "timm", "torchvision")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("torch", "timm", "torchvision"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
+    try:
+        ended = cli.main(arguments)
+    except SystemExit as error:
+        ended = error.code
+    assert (ended, told in capsys.readouterr().err) == (code, True)
 
 
 def test_other_code_finds_the_timm_that_it_knows():

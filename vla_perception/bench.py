@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from torchvision.transforms import functional as transforms
 
 from vla_perception import __version__
+from vla_perception.startup import Progress
 from vla_perception.tokenizer import VisualTokenizer
 from vla_perception.tokenizer.devices import COMPUTE_DTYPES
 from vla_perception.tokenizer.fused_blocks import patches_as_products
@@ -181,6 +182,8 @@ def run(
         ValueError: the model cannot be loaded, or its tokens or pixel values are not those of the plain way.
     """
     limit_threads()
+    progress = Progress()
+    progress(f"loading {model}", begins=True)
     begun = time.perf_counter()
     tokenizer = VisualTokenizer.load(model, device=device, compute_dtype=compute_dtype, runtime=runtime)
     loading = time.perf_counter() - begun
@@ -191,6 +194,7 @@ def run(
     exact = plain if as_it_is else PlainModel(tokenizer, torch.float32, exact=True)
     begun = time.perf_counter()
     for number in views:
+        progress(f"warming up for {number} view(s)", begins=True)
         tokenizer.warm_up(number)
     warm_up = time.perf_counter() - begun
     tuned = TunedModel(tokenizer)
@@ -211,6 +215,7 @@ def run(
         "load_s": loading,
         "warm_up_s": warm_up,
     }  # fmt: skip
+    progress.clear()
     print(f"{report['model']} ({report['weights']} weights), {compute_dtype}, runtime {report['runtime']}")
     if report["runtime_fallback"]:
         print(f"  instead of what was asked for: {report['runtime_fallback']}")
@@ -218,7 +223,8 @@ def run(
     print(f"loading {loading:.1f} s, warm-up {warm_up:.1f} s")
     by_views = {}
     for number in views:
-        result = _measure(tokenizer, tuned, plain, exact, number, baseline, seconds)
+        result = _measure(tokenizer, tuned, plain, exact, number, baseline, seconds, progress)
+        progress.clear()
         _print(result, number)
         by_views[str(number)] = result
     report |= {"views": views[0]} | by_views[str(views[0])] | {"by_views": by_views}
@@ -237,8 +243,9 @@ def run(
 
 def _measure(
     tokenizer: VisualTokenizer, tuned: TunedModel, plain: PlainModel, exact: PlainModel, views: int, baseline: bool,
-    seconds: float,
+    seconds: float, progress: Progress,
 ) -> dict:  # fmt: skip
+    progress(f"{views} view(s): measuring the machine", begins=True)
     dtype = COMPUTE_DTYPES[tokenizer.compute_dtype]
     rates = _rates(tokenizer.device, dtype)
     random = np.random.default_rng()
@@ -248,8 +255,10 @@ def _measure(
         return [pictures[(index * views + view) % _PICTURES] for view in range(views)]
 
     clock = _Clock(tokenizer.device)
+    progress(f"{views} view(s): comparing with the plain way in float32", begins=True)
     result: dict = {"agreement": _agreement(tokenizer, tuned, plain, exact, batch)}
     contenders = {"tuned": tuned, "plain": plain} if baseline else {"tuned": tuned}
+    progress(f"{views} view(s): preprocessing", begins=True)
     result["preprocess"] = _preprocessing(contenders, clock, batch)
     times: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     deadline = time.perf_counter() + seconds
@@ -278,6 +287,8 @@ def _measure(
             whole = {"encode_and_project": clock.milliseconds("preprocess", "tokens")}
             times[name].append(stages | whole | {"end_to_end": (ended - begun) * 1e3})
         rounds += 1
+        # Between rounds, so that it is in none.
+        progress(f"{views} view(s): {rounds} rounds, {max(0.0, deadline - time.perf_counter()):.0f} s to go")
     result["rounds"] = rounds
     result["stages_ms"] = _percentiles(times["tuned"])
     # What else runs on the machine can only slow a measurement of the chip down: the better of two is closer.

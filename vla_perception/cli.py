@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vla_perception import __version__
+from vla_perception import __version__, startup
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_bench(commands)
     options = parser.parse_args(arguments)
     # What takes long, as a download does, and what is assumed.
-    logging.basicConfig(format="vla-perception: %(message)s")
+    logging.basicConfig(format=startup.log_format("vla-perception: %(message)s"))
     logging.getLogger("vla_perception").setLevel(logging.INFO)
     try:
         options.run(options)
@@ -77,13 +78,19 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_placement(parser: argparse.ArgumentParser) -> None:
     """The options that say where and in what precision a model computes."""
     parser.add_argument(
-        "--device", default="auto", metavar="DEVICE",
+        "--device", default="auto", metavar="DEVICE", type=_device,
         help="auto, cpu, cuda or cuda:N; auto: a CUDA device that works, otherwise the CPU (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--compute-dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
         help="auto: bfloat16 on CUDA (float16 before Ampere), float32 on a CPU (default: %(default)s)",
     )  # fmt: skip
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|[a-z]+(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device; choose auto, cpu, cuda or cuda:N")
+    return text
 
 
 def add_choices(parser: argparse.ArgumentParser) -> None:
@@ -141,7 +148,9 @@ def _add_describe(commands: argparse._SubParsersAction) -> None:
 
 def _describe(options: argparse.Namespace) -> None:
     from vla_perception.tokenizer.describe import LanguageModel, as_text, describe, model_config
+    from vla_perception.tokenizer.presets import check_model
 
+    check_model(options.model, **choices(options))
     language_model = LanguageModel(
         options.llm_width, options.llm_layers, options.llm_heads, options.llm_kv_heads, options.llm_mlp_width
     )
@@ -156,35 +165,49 @@ def _describe(options: argparse.Namespace) -> None:
     print(json.dumps(description, indent=2) if options.json else as_text(description), end="\n" if options.json else "")
 
 
+def _check_folder(file: Path) -> None:
+    if not file.parent.is_dir():
+        raise ValueError(f"the folder {file.parent} does not exist")
+
+
 def _tokenize(options: argparse.Namespace) -> None:
-    import torch
     from PIL import Image
-    from safetensors.torch import save_file
 
     from vla_perception import image_files
-    from vla_perception.tokenizer import VisualTokenizer
-    from vla_perception.tokenizer.runtime import limit_threads
+    from vla_perception.tokenizer.presets import check_model
 
-    limit_threads()
     Image.MAX_IMAGE_PIXELS = None  # image_files has the bound that the user gave
-    for path in options.images:  # before anything that takes long
+    for path in options.images:  # before anything that takes long, as importing PyTorch does
         image_files.check(path, options.max_image_pixels)
-    if not options.out.parent.is_dir():
-        raise ValueError(f"the folder {options.out.parent} does not exist")
-    tokenizer = VisualTokenizer.load(
-        options.model, device=options.device, compute_dtype=options.compute_dtype, **choices(options)
-    )
+    _check_folder(options.out)
+    check_model(options.model, **choices(options))
+    with startup.Progress() as progress:
+        progress("importing PyTorch and timm", begins=True)
+        with startup.imports():
+            import torch
+            from safetensors.torch import save_file
+
+            from vla_perception.tokenizer.runtime import limit_threads
+            from vla_perception.tokenizer.tokenizer import VisualTokenizer
+
+            limit_threads()
+        progress(f"loading {options.model}", begins=True)
+        tokenizer = VisualTokenizer.load(
+            options.model, device=options.device, compute_dtype=options.compute_dtype, **choices(options)
+        )
     for note in tokenizer.notes:
         print(f"note: {note}", file=sys.stderr)
     if tokenizer.weights == "random":
         print(f"note: {tokenizer.model} is a preset with random weights; its tokens mean nothing", file=sys.stderr)
     result = None
-    for index, path in enumerate(options.images):  # one at a time: however many there are, only their tokens add up
-        output = tokenizer(image_files.read(path, options.max_image_pixels), features=options.output == "features")
-        row = (output.features if options.output == "features" else output.tokens)[0]
-        if result is None:
-            result = torch.empty(len(options.images), *row.shape, dtype=row.dtype)
-        result[index] = row
+    with startup.Progress() as progress:
+        for index, path in enumerate(options.images):  # one at a time: however many there are, only their tokens add up
+            progress(f"encoding image {index + 1} of {len(options.images)}", begins=index == 0)
+            output = tokenizer(image_files.read(path, options.max_image_pixels), features=options.output == "features")
+            row = (output.features if options.output == "features" else output.tokens)[0]
+            if result is None:
+                result = torch.empty(len(options.images), *row.shape, dtype=row.dtype)
+            result[index] = row
     metadata = tokenizer.metadata() | {"images": [str(path) for path in options.images]}
     save_file({options.output: result}, options.out, metadata={"vla_perception": json.dumps(metadata, sort_keys=True)})
     print(
@@ -207,8 +230,9 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--model", required=True, help="whatever `tokenize` takes; presets have random weights")
     add_placement(parser)
     parser.add_argument(
-        "--runtime", default="auto", help="auto, eager, onednn, graph or compile (docs/performance.md)"
-    )
+        "--runtime", default="auto", choices=("auto", "eager", "onednn", "graph", "compile"),
+        help="docs/performance.md says what they are (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--views", default=[1], type=_numbers, metavar="N[,N…]", help="pictures in a batch, e.g. 1,2,4 (default: 1)"
     )
@@ -229,7 +253,14 @@ def _numbers(text: str) -> list[int]:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from vla_perception import bench
+    from vla_perception.tokenizer.presets import check_model
+
+    check_model(options.model)
+    if options.json is not None:
+        _check_folder(options.json)
+    with startup.Progress() as progress, startup.imports():
+        progress("importing PyTorch, torchvision and timm", begins=True)
+        from vla_perception import bench
 
     bench.run(
         options.model, device=options.device, compute_dtype=options.compute_dtype, runtime=options.runtime,

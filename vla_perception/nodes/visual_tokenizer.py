@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,7 @@ from rclpy.topic_endpoint_info import TopicEndpointInfo
 from sensor_msgs.msg import CompressedImage, Image
 from std_srvs.srv import Trigger
 
+from vla_perception import startup
 from vla_perception.arrivals import Senders
 from vla_perception.messages import images
 from vla_perception.messages.tokens import check_header
@@ -384,8 +385,15 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             f"{views} camera(s)"
         )
         result: list[VisualTokenizer | BaseException] = []
-        took: list[float] = []
         finished = threading.Event()
+
+        begun = phase = time.monotonic()
+
+        def ended(what: str) -> None:
+            nonlocal phase
+            now = time.monotonic()
+            self.get_logger().info(f"{what} took {now - phase:.1f} s")
+            phase = now
 
         # Read by OpenMP when torch is imported. Threads that spin while they wait make encoding four times as long
         # where something else needs the cores (measured: 2 cores, load 6, two views of `small`).
@@ -393,39 +401,39 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
 
         def load() -> None:
             try:
-                from vla_perception.tokenizer import VisualTokenizer
-                from vla_perception.tokenizer.runtime import limit_threads
+                from vla_perception.tokenizer.prepare import parse_chains
+                from vla_perception.tokenizer.presets import check_model
 
-                limit_threads()
-                begun = time.monotonic()
-                tokenizer = VisualTokenizer.load(
-                    settings["model"],
-                    device=settings["device"],
-                    compute_dtype=settings["compute_dtype"],
-                    runtime=settings["runtime"],
-                    adapter=settings["adapter"] or None,
-                    # A parameter cannot be an empty list of strings: what is empty within it is left out.
-                    encoders=list(filter(None, settings["encoders"])),
-                    image_size=list(settings["image_size"]),
-                    prepare=list(filter(None, settings["prepare"])),
-                    token_strategy=settings["token_strategy"],
-                    projector=settings["projector"] or None,
-                    pool=settings["pool"],
-                )
-                strangers = set(tokenizer.config.prepare) - {"", *settings["cameras"]}
+                choices = _choices(settings)
+                # Before PyTorch is imported, which takes seconds.
+                check_model(settings["model"], **choices)
+                strangers = set(parse_chains(choices["prepare"], [224])) - {"", *settings["cameras"]}
                 if strangers:
                     raise ValueError(
                         f"prepare names {', '.join(sorted(strangers))}, which is not among the cameras "
                         f"({', '.join(settings['cameras'])})"
                     )
-                loaded = time.monotonic()
-                tokenizer.warm_up(views, cameras=settings["cameras"])
                 try:
                     images.warm_up()
                 except ImportError as error:
                     if settings["image_transport"] == "compressed":
                         raise ValueError(f"image_transport compressed: {error}") from error
-                took.extend((loaded - begun, time.monotonic() - loaded))
+                with startup.imports():
+                    from vla_perception.tokenizer.runtime import limit_threads
+                    from vla_perception.tokenizer.tokenizer import VisualTokenizer
+
+                    limit_threads()
+                ended("importing PyTorch and timm")
+                tokenizer = VisualTokenizer.load(
+                    settings["model"],
+                    device=settings["device"],
+                    compute_dtype=settings["compute_dtype"],
+                    runtime=settings["runtime"],
+                    **choices,
+                )
+                ended("loading the model")
+                tokenizer.warm_up(views, cameras=settings["cameras"])
+                ended("warming up")
                 result.append(tokenizer)
             except ImportError as error:
                 result.append(ValueError(f"{error}; run `pip install '.[tokenizer]'` in vla_perception's sources"))
@@ -449,10 +457,9 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         for note in tokenizer.notes:
             self.get_logger().info(note)
         self.get_logger().info(
-            f"ready after {sum(took):.1f} s ({took[0]:.1f} s loading, {took[1]:.1f} s warm-up): {tokenizer.model} "
-            f"({tokenizer.weights} weights), {tokenizer.tokens_per_view} tokens × {tokenizer.channels} channels per "
-            f"view, fingerprint {tokenizer.fingerprint[:12]}, runtime {tokenizer.runtime} on {tokenizer.device} in "
-            f"{tokenizer.compute_dtype}"
+            f"ready after {time.monotonic() - begun:.1f} s: {tokenizer.model} ({tokenizer.weights} weights), "
+            f"{tokenizer.tokens_per_view} tokens × {tokenizer.channels} channels per view, fingerprint {tokenizer.fingerprint[:12]}, "
+            f"runtime {tokenizer.runtime} on {tokenizer.device} in {tokenizer.compute_dtype}"
         )
         return tokenizer
 
@@ -753,6 +760,20 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             hardware_id=self.get_fully_qualified_name(),
             values=[KeyValue(key=key, value=str(value)) for key, value in values.items()],
         )
+
+
+def _choices(settings: Mapping[str, object]) -> dict[str, object]:
+    """What a user chooses of a model, as `VisualTokenizer.load` takes it."""
+    return {
+        "adapter": settings["adapter"] or None,
+        # A parameter cannot be an empty list of strings: what is empty within it is left out.
+        "encoders": list(filter(None, settings["encoders"])),
+        "image_size": list(settings["image_size"]),
+        "prepare": list(filter(None, settings["prepare"])),
+        "token_strategy": settings["token_strategy"],
+        "projector": settings["projector"] or None,
+        "pool": settings["pool"],
+    }
 
 
 def _checked(name: str, value: object) -> object:

@@ -11,13 +11,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import nn
-
-from vla_perception.tokenizer.devices import COMPUTE_DTYPES
-from vla_perception.tokenizer.encoders import PatchEncoder
-from vla_perception.tokenizer.presets import PRESETS, EncoderConfig, ModelConfig, encoder_name, per_encoder
-from vla_perception.tokenizer.tokenizer import empty_network
+from vla_perception.tokenizer.presets import (
+    DTYPE_BYTES,
+    PRESETS,
+    EncoderConfig,
+    ModelConfig,
+    encoder_name,
+    per_encoder,
+    projector_widths,
+)
+from vla_perception.tokenizer.vits import Vit, by_name, of_module
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,11 @@ def model_config(model: str, *, image_size: int | Sequence[int] | None = None, *
     Raises:
         ValueError: no such model, or choices that make no sense; CheckpointError for unusable files.
     """
-    from vla_perception.tokenizer import hub, layouts, pretrained
-
     if model in PRESETS and not Path(model).is_dir():
         return PRESETS[model].choose(trained=False, image_size=image_size, **choices)
+
+    from vla_perception.tokenizer import hub, layouts, pretrained
+
     if Path(model).expanduser().exists():
         config = layouts.open_checkpoint(model).config
     elif pretrained.is_name(model):
@@ -131,27 +135,28 @@ def describe(
         raise ValueError(
             f"views {views}, rate {rate_hz} and text tokens {text_tokens}: at least 1, above 0, at least 0"
         )
-    if dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(COMPUTE_DTYPES)}")
-    element = torch.empty(0, dtype=COMPUTE_DTYPES[dtype]).element_size()
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPE_BYTES)}")
+    element = DTYPE_BYTES[dtype]
     language_model = language_model or LanguageModel()
-    network = empty_network(config)
-    rows, columns = network.patch_grid
-    encoders = [_encoder(tower, config) for tower in network.encoders.values()]
+    vits = _vits(config)
+    rows, columns = config.joint_grid({encoder.name: vit.grid for encoder, vit in zip(config.encoders, vits)})
+    encoders = [_encoder(encoder, vit, config) for encoder, vit in zip(config.encoders, vits)]
     projected, tokens = _count(config, rows * columns, 1), _count(config, rows * columns, config.pool)
-    layers = [module for module in network.projector.modules() if isinstance(module, nn.Linear)]
     channels = sum(encoder["channels"] for encoder in encoders)
+    widths = projector_widths(config.projector, channels, config.output_channels)
+    layers = list(zip(widths, widths[1:]))
     projector = {
         "kind": config.projector,
-        "widths": [channels, *(layer.out_features for layer in layers)],
-        "parameters": _parameters(network.projector),
-        "flops": sum(2 * projected * layer.weight.numel() for layer in layers),
+        "widths": widths,
+        "parameters": sum(inputs * outputs + outputs for inputs, outputs in layers),
+        "flops": sum(2 * projected * inputs * outputs for inputs, outputs in layers),
     }
-    parameters = _parameters(network)
-    widest = max([projected * (layer.in_features + layer.out_features) for layer in layers] + [
+    parameters = sum(encoder["parameters"] for encoder in encoders) + projector["parameters"]
+    widest = max([projected * (inputs + outputs) for inputs, outputs in layers] + [
         encoder.pop("widest") for encoder in encoders
     ])  # fmt: skip
-    width = network.projector.channels
+    width = widths[-1]
     message = views * tokens * width * element
     return {
         "model": config.name,
@@ -213,49 +218,38 @@ def _timm_config(model: str, image_size: int | Sequence[int] | None) -> ModelCon
     return ModelConfig("+".join(encoder.timm_id for encoder in encoders), tuple(encoders), "none", 0)
 
 
-def _encoder(tower: PatchEncoder, config: ModelConfig) -> dict:
-    vit = tower.vit
-    rows, columns = tower.grid
-    tokens = rows * columns + vit.num_prefix_tokens
-    flops, widest = 0, 0
-    for count, layer in _layers(vit, rows * columns, tokens):
-        flops += 2 * count * layer.weight.numel()
-        inputs = layer.weight[0].numel()
-        widest = max(widest, count * (inputs + layer.weight.shape[0]))
-    for block in vit.blocks:
-        flops += 4 * tokens * tokens * block.attn.num_heads * block.attn.head_dim
-    if vit.attn_pool is not None:
-        flops += 4 * vit.attn_pool.latent_len * tokens * vit.embed_dim
+def _vits(config: ModelConfig) -> list[Vit]:
+    """Each encoder: a preset's from the table, others as timm builds them, without memory."""
+    vits = [by_name(encoder, config.summary) for encoder in config.encoders]
+    if None in vits:
+        from vla_perception.tokenizer.tokenizer import empty_network
+
+        vits = [of_module(tower) for tower in empty_network(config).encoders.values()]
+    return vits
+
+
+def _encoder(encoder: EncoderConfig, vit: Vit, config: ModelConfig) -> dict:
+    rows, columns = vit.grid
+    tokens = rows * columns + vit.prefix_tokens
+    flops = sum(2 * layer.count * layer.inputs * layer.outputs for layer in vit.layers)
+    flops += 4 * tokens * tokens * vit.channels * vit.blocks
+    flops += 4 * vit.latents * tokens * vit.channels
     return {
-        "name": tower.config.name,
-        "timm_id": tower.config.timm_id,
-        "image_size": tower.config.image_size,
-        "patch_size": tower.patch_size,
+        "name": encoder.name,
+        "timm_id": encoder.timm_id,
+        "image_size": encoder.image_size,
+        "patch_size": vit.patch_size,
         "grid": [rows, columns],
-        "unseen_pixels": tower.config.image_size - rows * tower.patch_size,
-        "channels": tower.channels,
-        "blocks": len(vit.blocks),
+        "unseen_pixels": encoder.image_size - rows * vit.patch_size,
+        "channels": vit.channels,
+        "blocks": vit.blocks,
         "blocks_left_out": 0 if config.summary else 1,
-        "heads": vit.blocks[0].attn.num_heads,
-        "prefix_tokens": vit.num_prefix_tokens,
-        "parameters": _parameters(vit),
+        "heads": vit.heads,
+        "prefix_tokens": vit.prefix_tokens,
+        "parameters": vit.parameters,
         "flops": flops,
-        "widest": widest,
+        "widest": max(layer.count * (layer.inputs + layer.outputs) for layer in vit.layers),
     }
-
-
-def _layers(vit: nn.Module, patches: int, tokens: int) -> Iterator[tuple[int, nn.Module]]:
-    """Every layer with weights, and how many vectors go through it per picture."""
-    for name, module in vit.named_modules():
-        if isinstance(module, nn.Conv2d) or (isinstance(module, nn.Linear) and name.startswith("patch_embed.")):
-            yield patches, module
-        elif isinstance(module, nn.Linear):
-            pooled = name.startswith("attn_pool.") and not name.endswith(".kv")
-            yield vit.attn_pool.latent_len if pooled else tokens, module
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _count(config: ModelConfig, patches: int, pool: int) -> int:

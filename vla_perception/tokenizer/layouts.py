@@ -29,10 +29,10 @@ from vla_perception.tokenizer.model_args import checked_model_args
 from vla_perception.tokenizer.presets import (
     MAX_IMAGE_SIZE,
     MAX_WIDTH,
-    PRESETS,
     EncoderConfig,
     ModelConfig,
     encoder_name,
+    no_model,
 )
 
 log = logging.getLogger(__name__)
@@ -63,10 +63,7 @@ def open_model(
     if hub.is_id(str(model)):
         return open_checkpoint(hub.fetch(str(model)), adapter), False
     if not pretrained.is_name(str(model)):
-        raise CheckpointError(
-            f"no checkpoint directory at {str(model)!r}, and it is neither a preset ({', '.join(PRESETS)}), nor a "
-            "Hugging Face id (org/name), nor an encoder that timm knows; give the path of a checkpoint's folder"
-        )
+        raise CheckpointError(no_model(str(model)))
     if adapter is not None:
         raise CheckpointError("an adapter is added to a checkpoint, not to timm's encoders")
     return pretrained.open_encoders(str(model), image_size), True

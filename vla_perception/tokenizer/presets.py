@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 
 from vla_perception.tokenizer.prepare import parse_chains
@@ -29,6 +30,9 @@ MAX_WIDTH = 1 << 20
 RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
 TOKEN_STRATEGIES = ("patch", "cls", "cls+patch")
 PROJECTORS = ("linear", "gelu-mlp", "fused-gelu-mlp", "none")
+
+#: Bytes of a number.
+DTYPE_BYTES = MappingProxyType({"float32": 4, "bfloat16": 2, "float16": 2})
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,30 @@ class ModelConfig:
     def summary(self) -> bool:
         """Whether the encoders' summaries are wanted."""
         return self.token_strategy != "patch"
+
+    def joint_grid(self, grids: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+        """(rows, columns) that all encoders share, before pooling.
+
+        Args:
+            grids: encoder's name → its (rows, columns).
+
+        Raises:
+            ValueError: they differ, or `pool` does not divide them.
+        """
+        if len(set(grids.values())) != 1:
+            listed = ", ".join(f"{name} {rows} × {columns}" for name, (rows, columns) in grids.items())
+            raise ValueError(
+                f"model {self.name!r}: the encoders' grids differ ({listed}); features are joined position by "
+                "position, so choose image sizes that give the same number of patches"
+            )
+        rows, columns = next(iter(grids.values()))
+        if rows % self.pool or columns % self.pool:
+            fitting = ", ".join(str(k) for k in range(1, min(rows, columns) + 1) if rows % k == columns % k == 0)
+            raise ValueError(
+                f"pool {self.pool} does not divide the grid of {rows} × {columns}: patches at its edge would be lost; "
+                f"choose one of {fitting}"
+            )
+        return rows, columns
 
     def settings(self) -> dict:
         """What changes tokens beside the weights, for the fingerprint."""
@@ -325,3 +353,45 @@ PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
         )
     }
 )
+
+
+def projector_widths(kind: str, in_channels: int, out_channels: int) -> list[int]:
+    """Channels before, between and after the layers of a projector, one of `PROJECTORS`."""
+    return {
+        "linear": [in_channels, out_channels],
+        "gelu-mlp": [in_channels, out_channels, out_channels],
+        "fused-gelu-mlp": [in_channels, 4 * in_channels, out_channels, out_channels],
+        "none": [in_channels],
+    }[kind]
+
+
+def check_model(
+    model: str, adapter: str | None = None, prepare: Sequence[str] | Mapping[str, Sequence[str]] = (), **choices: object
+) -> None:
+    """What can be known to be wrong of a model and its choices without reading any of it: no PyTorch is needed.
+
+    Args:
+        model, adapter, prepare, choices: as `VisualTokenizer.load` takes them.
+
+    Raises:
+        ValueError: what loading would raise, or there is no such file or folder.
+    """
+    if model in PRESETS and not Path(model).is_dir():
+        if adapter is not None:
+            raise ValueError(f"{model} is a preset with random weights; an adapter needs the checkpoint it is for")
+        PRESETS[model].choose(trained=False, prepare=prepare, **choices)
+        return
+    path = Path(model).expanduser()
+    if not path.exists() and (model.startswith(("/", "./", "../", "~")) or path.suffix in (".pt", ".safetensors")):
+        raise ValueError(no_model(model))
+    if adapter not in (None, "none") and not Path(adapter).expanduser().is_dir():
+        raise ValueError(f"there is no adapter at {str(adapter)!r}; give the folder that holds adapter_config.json")
+    parse_chains(prepare, [224])  # whatever the size will be
+
+
+def no_model(model: str) -> str:
+    """That there is no such model."""
+    return (
+        f"no checkpoint directory at {model!r}, and it is neither a preset ({', '.join(PRESETS)}), nor a Hugging Face id "
+        "(org/name), nor an encoder that timm knows; give the path of a checkpoint's folder"
+    )

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from vla_perception.tokenizer.presets import projector_widths
+
 
 class Projector(nn.Module):
     """A chain of linear layers ``fc1``, ``fc2``, … with GELU between them.
@@ -21,12 +23,7 @@ class Projector(nn.Module):
 
     def __init__(self, kind: str, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        widths = {
-            "linear": (in_channels, out_channels),
-            "gelu-mlp": (in_channels, out_channels, out_channels),
-            "fused-gelu-mlp": (in_channels, 4 * in_channels, out_channels, out_channels),
-            "none": (in_channels,),
-        }[kind]
+        widths = projector_widths(kind, in_channels, out_channels)
         self.kind = kind
         self.channels = widths[-1]
         self._names = [f"fc{i}" for i in range(1, len(widths))]

@@ -22,7 +22,7 @@ from vla_perception.tokenizer.encoders import PatchEncoder
 from vla_perception.tokenizer.layouts import open_model
 from vla_perception.tokenizer.prepare import Prepare, Step, compose
 from vla_perception.tokenizer.preprocess import Preprocessor, source_to_grid
-from vla_perception.tokenizer.presets import PRESETS, ModelConfig
+from vla_perception.tokenizer.presets import PRESETS, ModelConfig, check_model
 from vla_perception.tokenizer.projector import Projector
 from vla_perception.tokenizer.runtime import make_runtime
 from vla_perception.tokenizer.timm_import import on_meta
@@ -54,21 +54,7 @@ class _Network(nn.Module):
         self.encoders = nn.ModuleDict(
             {encoder.name: PatchEncoder(encoder, summary=config.summary) for encoder in config.encoders}
         )
-        grids = {name: encoder.grid for name, encoder in self.encoders.items()}
-        if len(set(grids.values())) != 1:
-            listed = ", ".join(f"{name} {rows} × {columns}" for name, (rows, columns) in grids.items())
-            raise ValueError(
-                f"model {config.name!r}: the encoders' grids differ ({listed}); features are joined position by "
-                "position, so choose image sizes that give the same number of patches"
-            )
-        rows, columns = next(iter(grids.values()))
-        if rows % config.pool or columns % config.pool:
-            fitting = ", ".join(str(k) for k in range(1, min(rows, columns) + 1) if rows % k == columns % k == 0)
-            raise ValueError(
-                f"pool {config.pool} does not divide the grid of {rows} × {columns}: patches at its edge would be lost; "
-                f"choose one of {fitting}"
-            )
-        self.patch_grid: tuple[int, int] = (rows, columns)
+        self.patch_grid = config.joint_grid({name: encoder.grid for name, encoder in self.encoders.items()})
         channels = sum(encoder.channels for encoder in self.encoders.values())
         self.projector = Projector(config.projector, channels, config.output_channels)
 
@@ -191,8 +177,7 @@ class VisualTokenizer:
                 CheckpointError for unusable files.
         """
         if str(model) in PRESETS and not Path(model).is_dir():
-            if adapter is not None:
-                raise ValueError(f"{model} is a preset with random weights; an adapter needs the checkpoint it is for")
+            check_model(str(model), adapter, **choices)
             return cls.from_preset(
                 str(model), seed=seed, device=device, compute_dtype=compute_dtype, runtime=runtime, **choices
             )

@@ -1,0 +1,76 @@
+"""What programs do to be up soon, and to say what they are busy with."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TextIO
+
+#: Erases the line that the cursor is in.
+_ERASE = "\r\x1b[2K"
+
+
+@contextlib.contextmanager
+def imports() -> Iterator[None]:
+    """To import much in: without looking for garbage, of which there is none, a tenth of the time is saved."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class Progress:
+    """One line about what a program is busy with: rewritten on a terminal, elsewhere a new line at long intervals.
+
+    Args:
+        stream: where to; stderr where not given.
+        interval_sec: at most this often where it is no terminal. The first line comes after that time.
+    """
+
+    def __init__(
+        self, stream: TextIO | None = None, *, interval_sec: float = 10.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._terminal = self._stream.isatty()
+        self._interval = 0.1 if self._terminal else interval_sec
+        self._clock = clock
+        self._last = clock()
+        self._shown = False
+
+    def __call__(self, text: str, *, begins: bool = False) -> None:
+        """Says what is being done. `begins`: something new, which may last; a terminal shows it at once."""
+        now = self._clock()
+        if now - self._last < self._interval and not (begins and self._terminal):
+            return
+        self._last = now
+        if self._terminal:
+            self._stream.write(f"{_ERASE}{text[: shutil.get_terminal_size().columns - 1]}")
+        else:
+            self._stream.write(f"{text}\n")
+        self._stream.flush()
+        self._shown = self._terminal
+
+    def clear(self) -> None:
+        """Takes the line away: something else is to be printed, or it is over."""
+        if self._shown:
+            self._stream.write(_ERASE)
+            self._stream.flush()
+            self._shown = False
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+
+def log_format(text: str) -> str:
+    """A format of log lines that takes away the line of a `Progress` first, if there may be one."""
+    return f"{_ERASE}{text}" if sys.stderr.isatty() else text
