@@ -133,9 +133,9 @@ def parameters_of(node) -> dict:
 
 
 def node_source(executable: str) -> str:
-    entry = re.search(rf"{executable} = (\S+):main", (ROOT / "setup.py").read_text().replace("{NAME}", "vla_perception"))
-    assert entry, f"{executable} is no console script"
-    return (ROOT / (entry[1].replace(".", "/") + ".py")).read_text()
+    entry = f'"{executable} = {{NAME}}.nodes.executables:{executable}"'  # each takes the module of its own name
+    assert entry in (ROOT / "setup.py").read_text(), f"{executable} is not a console script"
+    return (ROOT / f"vla_perception/nodes/{executable}.py").read_text()
 
 
 def check_nodes(actions) -> list[str]:

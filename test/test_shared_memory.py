@@ -335,6 +335,59 @@ def _fail(*_arguments):
 
 @needs_iceoryx2
 @pytest.mark.ros
+def test_shared_memory_that_fails_at_the_tokenizer_leaves_the_topic_and_comes_again(ros, source, monkeypatch):
+    """There is no room when it begins, and none again while it goes on."""
+    from vla_perception.nodes import token_publisher
+
+    def no_room(_size):
+        raise SharedMemoryError("no room")
+
+    told = []
+    monkeypatch.setattr(token_publisher, "_RETRY", 0.1)
+    monkeypatch.setattr(token_publisher, "_RETRY_AT_MOST", 0.2)
+    logger = SimpleNamespace(warning=told.append, info=told.append, error=told.append)
+    monkeypatch.setattr(source.publisher._node, "get_logger", lambda: logger)
+    with TokenSubscriber(ros.node()) as tokens:
+        wait_until(source.on_topic, 20.0, "a match")
+        for module in (shared_memory, shared_memory_services):
+            monkeypatch.setattr(module, "make_sure_of_room", no_room)
+        source.publisher.open_shared_memory()
+        assert told == ["tokens go by the topic alone: no room; tried again in 0.1 s, later less often"]
+        source.send()
+        wait_until(lambda: tokens.received == source.sent, 20.0, "a set by the topic")
+        for module in (shared_memory, shared_memory_services):
+            monkeypatch.setattr(module, "make_sure_of_room", lambda _size: None)
+        until_shared(tokens, source.send)
+        monkeypatch.setattr(shared_memory, "make_sure_of_room", no_room)
+        source.send()
+        wait_until(lambda: tokens.transport == "topic" and source.on_topic(), 20.0, "the topic")
+        source.send()
+        wait_until(lambda: tokens.newest.sequence == source.sent - 1, 20.0, "a set by the topic")
+        monkeypatch.setattr(shared_memory, "make_sure_of_room", lambda _size: None)
+        until_shared(tokens, source.send)
+        source.publisher.close_shared_memory()
+        wait_until(lambda: tokens.transport == "topic", 20.0, "the topic")
+        assert source.publisher._timer is None and len(told) == 1
+
+
+@pytest.mark.ros
+def test_shared_memory_that_was_closed_while_it_was_opened_stays_closed(source, monkeypatch):
+    from vla_perception.nodes import token_publisher
+
+    closed = []
+
+    def open_late(*_arguments):
+        source.publisher.close_shared_memory()
+        return SimpleNamespace(close=lambda: closed.append(True))
+
+    monkeypatch.setattr(token_publisher, "missing", lambda: "")
+    monkeypatch.setattr(token_publisher, "TokenWriter", open_late)
+    source.publisher.open_shared_memory()
+    assert source.publisher._writer is None and closed == [True]
+
+
+@needs_iceoryx2
+@pytest.mark.ros
 def test_a_killed_policy_does_not_keep_the_tokenizer_at_work(ros, source):
     source.publisher.open_shared_memory()
     with policy_process(ros) as policy:
