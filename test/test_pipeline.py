@@ -245,13 +245,13 @@ def test_a_rate_of_almost_nothing_only_waits(bench, rate):
 
 def test_a_frame_that_is_refused_is_counted_and_told(bench):
     bench = bench()
-    assert bench.pipeline.refuse("front", "its stamp is no time")
+    assert bench.pipeline.refuse("front", "its stamp is no time", "header")
     assert bench.counts()["undecodable"] == bench.counts()["received"] == 1
     bench.add()
     bench.wait_for(1)
     assert "front: a frame is skipped: its stamp is no time" in bench.complaints[0]
     bench.pipeline.stop()
-    assert not bench.pipeline.refuse("front", "") and bench.counts()["received"] == 2
+    assert not bench.pipeline.refuse("front", "", "header") and bench.counts()["received"] == 2
 
 
 def test_an_unreadable_picture_takes_nobodys_turn(bench):

@@ -187,13 +187,13 @@ class Pipeline:
                 self._changed.notify_all()
         return True
 
-    def refuse(self, camera: str, reason: str) -> bool:
-        """A frame has arrived that nothing can be made of; False while stopped."""
+    def refuse(self, camera: str, reason: str, subject: str) -> bool:
+        """A frame has arrived that nothing can be made of, for a `reason` about `subject`; False while stopped."""
         with self._changed:
             if not self._active:
                 return False
             self._sync.refuse(camera)
-        self._complain_of_frame("header", camera, reason)
+        self._complain_of_frame(subject, camera, reason)
         return True
 
     def request(self) -> Request:
@@ -397,8 +397,8 @@ class Pipeline:
             self._timings["preprocess"].append(preprocessed - decoding_ended)
         return True
 
-    def _complain_of_frame(self, step: str, camera: str, reason: str) -> None:
-        self._complain(f"{step} {camera}", f"camera {camera}: a frame is skipped: {reason}")
+    def _complain_of_frame(self, subject: str, camera: str, reason: str) -> None:
+        self._complain(f"{subject} {camera}", f"camera {camera}: a frame is skipped: {reason}")
 
     def _decode_all(self, frames: FrameSet) -> list[Callable[[], np.ndarray]]:
         """Per frame what gives its image, or raises; several JPEG or PNG images are decoded side by side."""

@@ -577,12 +577,14 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         pipeline, stamp, now = self._pipeline, message.header.stamp, time.monotonic()
         if pipeline is None:
             return
+        subject = "header"
         try:
             check_header(message.header)
+            subject = "size"
             # Now, not when it is decoded: several wait for each camera.
             images.check_message_size(message, self._settings["max_image_pixels"])
         except ValueError as error:
-            taken = pipeline.refuse(camera.name, str(error))
+            taken = pipeline.refuse(camera.name, str(error), subject)
         else:
             taken = pipeline.add(camera.name, stamp.sec * 10**9 + stamp.nanosec, message)
         if taken:
