@@ -34,6 +34,7 @@ from vla_perception.tokenizer.preprocess import (
     resized_size,
 )
 from vla_perception.tokenizer.presets import EncoderConfig
+from vla_perception.tokenizer.upload import upload
 
 if TYPE_CHECKING:
     from vla_perception.tokenizer.device_prepare import DeviceSteps
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PRECISION_BITS = 22
-#: Bytes that are copied into pinned memory at a time; they cross to the device while the next are copied.
-_CHUNK = 1 << 20
 #: Products of one pass that are in memory at a time, 4 bytes each.
 _MAX_PRODUCTS = 1 << 25
 
@@ -186,28 +185,17 @@ class PreprocessPlan:
         Args:
             images: of the sizes and layouts that the plan was made for; ValueError if not.
         """
-        device = self._owner.device
-        if into is None:
-            into = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
-        # The allocator gives a pinned block out again only when the copies that were queued from it are done.
-        host = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=True) if device.type == "cuda" else into
-        pinned = host.numpy()
         if len(images) != len(self.layouts):
             raise ValueError(f"the plan is for {len(self.layouts)} images, got {len(images)}")
-        for image, layout, start in zip(images, self.layouts, self._starts):
+        memories = []
+        for image, layout in zip(images, self.layouts):
             actual, memory = memory_of(image)
             if actual != layout:
                 raise ValueError(f"the plan is for an image of {layout}, got {actual}; make a plan for these images")
-            # In parts of whole rows where there are gaps between them: each crosses while the next is copied.
-            row_bytes = memory.shape[1] if memory.ndim == 2 else 1
-            step = max(1, _CHUNK // row_bytes)
-            for first in range(0, len(memory), step):
-                part = memory[first : first + step]
-                begin = start + first * row_bytes
-                end = begin + part.size
-                np.copyto(pinned[begin:end].reshape(part.shape), part)
-                if host is not into:
-                    into[begin:end].copy_(host[begin:end], non_blocking=True)
+            memories.append(memory)
+        if into is None:
+            into = torch.empty(self.nbytes, dtype=torch.uint8, device=self._owner.device)
+        upload(memories, into)
         return into
 
     def run(self, source: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:
