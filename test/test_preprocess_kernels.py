@@ -140,6 +140,12 @@ def test_a_plan_is_for_the_sizes_and_layouts_that_it_was_made_for(device):
         plan.upload([VIEWS["bgr8"], VIEWS["rgb8"]])
 
 
+def test_an_image_whose_places_do_not_fit_into_32_bits_is_refused():
+    huge = np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (30_000, 30_000, 3), (90_000, 3, 1))
+    with pytest.raises(ValueError, match="less than 2 GiB"):  # its memory is not touched: there is none
+        DevicePreprocessor([encoder(28)], torch.device("cpu")).plan([huge])
+
+
 @pytest.mark.gpu
 def test_in_a_graph(device):
     """Replays read what was uploaded last, and the first replay is not the only one that is right."""

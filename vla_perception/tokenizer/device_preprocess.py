@@ -336,11 +336,17 @@ class DevicePreprocessor:
             steps: what is left of each image's preparation (`Prepare.begin`), where `does_steps`.
 
         Raises:
-            ValueError: no such images.
+            ValueError: no such images, or one of 2 GiB and more.
         """
         if len(images) == 0:
             raise ValueError("no image given; pass at least one uint8 [height, width, 3] array")
         layouts = tuple(memory_of(check_image(image))[0] for image in images)
+        for layout in layouts:
+            if layout.nbytes >= 1 << 31:  # the kernels compute places within an image in 32 bits
+                raise ValueError(
+                    f"an image of {layout.width} × {layout.height} pixels takes {layout.nbytes} bytes; a GPU preprocesses "
+                    "images of less than 2 GiB: scale it down, or use device cpu"
+                )
         return self._plan(layouts, tuple(steps or [()] * len(images)))
 
     def _make_plan(self, layouts: tuple[Layout, ...], steps: tuple[tuple[Step, ...], ...]) -> PreprocessPlan:
