@@ -259,3 +259,14 @@ def test_a_full_dev_shm_is_a_sentence_at_the_start(monkeypatch, capsys):
     state[2] = state[4] = 0  # a tmpfs without a limit
     executables.begin()
     assert left == [1]
+
+
+def test_ctrl_c_at_the_command_line_is_no_traceback(monkeypatch, capsys):
+    from vla_perception import cli
+
+    def interrupted(_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_describe", interrupted)
+    assert cli.main(["describe", "small"]) == 130
+    assert capsys.readouterr().err == "vla-perception: interrupted\n"

@@ -14,7 +14,7 @@ from vla_perception import __version__, startup
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0, or 1 after printing one sentence about what went wrong."""
+    """Runs the command line; returns 0, 1 after printing one sentence about what went wrong, or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="vla-perception", description=__doc__)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"vla-perception: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("vla-perception: interrupted", file=sys.stderr)
+        return 130  # as shells have it for a program that Ctrl-C ended
     return 0
 
 
