@@ -229,6 +229,52 @@ print(os.path.exists("/tmp/iceoryx2") and os.listdir("/tmp/iceoryx2"))
     assert folder == "0o40700"
 
 
+@needs_iceoryx2
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be several users")
+def test_users_neither_reach_nor_mix_with_each_other(own_shm):
+    code = """
+sys.executable = ""  # may lie where only root comes to: no trial
+
+def as_user(user, call):
+    if not (child := os.fork()):
+        os.setgroups([]), os.setresgid(user, user, user), os.setresuid(user, user, user)
+        print(user, attempt(call) or "nothing")
+        sys.stdout.flush()
+        os._exit(0)
+    os.waitpid(child, 0)
+
+def reach():
+    for name in [f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if name.startswith("vla_")]:
+        for call in (lambda: open(name, "rb"), lambda: open(name, "r+b"), lambda: os.unlink(name), lambda: os.listdir(name)):
+            try:
+                return call(), name
+            except OSError:
+                pass
+
+def opened():
+    return bool(TokenReader("/tokens", 0)) and "opened"
+
+if not (root := os.fork()):
+    writer, reader = TokenWriter("/tokens", 0), TokenReader("/tokens", 0)
+    writer.write(make_tokens(0))
+    as_user(1001, reach)
+    as_user(1002, opened)
+    as_user(1002, lambda: TokenWriter("/tokens", 0).readers())  # root's reader is none of its own
+    os._exit(0)
+os.waitpid(root, 0)
+os.mkdir("/dev/shm/vla_perception-1003", 0o700)
+as_user(1003, opened)
+open("/dev/shm/vla_1004_x", "w").close()
+as_user(1004, opened)
+"""
+    lines = own_shm(code).splitlines()
+    assert len(lines) == 5, lines
+    reached, opened, readers, folder, file = lines
+    assert (reached, opened, readers) == ("1001 nothing", "1002 opened", "1002 nothing")
+    assert folder == "1003 /dev/shm/vla_perception-1003 belongs to user 0, who must remove it"
+    assert file.startswith("1004 /dev/shm/vla_1004_x is not a file of this user (but of 0)")
+
+
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
     """Stands for /dev/shm."""
