@@ -61,6 +61,8 @@ def test_packing_frees_the_weights_as_they_were():
 def test_operations_on_packed_weights_are_counted():
     from torch.utils.flop_counter import FlopCounterMode
 
+    import vla_perception.bench  # noqa: F401  says how they are counted
+
     counts = []
     for runtime in ("eager", "onednn"):
         tokenizer = load(runtime=runtime)
