@@ -87,8 +87,8 @@ def test_missing_wrong_and_surplus_tensors_are_one_error_that_lists_them(parts, 
 
 
 def test_a_part_that_nobody_knows_is_refused(parts, tmp_path):
-    folder = checkpoints.write(tmp_path / "model", parts[2] | {"action_head.weight": torch.zeros(2)})
-    with pytest.raises(CheckpointError, match="action_head.weight"):
+    folder = checkpoints.write(tmp_path / "model", parts[2] | {"other_tower.weight": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match="other_tower.weight"):
         VisualTokenizer.from_checkpoint(folder)
 
 

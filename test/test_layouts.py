@@ -131,8 +131,8 @@ def test_adapters_that_cannot_be_added(parts, tmp_path, settings, words):
 
 def test_an_adapter_for_another_model(parts, tmp_path):
     base = checkpoints.write(tmp_path / "base", parts[2])
-    write_adapter(tmp_path / "adapter", {"action_head.fc.weight": torch.zeros(8, 8)}, base)
-    with pytest.raises(CheckpointError, match="fit no part: base_model.model.action_head.fc.lora_A.weight"):
+    write_adapter(tmp_path / "adapter", {"other_tower.fc.weight": torch.zeros(8, 8)}, base)
+    with pytest.raises(CheckpointError, match="fit no part: base_model.model.other_tower.fc.lora_A.weight"):
         VisualTokenizer.from_checkpoint(base, adapter=tmp_path / "adapter")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from vla_perception.tokenizer.files import WEIGHT_DTYPES, CheckpointError, Store
 from vla_perception.tokenizer.presets import ModelConfig
 
 __all__ = ["Adapter", "Checkpoint", "CheckpointError", "WeightsDigest", "cache_directory", "fingerprint", "merged"]
+
+log = logging.getLogger(__name__)
 
 _LISTED = 20
 
@@ -111,10 +114,16 @@ class Checkpoint:
                 parts[".position_grid"] = torch.tensor(self.position_grids[name], dtype=torch.float32)
             yield name, parts
 
+    def check_unchanged(self) -> None:
+        """CheckpointError if a file was written to since it was opened: what was read may be of two checkpoints."""
+        adapters = (part for adapter in self.adapters.values() for part in (adapter.a, adapter.b))
+        for source in {id(tensor.source): tensor.source for tensor in (*self.tensors.values(), *adapters)}.values():
+            source.check_unchanged()
+
     def digest_cache(self, names: Iterable[str]) -> Path | None:
         """The file that keeps the digest of these tensors; its name changes with any file's size or mtime.
 
-        None where tensors come from no file, or change on the way.
+        None where tensors come from no file, or change on the way, and where there is no home for a cache.
         """
         stored = [self.tensors[name] for name in names]
         if self.adapters or self.position_grids or any(tensor.source.path is None for tensor in stored):
@@ -125,7 +134,11 @@ class Checkpoint:
             key.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         for name in sorted(names):
             key.update(f"{name}\0{self.tensors[name].name}\n".encode())
-        return cache_directory() / "digests" / key.hexdigest()
+        try:
+            return cache_directory() / "digests" / key.hexdigest()
+        except CheckpointError as error:
+            log.info("the fingerprint is computed again next time: %s", error)
+            return None
 
 
 def merged(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -177,8 +190,18 @@ def fingerprint(weights_digest: str, settings: Mapping[str, object]) -> str:
 
 
 def cache_directory() -> Path:
-    """``$XDG_CACHE_HOME/vla_perception``, ``~/.cache/vla_perception`` by default."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vla_perception"
+    """``$XDG_CACHE_HOME/vla_perception``, ``~/.cache/vla_perception`` by default.
+
+    Raises:
+        CheckpointError: there is no home directory (neither HOME nor an entry of the user's), nor XDG_CACHE_HOME.
+    """
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(given) if given else Path.home() / ".cache") / "vla_perception"
+    except RuntimeError as error:
+        raise CheckpointError(
+            "there is no home directory to keep files in: HOME is not set; set it, or XDG_CACHE_HOME and HF_HOME"
+        ) from error
 
 
 def listing(title: str, names: list[str]) -> str:

@@ -95,8 +95,9 @@ def model_config(model: str, *, image_size: int | Sequence[int] | None = None, *
         return PRESETS[model].choose(trained=False, image_size=image_size, **choices)
 
     from vla_perception.tokenizer import hub, layouts, pretrained
+    from vla_perception.tokenizer.files import exists, local_path
 
-    if Path(model).expanduser().exists():
+    if exists(local_path(model)):
         config = layouts.open_checkpoint(model).config
     elif pretrained.is_name(model):
         return _timm_config(model, image_size).choose(trained=True, **choices)

@@ -6,12 +6,14 @@ damaged or hostile one ends in one `CheckpointError`, quickly and in little memo
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import pickletools
 import re
 import struct
+import weakref
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +22,6 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 #: safetensors' names of the dtypes that weights may be stored in.
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
@@ -30,6 +31,10 @@ _DTYPE_SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
+#: Those of them that are read, the weights' and others to compare with.
+_STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+#: Bytes that are read in one go.
+_CHUNK = 1 << 26
 _TORCH_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 #: All that a file of weights names: everything else in a pickle is there to run code, or is no weight.
 _PICKLE_GLOBALS = {
@@ -56,6 +61,8 @@ class TensorSource(Protocol):
 
     def get(self, name: str) -> torch.Tensor: ...
 
+    def check_unchanged(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -67,7 +74,7 @@ class StoredTensor:
     dtype: str
 
     def get(self) -> torch.Tensor:
-        """The tensor as stored; may be a view of a mapped file."""
+        """The tensor as stored; of a ``.pt`` a view of the mapped file."""
         return self.source.get(self.name)
 
 
@@ -80,11 +87,14 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._opened = None
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; the download is incomplete")
-        with file_errors(path), open(path, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
+        with file_errors(path):
+            # Open as long as its tensors are wanted: what takes its place in the folder meanwhile is another file.
+            stream = self._stream = open(path, "rb", buffering=0)
+            weakref.finalize(self, stream.close)
+            self._status = _status(stream)
+            size = self._status[0]
             start = stream.read(20)
             if start.startswith(b"version https://git"):
                 raise CheckpointError(
@@ -93,21 +103,42 @@ class SafetensorsFile:
             length = header_length(start, size)
             stream.seek(8)
             entries = parse_header(stream.read(length), size - 8 - length)
+        self._spans = {
+            name: (8 + length + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])
+            for name, entry in entries.items()
+        }
         self.tensors = {
             name: StoredTensor(self, name, tuple(entry["shape"]), entry["dtype"]) for name, entry in entries.items()
         }
 
     def get(self, name: str) -> torch.Tensor:
+        """A copy, read and not mapped: where the file becomes shorter meanwhile, a mapped page would end the process."""
+        stored, (start, length) = self.tensors[name], self._spans[name]
+        if stored.dtype not in _STORED:
+            raise CheckpointError(f"{self.path}: {name[:200]!r} is stored as {stored.dtype}, which is not read")
+        data = torch.empty(length, dtype=torch.uint8)
+        view, at = memoryview(data.numpy()), 0
         with file_errors(self.path):
-            if self._opened is None:
-                self._opened = safe_open(self.path, framework="pt")
-            return self._opened.get_tensor(name)
+            while at < length:
+                count = os.preadv(self._stream.fileno(), [view[at : at + _CHUNK]], start + at)
+                if count == 0:
+                    raise CheckpointError(_changed(self.path))
+                at += count
+        return data.view(_STORED[stored.dtype]).reshape(stored.shape)
+
+    def check_unchanged(self) -> None:
+        """CheckpointError if the file was written to since it was opened."""
+        if _status(self._stream) != self._status:
+            raise CheckpointError(_changed(self.path))
 
 
 class MemoryTensors:
     """Tensors that are in memory already."""
 
     path = None
+
+    def check_unchanged(self) -> None:
+        """They are nobody else's."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = tensors
@@ -131,8 +162,10 @@ class PickledTensors:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; the download is incomplete")
         try:
-            with open(path, "rb") as stream:
-                _check_archive(stream)
+            stream = self._stream = open(path, "rb")
+            weakref.finalize(self, stream.close)
+            self._status = _status(stream)
+            _check_archive(stream)
             self.tree = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except CheckpointError:
             raise
@@ -164,7 +197,48 @@ class PickledTensors:
         return result
 
     def get(self, name: str) -> torch.Tensor:
+        # The file is mapped: a page that is not there any more would end the process.
+        self.check_unchanged()
         return self._found[name].detach()
+
+    def check_unchanged(self) -> None:
+        """CheckpointError if the file was written to since it was opened."""
+        if _status(self._stream) != self._status:
+            raise CheckpointError(_changed(self.path))
+
+
+def _status(stream: BinaryIO | io.FileIO) -> tuple[int, int]:
+    """Size and time of the last change."""
+    status = os.fstat(stream.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def _changed(path: Path) -> str:
+    return (
+        f"{path} was changed while it was read. Start again when it is whole; to replace a checkpoint that is in use, write "
+        "the new file beside it and rename it (mv), which leaves the old one to those who read it"
+    )
+
+
+def local_path(path: str | os.PathLike) -> Path:
+    """The path with ``~`` written out; as it is where nobody knows a home directory."""
+    return Path(os.path.expanduser(path))
+
+
+def exists(path: Path) -> bool:
+    """Whether something is there that can be seen: false also for names that cannot be, and in folders of others."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def is_directory(path: Path) -> bool:
+    """As `exists`, for a directory."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
@@ -197,14 +271,16 @@ def parse_header(header: bytes, payload: int) -> dict[str, dict]:
         try:
             dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
             numbers = [*shape, start, stop]
-            known = dtype in _DTYPE_SIZES and len(shape) <= 16 and isinstance(shape, list)
+            # Language models are quantised to dtypes that come up every year: of tensors that are not read any will do.
+            named = isinstance(dtype, str) and re.fullmatch(r"[A-Z][A-Z0-9_]{0,31}", dtype) is not None
+            known = named and isinstance(shape, list) and len(shape) <= 16
         except (TypeError, KeyError, ValueError) as error:
             raise CheckpointError(f"its entry {name[:200]!r} is not a tensor's") from error
         if not known or not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
-            raise CheckpointError(f"its entry {name[:200]!r} has an unknown dtype, or numbers that cannot be")
+            raise CheckpointError(f"its entry {name[:200]!r} has a dtype or numbers that cannot be")
         if stop > payload:
             raise CheckpointError(f"{name[:200]!r} ends at byte {stop} of {payload}: truncated, or never whole")
-        if stop - start != math.prod(shape) * _DTYPE_SIZES[dtype]:
+        if stop < start or (dtype in _DTYPE_SIZES and stop - start != math.prod(shape) * _DTYPE_SIZES[dtype]):
             raise CheckpointError(f"{name[:200]!r}: {stop - start} bytes are not {dtype} {shape}")
         spans.append((start, stop, name))
     spans.sort()
@@ -248,7 +324,7 @@ def file_errors(file: Path) -> Iterator[None]:
         if str(file) in str(error):
             raise
         raise CheckpointError(f"{file} cannot be read as safetensors: {error}; download it again") from error
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
         raise CheckpointError(f"{file} cannot be read as safetensors ({error}); download it again") from error
 
 

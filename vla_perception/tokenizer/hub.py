@@ -24,15 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vla_perception.tokenizer.checkpoint import cache_directory
-from vla_perception.tokenizer.files import CheckpointError, read_json
+from vla_perception.tokenizer.files import CheckpointError, exists, read_json
 from vla_perception.tokenizer.ranges import LocalFile, RemoteFile, Span, transport_error
+from vla_perception.tokenizer.tensor_names import is_vision
 
 log = logging.getLogger(__name__)
 
 _ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w.][\w./-]*))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _INDEX = "model.safetensors.index.json"
-_SMALL_FILES = ("config.json", "preprocessor_config.json", "dataset_statistics.json", "adapter_config.json")
+_SMALL_FILES = (
+    "config.json", "preprocessor_config.json", "processor_config.json", "dataset_statistics.json", "adapter_config.json",
+)  # fmt: skip
 _ADAPTER = "adapter_model.safetensors"
 #: Bytes after which what was written is made to last a power failure, and counted as fetched.
 _STEP = 64 << 20
@@ -44,7 +47,7 @@ _SPARE = 64 << 20
 
 def is_id(text: str) -> bool:
     """Whether `text` has the form of a Hugging Face id, ``org/name`` or ``org/name@revision``, and is no path here."""
-    return _ID.fullmatch(text) is not None and not Path(text).exists()
+    return _ID.fullmatch(text) is not None and not exists(Path(text))
 
 
 def fetch(name: str) -> Path:
@@ -208,7 +211,7 @@ def _shards(repository: str, commit: str, files: Collection[str]) -> list[str]:
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{repository}: {_INDEX} has no weight_map")
-        shards = {str(file) for name, file in weight_map.items() if _wanted(name)}
+        shards = {str(file) for name, file in weight_map.items() if is_vision(name)}
         lacking = sorted(file for file in shards if file not in files or Path(file).name != file)
         if lacking:
             raise CheckpointError(f"{repository} lacks files that its index names: {', '.join(lacking[:8])}")
@@ -217,10 +220,6 @@ def _shards(repository: str, commit: str, files: Collection[str]) -> list[str]:
     if len(single) > 1:
         raise CheckpointError(f"{repository} has {len(single)} safetensors files and no {_INDEX}")
     return single
-
-
-def _wanted(name: str) -> bool:
-    return not name.removeprefix("base_model.model.").startswith("language_model.")
 
 
 def _small(repository: str, commit: str, file: str) -> Path:
@@ -326,7 +325,7 @@ def _plan(sources: Sequence[LocalFile | RemoteFile], about: Mapping[str, str]) -
         except CheckpointError as error:
             raise CheckpointError(f"{source.name} cannot be read as safetensors: {error}") from error
         for name, entry in entries.items():
-            if not _wanted(name):
+            if not is_vision(name):
                 continue
             if name in names:
                 raise CheckpointError(f"{source.name}: the tensor {name[:200]!r} is in another file, too")

@@ -10,19 +10,21 @@ from __future__ import annotations
 import logging
 import math
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from vla_perception.tokenizer.checkpoint import Adapter, Checkpoint, listing
+from vla_perception.tokenizer.adapters import read_adapter, with_adapter
+from vla_perception.tokenizer.checkpoint import Checkpoint
 from vla_perception.tokenizer.files import (
     CheckpointError,
     SafetensorsFile,
     StoredTensor,
-    file_errors,
+    exists,
+    is_directory,
+    local_path,
     read_json,
 )
 from vla_perception.tokenizer.model_args import checked_model_args
@@ -34,15 +36,16 @@ from vla_perception.tokenizer.presets import (
     encoder_name,
     no_model,
 )
+from vla_perception.tokenizer.tensor_names import canonical_name, is_head, is_vision, refuse_unknown, unwrapped
 
 log = logging.getLogger(__name__)
 
-_ENCODER_PREFIXES = ("vision_backbone.featurizer.", "vision_backbone.fused_featurizer.")
-_PROJECTOR_PREFIX = "projector."
-_LANGUAGE_MODEL_PREFIX = "language_model."
+#: What is read of an image processor's configuration.
+_PREPROCESSING = (
+    "input_sizes", "image_resize_strategy", "interpolations", "means", "stds", "tvf_resize_params", "tvf_crop_params",
+    "tvf_normalize_params", "tvf_do_letterbox", "tvf_letterbox_fill",
+)  # fmt: skip
 _INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
-#: peft's wrapping of a model's names.
-_PEFT_PREFIX = "base_model.model."
 
 
 def open_model(
@@ -58,7 +61,7 @@ def open_model(
     """
     from vla_perception.tokenizer import hub, pretrained
 
-    if Path(model).expanduser().exists():
+    if exists(local_path(model)):
         return open_checkpoint(model, adapter), False
     if hub.is_id(str(model)):
         return open_checkpoint(hub.fetch(str(model)), adapter), False
@@ -79,7 +82,7 @@ def open_checkpoint(path: str | os.PathLike, adapter: str | os.PathLike | None =
     Raises:
         CheckpointError: nothing that is known, or something is amiss with it; the message says what.
     """
-    directory = Path(path).expanduser()
+    directory = local_path(path)
     if directory.is_file():
         from vla_perception.tokenizer import prismatic
 
@@ -97,13 +100,13 @@ def open_checkpoint(path: str | os.PathLike, adapter: str | os.PathLike | None =
         _refuse_film(directory)
         if (directory / "adapter_config.json").is_file():
             _refuse_film(directory.parent)
-            base = open_checkpoint(_base_of(directory), "none")
+            base = _open_base(directory)
             checkpoint = with_adapter(base, directory)
             checkpoint = replace(checkpoint, config=replace(checkpoint.config, name=directory.resolve().name))
         else:
             checkpoint, adapter = _open_directory(directory, adapter)
     if adapter is not None and str(adapter) != "none":
-        checkpoint = with_adapter(checkpoint, Path(adapter).expanduser())
+        checkpoint = with_adapter(checkpoint, local_path(adapter))
     return checkpoint
 
 
@@ -114,7 +117,7 @@ def _open_directory(directory: Path, adapter: str | os.PathLike | None) -> tuple
     weights = any(directory.glob("*.safetensors")) or (directory / "model.safetensors.index.json").is_file()
     if held and not weights:
         # OpenVLA-OFT without merging: the directory has the processor and the heads, the base model the weights.
-        base = open_checkpoint(_base_of(beside), "none")
+        base = _open_base(beside)
         return replace(base, path=directory, config=replace(base.config, name=directory.resolve().name)), beside
     config = read_json(directory / "config.json")
     if "timm_model_ids" not in config and ("model" in config or "vla" in config):
@@ -138,35 +141,60 @@ def _refuse_film(directory: Path) -> None:
 
 def _open_openvla(directory: Path) -> Checkpoint:
     config = read_config(directory)
-    tensors, surplus = {}, []
+    tensors, unknown, heads = {}, [], set()
     for stored in _stored_tensors(directory):
-        canonical = _canonical_name(stored.name, config)
+        canonical = canonical_name(stored.name, config)
+        if canonical in tensors:
+            raise CheckpointError(f"{directory}: {stored.name[:200]!r} and {tensors[canonical].name[:200]!r} are one tensor")
         if canonical is not None:
             tensors[canonical] = stored
-        elif not stored.name.startswith(_LANGUAGE_MODEL_PREFIX):
-            surplus.append(stored.name)
-    if surplus:
-        raise CheckpointError(f"{directory}: {listing('tensors that belong to no known part', surplus)}")
+        elif is_vision(stored.name):
+            unknown.append(stored.name)
+        elif is_head(stored.name):
+            heads.add(unwrapped(stored.name).partition(".")[0])
+    refuse_unknown(directory, unknown)
+    if heads:
+        log.info("%s: not read, as it has no bearing on visual tokens: %s", directory, ", ".join(sorted(heads)))
     return Checkpoint(directory, config, tensors)
 
 
-def _base_of(directory: Path) -> Path:
-    """The directory of the model that an adapter was trained on."""
+def _open_base(directory: Path) -> Checkpoint:
+    """The model that an adapter was trained on: a directory here, or fetched from the hub, which is said before.
+
+    Naming an adapter asks for its base model, so fetching it is right; that another place than the user named is asked
+    for must not pass unseen.
+    """
     settings = read_json(directory / "adapter_config.json")
-    named = settings.get("base_model_name_or_path")
+    named, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not isinstance(named, str) or not named:
         raise CheckpointError(f"{directory / 'adapter_config.json'} does not name its base model; give it as the model")
-    for candidate in (Path(named).expanduser(), directory / named, directory.parent / named):
-        if candidate.is_dir() and candidate.resolve() != directory.resolve():
-            return candidate
+    for candidate in (local_path(named), directory / named, directory.parent / named):
+        if is_directory(candidate) and candidate.resolve() != directory.resolve():
+            return _not_an_adapter(candidate, directory)
     from vla_perception.tokenizer import hub
 
-    if hub.is_id(named):
-        return hub.fetch(named)
-    raise CheckpointError(
-        f"the adapter {directory} was trained on {named!r}, which is not here; give the base model's directory as the "
-        "model and this one as the adapter"
-    )
+    wanted = f"{named}@{revision}" if isinstance(revision, str) and revision and "@" not in named else named
+    if not hub.is_id(wanted):
+        raise CheckpointError(
+            f"the adapter {directory} was trained on {named!r:.200}, which is not here; give the base model's directory as "
+            "the model and this one as the adapter"
+        )
+    note = f"the base model {wanted} is the one that {directory.name}'s adapter_config.json names, from the hub"
+    log.warning(
+        "%s: it is fetched unless it lies in the cache. To decide on it yourself give it as the model and %s as the "
+        "adapter; HF_HUB_OFFLINE=1 keeps everything from being fetched", note, directory,
+    )  # fmt: skip
+    base = _not_an_adapter(hub.fetch(wanted), directory)
+    return replace(base, notes=(*base.notes, note))
+
+
+def _not_an_adapter(base: Path, adapter: Path) -> Checkpoint:
+    if (base / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"the adapter {adapter} was trained on {base}, which is an adapter, too; merge that one into its base model with "
+            "peft's merge_and_unload, and give the merged model as the model"
+        )
+    return open_checkpoint(base, "none")
 
 
 def _lacks_adapter(checkpoint: Checkpoint, directory: Path) -> bool:
@@ -175,83 +203,22 @@ def _lacks_adapter(checkpoint: Checkpoint, directory: Path) -> bool:
     OpenVLA-OFT writes merged weights there, and that is assumed where the base model is not at hand to compare with.
     """
     try:
-        named = Path(str(read_json(directory / "adapter_config.json").get("base_model_name_or_path", ""))).expanduser()
+        named = local_path(str(read_json(directory / "adapter_config.json").get("base_model_name_or_path", "")))
         if not named.is_absolute():
             named = directory / named
-        if not named.is_dir():
+        if not is_directory(named):
             log.info("%s: the weights beside lora_adapter/ are taken as merged, as OpenVLA-OFT writes them", directory)
             return False
         if named.resolve() == Path(checkpoint.path).resolve():
             return True
-        base = open_checkpoint(named, "none")
-        adapted = with_adapter(base, directory).adapters
+        base = _not_an_adapter(named, directory)
+        adapted, _ = read_adapter(base, directory)
         name = min(adapted, default=None, key=lambda name: (math.prod(base.tensors[name].shape), name))
         if name is None or name not in checkpoint.tensors:
             return False
         return torch.equal(base.tensors[name].get(), checkpoint.tensors[name].get())
     except (KeyError, OSError) as error:
         raise CheckpointError(f"{directory}: {error}") from error
-
-
-def with_adapter(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
-    """A checkpoint and peft's LoRA adapter for it (``adapter_config.json``, ``adapter_model.safetensors``).
-
-    What the adapter changes in the language model is left out. CheckpointError for other kinds than plain LoRA.
-    """
-    settings = read_json(directory / "adapter_config.json")
-    if settings.get("peft_type") != "LORA" or settings.get("use_dora") or settings.get("fan_in_fan_out"):
-        raise CheckpointError(
-            f"{directory}: only plain LoRA can be added (peft_type LORA without use_dora and fan_in_fan_out), not "
-            f"{settings.get('peft_type')!r}; merge it with peft's merge_and_unload and save the model"
-        )
-    file = directory / "adapter_model.safetensors"
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing; an adapter is read from safetensors, never from a pickle")
-    tensors, adapters, surplus = dict(checkpoint.tensors), {}, []
-    pairs: dict[str, dict[str, StoredTensor]] = {}
-    with file_errors(file):
-        stored_tensors = SafetensorsFile(file).tensors
-    for stored in stored_tensors.values():
-        name = stored.name.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
-        name = re.sub(r"\.modules_to_save(\.default)?\.", ".", name)
-        if name.startswith(_LANGUAGE_MODEL_PREFIX):
-            continue
-        low_rank = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", name)
-        module = low_rank.group(1) if low_rank else ""
-        canonical = _canonical_name(f"{module}.weight" if low_rank else name, checkpoint.config)
-        if canonical is None or canonical not in checkpoint.tensors:
-            surplus.append(stored.name)
-        elif low_rank:
-            pairs.setdefault(canonical, {"module": module})[low_rank.group(2)] = stored  # type: ignore[dict-item]
-        else:
-            tensors[canonical] = stored
-    odd = [name for name, pair in pairs.items() if len(pair) != 3]
-    if surplus or odd:
-        parts = [listing("tensors that fit no part", surplus)] * bool(surplus)
-        parts += [listing("tensors with one half of a pair", odd)] * bool(odd)
-        raise CheckpointError(f"{directory} does not fit {checkpoint.path}: {'; '.join(parts)}")
-    try:
-        for name, pair in pairs.items():
-            scale = _lora_scale(settings, str(pair["module"]), pair["A"].shape[0])
-            adapters[name] = Adapter(pair["A"], pair["B"], scale)
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError, ZeroDivisionError, re.error) as error:
-        raise CheckpointError(f"{directory / 'adapter_config.json'}: {error!r}") from error
-    return replace(checkpoint, tensors=tensors, adapters=adapters)
-
-
-def _lora_scale(settings: Mapping, module: str, rank: int) -> float:
-    """peft's factor before B A; `alpha_pattern` names modules by the end of their path."""
-    alpha = settings["lora_alpha"]
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.search(r"[^\w.-]", pattern):
-            raise ValueError(f"alpha_pattern {pattern!r} is a regular expression; only names are read")
-        if module == pattern or module.endswith(f".{pattern}"):
-            alpha = value
-            break
-    scale = float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-    if not math.isfinite(scale):
-        raise ValueError(f"lora_alpha {alpha!r} is no number that can be used")
-    return scale
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -261,7 +228,7 @@ def read_config(directory: Path) -> ModelConfig:
     over ``means``, ``stds`` and ``image_resize_strategy``.
     """
     config = read_json(directory / "config.json")
-    preprocessor = read_json(directory / "preprocessor_config.json")
+    preprocessor = _preprocessor(directory)
     try:
         timm_ids = config["timm_model_ids"]
         sizes = config["image_sizes"]
@@ -294,6 +261,29 @@ def read_config(directory: Path) -> ModelConfig:
         ) from error
     except (TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{directory}: config.json or preprocessor_config.json: {error}") from error
+
+
+def _preprocessor(directory: Path) -> dict:
+    """The image processor's entries: ``preprocessor_config.json``, or ``processor_config.json`` as transformers 5 writes.
+
+    Where both are there and differ, which one counts depends on transformers' version: refused.
+    """
+    old, new = directory / "preprocessor_config.json", directory / "processor_config.json"
+    nested = read_json(new).get("image_processor") if new.is_file() else None
+    if nested is None:
+        return read_json(old)
+    if not isinstance(nested, dict):
+        raise CheckpointError(f"{new}: image_processor must be an object")
+    if not old.is_file():
+        return nested
+    entries = read_json(old)
+    differing = [key for key in _PREPROCESSING if entries.get(key) != nested.get(key)]
+    if differing:
+        raise CheckpointError(
+            f"{old.name} and {new.name} in {directory} differ in {', '.join(differing)}: transformers 4 reads the first, "
+            "transformers 5 the second. Remove the one that the model was not trained with"
+        )
+    return entries
 
 
 def _encoder_config(
@@ -346,16 +336,6 @@ def _triple(values: Iterable[float]) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _canonical_name(name: str, config: ModelConfig) -> str | None:
-    if name.startswith(_PROJECTOR_PREFIX):
-        return name
-    for encoder, prefix in zip(config.encoders, _ENCODER_PREFIXES):
-        if name.startswith(prefix):
-            # OpenVLA renamed LayerScale's `gamma`, which transformers would otherwise rewrite on loading.
-            return f"{encoder.name}." + name[len(prefix) :].replace("scale_factor", "gamma")
-    return None
-
-
 def _stored_tensors(directory: Path) -> Iterator[StoredTensor]:
     """Every tensor of the checkpoint; files with nothing but the language model's are not opened."""
     index = directory / "model.safetensors.index.json"
@@ -367,7 +347,7 @@ def _stored_tensors(directory: Path) -> Iterator[StoredTensor]:
         for name, file in weight_map.items():
             if not isinstance(file, str):
                 raise CheckpointError(f"{index}: {name[:200]!r} is in no file; download it again")
-            if not name.startswith(_LANGUAGE_MODEL_PREFIX):
+            if is_vision(name):
                 wanted.setdefault(file, []).append(name)
         for file, names in sorted(wanted.items()):
             if Path(file).name != file:

@@ -20,6 +20,7 @@ from vla_perception.tokenizer.files import (
     PickledTensors,
     SafetensorsFile,
     StoredTensor,
+    local_path,
     read_json,
 )
 from vla_perception.tokenizer.model_args import check_architecture, checked_model_args
@@ -76,7 +77,7 @@ def open_encoders(model: str, image_size: int | Sequence[int] | None = None) -> 
         if match is None:
             raise ValueError(f"{model!r} names no timm encoder; write NAME[@SIZE][=FILE][+…]")
         side = size or (int(match.group(2)) if match.group(2) else None)
-        encoders.append(read(match.group(1), side, Path(file).expanduser() if file else None))
+        encoders.append(read(match.group(1), side, local_path(file) if file else None))
     configs, tensors, grids = [], {}, {}
     for encoder in encoders:
         name = encoder.config.name
@@ -98,7 +99,7 @@ def read(source: str, image_size: int | None, file: Path | None = None) -> Encod
     overrides: dict[str, object] = {}
     if source.startswith(("hf-hub:", "local-dir:")):
         kind, _, where = source.partition(":")
-        folder = Path(where).expanduser() if kind == "local-dir" else _download(where, "config.json").parent
+        folder = local_path(where) if kind == "local-dir" else _download(where, "config.json").parent
         settings = read_json(folder / "config.json")
         overrides = settings.get("model_args") or {}
         facts = settings.get("pretrained_cfg") or settings

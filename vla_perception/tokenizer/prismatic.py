@@ -14,6 +14,7 @@ from pathlib import Path
 from vla_perception.tokenizer.checkpoint import Checkpoint, listing
 from vla_perception.tokenizer.files import CheckpointError, PickledTensors, StoredTensor, read_json
 from vla_perception.tokenizer.presets import PRISMATIC_BACKBONES, RESIZE_STRATEGIES, ModelConfig, prismatic_encoders
+from vla_perception.tokenizer.tensor_names import unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +128,10 @@ def _renamed(
     stored: dict[str, StoredTensor], canonical: Callable[[str], str | None], file: Path
 ) -> dict[str, StoredTensor]:
     """The tensors by their canonical names; CheckpointError that lists those that have none."""
-    surplus = [name for name in stored if canonical(name) is None]
+    named = [(canonical(unwrapped(name)), name) for name in stored]
+    surplus = [name for known, name in named if known is None]
     if surplus:
         raise CheckpointError(f"{file}: {listing('tensors that belong to no known part', surplus)}")
-    return {canonical(name): tensor for name, tensor in stored.items()}  # type: ignore[misc]
+    if len(dict(named)) < len(named):
+        raise CheckpointError(f"{file}: {len(named) - len(dict(named))} tensors are there twice, in different wrappers")
+    return {known: stored[name] for known, name in named}  # type: ignore[misc]

@@ -225,9 +225,10 @@ class VisualTokenizer:
         checkpoint.check(shapes, _is_unused(network, checkpoint))
 
         cache = checkpoint.digest_cache(names)
-        known = cache.read_text().strip() if cache is not None and cache.is_file() else ""
+        known = _cached_digest(cache)
         digest = None if re.fullmatch("[0-9a-f]{64}", known) else WeightsDigest()
         _fill(network, names, checkpoint.read(names), digest, placement.device, placement.dtype)
+        checkpoint.check_unchanged()
         if digest is not None:
             known = digest.hexdigest()
         if digest is not None and cache is not None:
@@ -483,6 +484,14 @@ def _is_unused(network: _Network, checkpoint: Checkpoint) -> Callable[[str], boo
     if network.config.projector != checkpoint.config.projector:
         patterns.append(r"projector\.")
     return re.compile("|".join(patterns) or r"(?!)").match  # type: ignore[return-value]
+
+
+def _cached_digest(cache: Path | None) -> str:
+    """What an earlier load computed; empty if there is nothing, or nothing that can be read."""
+    try:
+        return "" if cache is None else cache.read_text().strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def _fill(
