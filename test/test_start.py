@@ -1,5 +1,7 @@
 """What is imported when: a start is mostly imports, and which they are does not depend on how busy a machine is."""
 
+import gc
+import io
 import json
 import os
 import subprocess
@@ -11,7 +13,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("timm")
 
-from vla_perception import cli  # noqa: E402
+from vla_perception import cli, startup  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -131,3 +133,50 @@ def test_timm_s_modules_built_without_values_are_those_built_with_them(dtype):
         for model in (real, empty):
             model.to(pixels.dtype)
         assert torch.equal(real(pixels), empty(pixels))
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "file"])
+def test_progress(stream):
+    """A terminal's line is rewritten, and gone in the end; a file gets a line at long intervals, and none of what is short."""
+    now = [0.0]
+    with startup.Progress(stream, interval_sec=10.0, clock=lambda: now[0]) as progress:
+        progress("loading", begins=True)
+        for round_ in range(200):
+            now[0] += 0.11
+            progress(f"round {round_}")
+        progress("last", begins=True)
+    text = stream.getvalue()
+    if stream.isatty():
+        assert "\n" not in text and "loading" in text and text.count("round") == 200 and "last" in text
+        assert text.endswith("\r\x1b[2K") and max(map(len, text.split("\r"))) < 200
+    else:
+        assert [line.split()[0] for line in text.splitlines()] == ["round", "round"]
+
+
+def test_what_is_short_leaves_nothing_in_a_file():
+    stream = io.StringIO()
+    with startup.Progress(stream) as progress:
+        progress("importing", begins=True)
+        progress("loading", begins=True)
+    assert stream.getvalue() == ""
+
+
+def test_imports_look_for_no_garbage_and_leave_the_collector_as_it_was():
+    with startup.imports():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ImportError), startup.imports():
+        raise ImportError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with startup.imports():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
