@@ -21,12 +21,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_tokenize(commands)
     _add_describe(commands)
     _add_bench(commands)
+    _add_doctor(commands)
     options = parser.parse_args(arguments)
     # What takes long, as a download does, and what is assumed.
     logging.basicConfig(format=startup.log_format("vla-perception: %(message)s"))
     logging.getLogger("vla_perception").setLevel(logging.INFO)
     try:
-        options.run(options)
+        code = options.run(options)
     except ModuleNotFoundError as error:
         print(
             f"vla-perception: {error}; install what it needs with pip install '.[tokenizer]' in this package's sources, "
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("vla-perception: interrupted", file=sys.stderr)
         return 130  # as shells have it for a program that Ctrl-C ended
-    return 0
+    return code or 0
 
 
 MODEL_HELP = (
@@ -269,6 +270,40 @@ def _bench(options: argparse.Namespace) -> None:
         options.model, device=options.device, compute_dtype=options.compute_dtype, runtime=options.runtime,
         views=options.views, baseline=options.baseline, seconds=options.seconds, json_file=options.json,
     )  # fmt: skip
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="what this machine will do, and what is wrong with it",
+        description="Looks at Python, PyTorch, GPU, ROS, DDS and shared memory; each trouble has its cure beside it. "
+        "Ends with 1 if anything fails; warnings leave it at 0.",
+    )
+    parser.add_argument("--model", help=f"look at a model, too: {MODEL_HELP}")
+    parser.add_argument(
+        "--check", action="store_true", help="encode two images in every runtime and precision, and compare with float32"
+    )
+    parser.add_argument("--json", action="store_true", help="the same as JSON: state, findings")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from vla_perception import doctor
+
+    logging.getLogger("vla_perception").setLevel(logging.ERROR)  # what is assumed is among the findings
+    findings = []
+    with startup.Progress() as progress:
+        progress("looking", begins=True)
+        for finding in doctor.examine(options.model, check=options.check):
+            findings.append(finding)
+            progress.clear()
+            if not options.json:
+                print(finding, flush=True)
+            progress(f"doctor: looked at {finding.subject}, goes on", begins=True)
+    result = doctor.as_dict(findings)
+    if options.json:
+        print(json.dumps(result, indent=2))
+    return int(result["state"] == "fail")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,192 @@
+"""`vla-perception doctor`: each check on a machine that is made up, and the whole on this one."""
+
+import json
+import os
+import platform
+import sys
+import types
+from collections import namedtuple
+
+import pytest
+
+from vla_perception import cli, doctor
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def states(findings):
+    found = list(findings)
+    assert all(finding.cure for finding in found if finding.state != "ok"), "every trouble has its cure"
+    return [(finding.subject, finding.state) for finding in found]
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Makes up which packages are installed."""
+
+    def make(**versions):
+        monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, ""))
+        monkeypatch.setitem(sys.modules, "cv_bridge", None)
+
+    return make
+
+
+GOOD = {"torch": "2.9.1", "timm": "1.0.20", "pillow": "12.0.0", "numpy": "1.26.4", "simplejpeg": "1.9.0"}
+
+
+def test_packages(installed, monkeypatch):
+    installed(**GOOD)
+    assert {state for _, state in states(doctor.packages())} == {"ok"}
+    for name in ("torch", "timm", "pillow", "numpy"):
+        installed(**GOOD | {name: ""})
+        assert (name, "fail") in states(doctor.packages())
+    installed(**GOOD | {"simplejpeg": "", "pillow": "13.0.0"})
+    assert {("simplejpeg", "warn"), ("pillow", "fail")} <= set(states(doctor.packages()))
+    real = doctor.importlib.import_module
+
+    def load(name):
+        if name == "cv_bridge":
+            raise ImportError("numpy.core.multiarray failed to import")
+        return real(name)
+
+    monkeypatch.setattr(doctor.importlib, "import_module", load)
+    assert ("cv_bridge", "warn") in states(doctor.packages())
+    monkeypatch.setattr(doctor.importlib, "import_module", lambda name: types.ModuleType(name))
+    assert ("cv_bridge", "ok") in states(doctor.packages())
+
+
+def test_the_device_that_auto_takes(monkeypatch):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("timm")
+    from vla_perception.tokenizer import devices
+
+    chip = devices.Placement(torch.device("cuda", 0), "bfloat16", "A chip, compute capability 9.0, a CUDA device that works")
+    monkeypatch.setattr(devices, "place", lambda: chip)
+    (finding,) = [finding for finding in doctor.device() if finding.subject == "device auto"]
+    assert finding.state == "ok" and "cuda:0 in bfloat16: A chip" in finding.text and "runtime graph" in finding.text
+    broken = devices.Placement(torch.device("cpu"), "float32", "no CUDA device works", ("the driver is too old",))
+    monkeypatch.setattr(devices, "place", lambda: broken)
+    assert [state for subject, state in states(doctor.device()) if subject == "device auto"] == ["ok", "warn"]
+
+
+def test_without_torch(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("vla_perception.tokenizer.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert states(doctor.device()) == [("device auto", "fail")]
+
+
+@pytest.mark.parametrize(
+    "text, state", [("max 100000", "ok"), ("400000 100000", "ok"), ("50000 100000", "warn"), ("", "ok"), (None, "ok")]
+)
+def test_cores(tmp_path, text, state):
+    file = tmp_path / "cpu.max"
+    if text is not None:
+        file.write_text(text)
+    (finding,) = doctor.cores(file)
+    assert finding.state == state and str(len(os.sched_getaffinity(0))) in finding.text
+    assert ("quota allows" in finding.text) == (text in ("400000 100000", "50000 100000"))
+
+
+def test_ros(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rclpy", None)
+    assert states(doctor.ros({})) == [("ROS", "warn")]
+    rclpy = types.ModuleType("rclpy")
+    rclpy.get_rmw_implementation_identifier = lambda: "rmw_cyclonedds_cpp"
+    monkeypatch.setitem(sys.modules, "rclpy", rclpy)
+    found = list(doctor.ros({"ROS_DISTRO": "jazzy", "ROS_DOMAIN_ID": "7", "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}))
+    assert found[0].text == "jazzy, rmw_cyclonedds_cpp, domain 7" and "LOCALHOST" in found[1].text
+    assert states(doctor.ros({"ROS_AUTOMATIC_DISCOVERY_RANGE": "off"}))[1] == ("discovery", "warn")
+
+    def broken():
+        raise RuntimeError("libfoo.so: cannot open shared object file")
+
+    rclpy.get_rmw_implementation_identifier = broken
+    assert states(doctor.ros({})) == [("ROS", "fail")]
+
+
+def test_fastdds_profile(tmp_path):
+    def state(**environment):
+        return [state for _, state in states(doctor.fastdds_profile(environment))]
+
+    good, small = tmp_path / "good.xml", tmp_path / "small.xml"
+    good.write_text("<segment_size>16777216</segment_size>")
+    small.write_text("<dds/>")
+    assert state() == ["warn"]
+    assert state(RMW_IMPLEMENTATION="rmw_cyclonedds_cpp") == ["ok"]
+    assert state(RMW_IMPLEMENTATION="rmw_fastrtps_cpp") == ["warn"]
+    assert state(FASTDDS_DEFAULT_PROFILES_FILE=str(good), FASTRTPS_DEFAULT_PROFILES_FILE=str(good)) == ["ok", "ok"]
+    assert state(FASTDDS_DEFAULT_PROFILES_FILE=str(small)) == ["warn"]
+    assert state(FASTDDS_DEFAULT_PROFILES_FILE=str(tmp_path / "none.xml")) == ["fail"]
+
+
+def test_shared_memory(tmp_path, monkeypatch):
+    assert states(doctor.shared_memory(tmp_path / "none"))[0][1] == "warn"
+    for free, state in ((64 << 20, "warn"), (1 << 30, "ok")):
+        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _, free=free: Usage(2 << 30, 0, free))
+        (finding,) = doctor.shared_memory(tmp_path)
+        assert finding.state == state and f"{free >> 20} MiB free of 2048" in finding.text
+
+
+def test_iceoryx2(tmp_path, monkeypatch):
+    from vla_perception.messages import shared_memory, shared_memory_services
+
+    monkeypatch.setattr(shared_memory, "missing", lambda: "No module named 'iceoryx2'")
+    assert states(doctor.iceoryx2()) == [("iceoryx2", "warn")]
+    monkeypatch.setattr(shared_memory, "missing", lambda: "")
+    monkeypatch.setattr(shared_memory_services, "root", lambda: str(tmp_path))
+    assert states(doctor.iceoryx2()) == [("iceoryx2", "ok")]
+    monkeypatch.setattr(doctor.os, "getuid", lambda: tmp_path.stat().st_uid + 1)
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    assert states(doctor.iceoryx2()) == [("iceoryx2", "warn")]
+
+
+def test_a_check_that_breaks_is_a_finding(monkeypatch, capsys):
+    def breaks():
+        raise OSError("disk on fire")
+        yield
+
+    for name in ("packages", "device", "cores", "ros", "fastdds_profile", "shared_memory", "iceoryx2"):
+        monkeypatch.setattr(doctor, name, lambda: iter(()))
+    assert cli.main(["doctor"]) == 0
+    monkeypatch.setattr(doctor, "cores", breaks)
+    assert cli.main(["doctor", "--json"]) == 1
+    result = json.loads(capsys.readouterr().out.partition("{")[2].join(("{", "")))
+    assert result["state"] == "fail" and result["findings"][-1]["text"] == "OSError: disk on fire"
+
+
+def test_models(tmp_path):
+    pytest.importorskip("timm")
+    (finding,) = doctor.checkpoint(str(tmp_path / "none"))
+    assert finding.state == "fail" and "no checkpoint directory" in finding.text
+    (finding,) = doctor.checkpoint("small")
+    from vla_perception.tokenizer import VisualTokenizer
+
+    assert finding.state == "warn" and VisualTokenizer.load("small").fingerprint in finding.text
+
+
+def test_agreement_of_every_runtime_and_precision(monkeypatch):
+    """They agree here; and one that does not fails."""
+    pytest.importorskip("timm")
+    found = {finding.subject: finding for finding in doctor.agreement("small")}
+    assert {subject.split(" on ")[0] for subject in found} >= {
+        f"eager in {dtype}" for dtype in ("float32", "bfloat16", "float16")
+    }
+    for subject, finding in found.items():  # few processors have oneDNN's float16
+        assert finding.state == "ok" or (finding.state == "warn" and "onednn in float16" in subject), finding
+    monkeypatch.setattr(doctor, "_TOLERANCES", {"bfloat16": 1e-6})
+    assert "fail" in {finding.state for finding in doctor.agreement("small")}
+
+
+def test_this_machine(capsys):
+    pytest.importorskip("timm")
+    assert cli.main(["doctor", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    found = {finding["subject"]: finding for finding in result["findings"]}
+    import torch
+
+    assert platform.python_version() in found["Python"]["text"]
+    assert found["torch"]["text"].split("+")[0] == torch.__version__.split("+")[0]
+    assert (" in float32: " in found["device auto"]["text"]) == (not torch.cuda.is_available())
+    assert f"{os.cpu_count()}" in found["cores"]["text"] or len(os.sched_getaffinity(0)) != os.cpu_count()
+    assert not [finding for finding in result["findings"] if finding["state"] == "fail"]

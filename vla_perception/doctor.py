@@ -1,0 +1,265 @@
+"""``vla-perception doctor``: what this machine will do, and what is wrong with it, each line with its cure.
+
+Every check looks at one thing and reports `Finding`s. A failure keeps the tokenizer from working here; a warning makes it
+slower, or other than it seems.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import vla_perception
+
+MIB = 1 << 20
+#: Bytes of /dev/shm that some processes with config/fastdds.xml take.
+_SHM_BYTES = 256 * MIB
+_PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
+#: Relative L2 distance from float32 that rounding accounts for (docs/performance.md).
+_TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        subject: what was looked at.
+        state: ``ok``, ``warn`` or ``fail``.
+        text: what was found.
+        cure: what to do about it; empty for ``ok``.
+    """
+
+    subject: str
+    state: str
+    text: str
+    cure: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.state:4}  {self.subject}: {self.text}" + (f"\n      → {self.cure}" if self.cure else "")
+
+
+def examine(model: str | None = None, *, check: bool = False) -> Iterator[Finding]:
+    """Everything that is looked at, one after the other; a check that breaks is a finding, too.
+
+    Args:
+        model: whatever `VisualTokenizer.load` takes; None for no look at a model.
+        check: encode two images in every runtime and precision of the device, and compare with float32.
+    """
+    checks: list[Callable[[], Iterator[Finding]]] = [
+        python, packages, lambda: device(), cores, ros, fastdds_profile, shared_memory, iceoryx2,
+    ]  # fmt: skip
+    if model is not None:
+        checks.append(lambda: checkpoint(model))
+    if check:
+        checks.append(lambda: agreement(model or "small"))
+    for one in checks:
+        try:
+            yield from one()
+        except Exception as error:
+            yield Finding(getattr(one, "__name__", "check"), "fail", f"{type(error).__name__}: {error}", "see the text")
+
+
+def python() -> Iterator[Finding]:
+    text = f"{platform.python_version()} on {platform.machine()}, vla_perception {vla_perception.__version__}"
+    yield Finding("Python", "ok", f"{text}, {sys.executable}")
+
+
+def packages() -> Iterator[Finding]:
+    """What encoding takes, and what some options take."""
+    cures = {"timm": "pip install 'timm>=1.0.11,<2'", "pillow": "pip install 'pillow<13'", "torch": "pip install torch"}
+    for name, needed in {"torch": True, "timm": True, "pillow": True, "numpy": True, "simplejpeg": False}.items():
+        version = _version(name)
+        if not version:
+            what = "not installed" + ("" if needed else "; needed for the prepare step jpeg and compressed images")
+            yield Finding(name, "fail" if needed else "warn", what, cures.get(name, f"pip install {name}"))
+        elif name == "pillow" and int(version.split(".")[0]) >= 13:
+            yield Finding(name, "fail", f"{version} gives other pixel values than models were trained on", cures[name])
+        else:
+            yield Finding(name, "ok", version)
+    try:
+        importlib.import_module("cv_bridge")
+    except ModuleNotFoundError:
+        return  # OpenCV converts
+    except Exception as error:
+        cure = "pip install 'numpy<2', or leave it: OpenCV converts instead"
+        yield Finding("cv_bridge", "warn", f"does not load beside NumPy {_version('numpy')}: {error}", cure)
+    else:
+        yield Finding("cv_bridge", "ok", f"loads beside NumPy {_version('numpy')}")
+
+
+def device() -> Iterator[Finding]:
+    """What `auto` takes."""
+    try:
+        import torch
+
+        from vla_perception.tokenizer.devices import place
+        from vla_perception.tokenizer.runtime import onednn_gains
+    except ImportError as error:
+        yield Finding("device auto", "fail", str(error), "pip install '.[tokenizer]' in this package's sources")
+        return
+    placement = place()
+    driver = Path("/proc/driver/nvidia/version")
+    if driver.is_file():
+        yield Finding("NVIDIA driver", "ok", driver.read_text().splitlines()[0].strip())
+    on_cpu = "onednn" if onednn_gains(placement.dtype) else "eager"
+    runtime = "graph" if placement.device.type == "cuda" else on_cpu
+    yield Finding("device auto", "ok", f"{placement}; runtime {runtime}, torch {torch.__version__}")
+    for warning in placement.warnings:
+        cure = "update NVIDIA's driver, install a torch that fits it, or free the GPU's memory"
+        yield Finding("device auto", "warn", warning, cure)
+
+
+def cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> Iterator[Finding]:
+    count = len(os.sched_getaffinity(0))
+    try:
+        quota, period = cpu_max.read_text().split()
+        allowed = int(quota) / int(period)
+    except (OSError, ValueError):  # no control group of version 2, or "max": no quota
+        yield Finding("cores", "ok", f"{count}, without a quota")
+        return
+    state = "warn" if allowed < 2 else "ok"
+    cure = "give the container at least two cores (docker run --cpus)" if state == "warn" else ""
+    yield Finding("cores", state, f"{count}, of which the container's quota allows {allowed:g}", cure)
+
+
+def ros(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
+    try:
+        rclpy = importlib.import_module("rclpy")
+        middleware = rclpy.get_rmw_implementation_identifier()
+    except ModuleNotFoundError:
+        cure = "source a ROS 2 distribution, or pip install '.[ros]'; picture files need neither"
+        yield Finding("ROS", "warn", "rclpy is not there, so no node runs in this environment", cure)
+        return
+    except Exception as error:
+        cure = "source one ROS 2 distribution alone; its Python must be this one"
+        yield Finding("ROS", "fail", f"rclpy does not load: {error}", cure)
+        return
+    distribution = environment.get("ROS_DISTRO") or "a distribution that is not named (ROS_DISTRO)"
+    yield Finding("ROS", "ok", f"{distribution}, {middleware}, domain {environment.get('ROS_DOMAIN_ID') or 0}")
+    reach = environment.get("ROS_AUTOMATIC_DISCOVERY_RANGE", "")
+    if reach.upper() == "OFF":
+        yield Finding("discovery", "warn", "ROS_AUTOMATIC_DISCOVERY_RANGE=OFF: nodes find nobody", "unset it, or LOCALHOST")
+    else:
+        yield Finding("discovery", "ok", f"ROS_AUTOMATIC_DISCOVERY_RANGE is {reach or 'not set: the whole subnet'}")
+
+
+def fastdds_profile(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
+    cure = "export both FASTDDS_ and FASTRTPS_DEFAULT_PROFILES_FILE with config/fastdds.xml, or use the launch files"
+    given = {name: environment[name] for name in _PROFILE_VARIABLES if environment.get(name)}
+    if "fastrtps" not in environment.get("RMW_IMPLEMENTATION", "rmw_fastrtps_cpp"):
+        yield Finding("Fast DDS profile", "ok", f"not needed: RMW_IMPLEMENTATION={environment['RMW_IMPLEMENTATION']}")
+    elif not given:
+        text = "none in this shell: raw images of best-effort cameras are lost, tokens take longer (docs/transport.md)"
+        yield Finding("Fast DDS profile", "warn", text, cure)
+    for name, file in given.items():
+        if not Path(file).is_file():
+            yield Finding("Fast DDS profile", "fail", f"{name}={file}: there is no such file", cure)
+        elif "segment_size" not in Path(file).read_text(encoding="utf-8", errors="replace"):
+            yield Finding("Fast DDS profile", "warn", f"{name}={file} sets no segment_size", cure)
+        else:
+            yield Finding("Fast DDS profile", "ok", f"{name}={file}")
+
+
+def shared_memory(folder: Path = Path("/dev/shm")) -> Iterator[Finding]:
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError as error:
+        yield Finding(str(folder), "warn", str(error), "mount a tmpfs there: Fast DDS keeps its shared memory in it")
+        return
+    text = f"{usage.free / MIB:.0f} MiB free of {usage.total / MIB:.0f}"
+    if usage.free < _SHM_BYTES:
+        cure = "docker run --ipc=host or --shm-size=1g; `fastdds shm clean` removes what killed processes left"
+        yield Finding(str(folder), "warn", text, cure)
+    else:
+        yield Finding(str(folder), "ok", text)
+
+
+def iceoryx2() -> Iterator[Finding]:
+    from vla_perception.messages.shared_memory import missing
+    from vla_perception.messages.shared_memory_services import root
+
+    if reason := missing():
+        cure = "pip install 'iceoryx2>=0.10,<0.11' (x86-64 Linux), or leave it: the topic carries tokens"
+        yield Finding("iceoryx2", "warn", f"policies of this machine read tokens from the topic alone: {reason}", cure)
+        return
+    folder = Path(root())
+    text = f"{_version('iceoryx2')}, {folder}"
+    if not folder.exists():
+        yield Finding("iceoryx2", "ok", f"{text}: made when first used")
+    elif (owner := folder.stat().st_uid) != os.getuid() and not os.access(folder, os.W_OK):
+        yield Finding("iceoryx2", "warn", f"{text} belongs to user {owner}", "run node and policy as that user")
+    else:
+        yield Finding("iceoryx2", "ok", f"{text} of user {owner}")
+
+
+def checkpoint(model: str) -> Iterator[Finding]:
+    from vla_perception.tokenizer.presets import check_model
+
+    try:
+        check_model(model)
+        from vla_perception.tokenizer import VisualTokenizer
+
+        tokenizer = VisualTokenizer.load(model)
+    except (ValueError, OSError, ImportError) as error:
+        yield Finding("model", "fail", str(error), "docs/models.md says what can be loaded")
+        return
+    text = f"{tokenizer.model}, {tokenizer.weights} weights, fingerprint {tokenizer.fingerprint}"
+    if tokenizer.weights == "random":
+        yield Finding("model", "warn", text, "tokens of random weights mean nothing: give a checkpoint")
+    else:
+        yield Finding("model", "ok", text)
+
+
+def agreement(model: str) -> Iterator[Finding]:
+    """Every runtime and precision of the device that `auto` takes, but `compile`, against eager float32."""
+    import numpy as np
+    import torch
+
+    from vla_perception.tokenizer import VisualTokenizer
+    from vla_perception.tokenizer.devices import place
+
+    kind = place()
+    runtimes = ("eager", "graph") if kind.device.type == "cuda" else ("eager", "onednn")
+    pictures = list(np.random.default_rng(0).integers(0, 256, (2, 480, 640, 3), dtype=np.uint8))
+    expected = VisualTokenizer.load(model, device="cpu", compute_dtype="float32", runtime="eager")(pictures)
+    expected = expected.tokens.double()
+    for runtime in runtimes:
+        for dtype, tolerance in _TOLERANCES.items():
+            subject = f"{runtime} in {dtype} on {kind.device}"
+            try:
+                tokenizer = VisualTokenizer.load(model, device=str(kind.device), compute_dtype=dtype, runtime=runtime)
+                found = tokenizer(pictures).tokens.double().cpu()
+            except (ValueError, RuntimeError) as error:
+                yield Finding(subject, "warn", str(error).splitlines()[0], "choose another runtime or compute_dtype")
+                continue
+            distance = float((found - expected).norm() / expected.norm())
+            text = f"relative L2 to float32 {distance:.1e}"
+            if tokenizer.runtime != runtime:
+                cure = f"choose {tokenizer.runtime}, or mend what keeps {runtime} from running"
+                yield Finding(subject, "warn", f"{text}; runs {tokenizer.runtime}: {tokenizer.runtime_fallback}", cure)
+            elif torch.isfinite(found).all() and distance <= tolerance:
+                yield Finding(subject, "ok", text)
+            else:
+                yield Finding(subject, "fail", f"{text}, more than {tolerance:g}", "choose another runtime or compute_dtype")
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def as_dict(findings: list[Finding]) -> dict:
+    """For JSON: the worst state, and every finding."""
+    states = {finding.state for finding in findings}
+    worst = next((state for state in ("fail", "warn") if state in states), "ok")
+    return {"state": worst, "findings": [asdict(finding) for finding in findings]}
