@@ -160,7 +160,9 @@ class Kit:
         views = sorted({1, max(views for views, *_ in SIZES)})
         rows = gpu_preprocess.measure(DEVICE, ROUNDS, tuple(sizes), views, self.tokenizer.config.encoders)
         print(gpu_preprocess.table(rows))
-        return {f"{row['views']} view(s) of {row['size']} {row['encoding']}": row for row in rows}
+        helpers = gpu_preprocess.measure_helpers(DEVICE, ROUNDS)
+        print("\n".join(f"{what}: {times}" for what, times in helpers.items()))
+        return {f"{row['views']} view(s) of {row['size']} {row['encoding']}": row for row in rows} | helpers
 
     def variants(self) -> dict:
         pixel_values = self.tokenizer.preprocess(random_images(1, seed=5))
@@ -407,7 +409,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("questions", nargs="*", metavar="question", help=f"of {', '.join(QUESTIONS)}; all where none")
     parser.add_argument("--model", default="openvla-7b", help="a preset or checkpoint (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file to write, after every question")
-    parser.add_argument("--seconds", type=float, default=180.0, help="no question is begun later (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=180.0, help="no question is begun later (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     if unknown := set(options.questions) - set(QUESTIONS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; choose among {', '.join(QUESTIONS)}")

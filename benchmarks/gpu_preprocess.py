@@ -5,6 +5,8 @@
 `plan`: the whole way, from images in the host's memory to bfloat16 values of both encoders of openvla-7b, waited for.
 `upload`: its first part, to the bytes on the device. `kernels`: its second part as a CUDA graph, as it runs in the tokenizer's
 graph; `rows` and `columns` are its two kernels. `torch`: the whole way without Triton. Every image of a round is another one.
+`libero` is what OpenVLA's evaluation on LIBERO does to two images before that; there the JPEG round trip on the host is part
+of `plan`, and `torch` has all of it on the host.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vla_perception.tokenizer import upload
 from vla_perception.tokenizer.device_preprocess import DevicePreprocessor, PreprocessPlan
+from vla_perception.tokenizer.prepare import Prepare, Step
 from vla_perception.tokenizer.preprocess import Preprocessor
 from vla_perception.tokenizer.presets import PRESETS, EncoderConfig
 
@@ -31,6 +35,8 @@ LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "rotate180": lambda image: np.ascontiguousarray(image[:, :, :3])[::-1, ::-1],
 }
 SIZES = ((480, 640), (1080, 1920))
+LIBERO = ("rotate180", "jpeg:95", "lanczos3:224", "center_crop_tf:224")
+LIBERO_SIZES = ((256, 256), (480, 640))
 #: Different images, so that what is measured does not lie in a cache.
 ROTATION = 4
 
@@ -65,15 +71,67 @@ def measure(
                 if device.type == "cuda" and not preprocessor.fallback:
                     row.update(_kernels(plan, sets[0], rounds))
                 rows.append(row)
-    return rows
+    return rows + [measure_libero(preprocessor, reference, size, rounds) for size in LIBERO_SIZES]
+
+
+def measure_libero(
+    preprocessor: DevicePreprocessor, reference: Preprocessor, size: tuple[int, int], rounds: int
+) -> dict[str, object]:
+    """The same row for two images of (height, width) that are prepared as in OpenVLA's evaluation on LIBERO."""
+    prepare, cameras = Prepare({"": LIBERO}), ["front", "wrist"]
+    generator = np.random.default_rng(1)
+    # Coarse noise: fine noise takes JPEG several times as long as what cameras see.
+    coarse = generator.integers(0, 256, (ROTATION, 2, size[0] // 16, size[1] // 16, 3), dtype=np.uint8)
+    sets = [list(pair.repeat(16, 1).repeat(16, 2)) for pair in coarse]
+
+    def on_device(images: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        return _whole(preprocessor, *prepare.begin(images, cameras))
+
+    def on_host(images: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        return _whole(preprocessor, prepare.images(images, cameras))
+
+    row = {"size": f"{size[1]}x{size[0]}", "views": 2, "encoding": "libero", "fallback": preprocessor.fallback}
+    expected = [values.bfloat16() for values in reference(prepare.images(sets[1], cameras))]
+    way = on_device if preprocessor.does_steps else on_host
+    row["equal"] = all(torch.equal(got.cpu(), wanted) for got, wanted in zip(way(sets[1]), expected))
+    row["plan_us"], row["torch_us"] = _wall(way, sets, rounds), _wall(on_host, sets, max(3, rounds // 4))
+    if preprocessor.does_steps and preprocessor.device.type == "cuda":
+        begun, steps = prepare.begin(sets[0], cameras)
+        plan = preprocessor.plan(begun, steps)
+        source = plan.upload(begun)
+        outputs = _outputs(plan, source.device)
+        row["kernels_us"] = _graph(lambda: plan.run(source, outputs), rounds)
+    return row
+
+
+def measure_helpers(device: torch.device, rounds: int = 50) -> dict[str, dict[str, float]]:
+    """Microseconds of an upload by so many threads beside the caller's, each with a part, per image."""
+    preprocessor = DevicePreprocessor(PRESETS["openvla-7b"].encoders, device)
+    generator = np.random.default_rng(2)
+    kept = upload._MAX_HELPERS, upload._BYTES_PER_HELPER
+    found = {}
+    try:
+        upload._BYTES_PER_HELPER = 1
+        for height, width in SIZES:
+            sets = [[generator.integers(0, 256, (height, width, 3), dtype=np.uint8)] for _ in range(ROTATION)]
+            plan, row = preprocessor.plan(sets[0]), {}
+            for helpers in (0, 1, 2, 3, 5):
+                upload._MAX_HELPERS = helpers
+                row[f"{helpers} helpers"] = _wall(plan.upload, sets, rounds)
+            found[f"upload of {width}x{height}"] = row
+    finally:
+        upload._MAX_HELPERS, upload._BYTES_PER_HELPER = kept
+    return found
 
 
 def _outputs(plan: PreprocessPlan, device: torch.device) -> list[torch.Tensor]:
     return [torch.full(shape, torch.nan, dtype=torch.bfloat16, device=device) for shape in plan.outputs]
 
 
-def _whole(preprocessor: DevicePreprocessor, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
-    plan = preprocessor.plan(images)
+def _whole(
+    preprocessor: DevicePreprocessor, images: Sequence[np.ndarray], steps: Sequence[tuple[Step, ...]] | None = None
+) -> list[torch.Tensor]:
+    plan = preprocessor.plan(images, steps)
     outputs = [torch.empty(shape, dtype=torch.bfloat16, device=preprocessor.device) for shape in plan.outputs]
     plan.run(plan.upload(images), outputs)
     return outputs
@@ -165,10 +223,14 @@ def main() -> None:
     device = torch.device(arguments.device)
     with torch.inference_mode():
         rows = measure(device, arguments.rounds)
+        helpers = measure_helpers(device, arguments.rounds)
     print(table(rows))
+    print(helpers)
     if arguments.json:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        arguments.json.write_text(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}, indent=1))
+        arguments.json.write_text(
+            json.dumps({"device": name, "torch": torch.__version__, "rows": rows, "helpers": helpers}, indent=1)
+        )
 
 
 if __name__ == "__main__":
