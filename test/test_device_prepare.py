@@ -15,6 +15,7 @@ triton = pytest.importorskip("triton", reason="this PyTorch comes without Triton
 from test_prepare_reference import PICTURES  # noqa: E402
 from test_preprocess_kernels import VIEWS, device, encoder, noise, preprocessor  # noqa: E402, F401
 
+from vla_perception.tokenizer import prepare as prepare_module  # noqa: E402
 from vla_perception.tokenizer import prepare_kernels  # noqa: E402
 from vla_perception.tokenizer.device_preprocess import DevicePreprocessor  # noqa: E402
 from vla_perception.tokenizer.prepare import Prepare, parse_step  # noqa: E402
@@ -117,17 +118,25 @@ def test_kernels_that_fail_leave_the_steps_to_the_host(device, monkeypatch, capl
     assert not DevicePreprocessor([encoder(28)], torch.device("cpu")).does_steps
 
 
-@pytest.mark.gpu
-def test_a_tokenizer_prepares_on_the_gpu(device):  # noqa: F811
-    if device.type != "cuda":
-        pytest.skip("needs a CUDA device")
+def test_a_tokenizer_prepares_on_the_gpu(device, monkeypatch):  # noqa: F811
     from vla_perception.tokenizer import VisualTokenizer
 
-    chain = ("rotate180", "jpeg", "lanczos3:224", "center_crop_tf:224")
-    on = [VisualTokenizer.from_preset("small", device=name, prepare=chain) for name in ("cuda", "cpu")]
-    images = [noise((256, 256, 3), seed) for seed in (1, 3)]
-    assert on[0]._preprocessor.does_steps
-    for got, expected in zip(*(tokenizer.preprocess(images) for tokenizer in on)):
+    chain = ["rotate180", "front=jpeg", "lanczos3:32", "center_crop_tf:28"]
+    made = [
+        VisualTokenizer.from_preset("small", device=name, compute_dtype="float32", image_size=[28, 32], prepare=chain)
+        for name in (device.type, "cpu")
+    ]
+    if device.type == "cpu":
+        made[0]._preprocessor = preprocessor(made[0].config.encoders, device)
+    assert made[0]._preprocessor.does_steps and not hasattr(made[1]._preprocessor, "does_steps")
+    for function in ("resize_lanczos3", "crop_and_resize"):  # the host's
+        monkeypatch.setattr(prepare_module, function, None)
+    images, cameras = [noise((40, 56, 3), seed) for seed in (1, 3)], ["front", "wrist"]
+    with pytest.raises(TypeError):
+        made[1].preprocess(images, cameras)
+    prepared = made[0].preprocess(images, cameras)
+    monkeypatch.undo()
+    for got, expected in zip(prepared, made[1].preprocess(images, cameras)):
         assert torch.equal(got.cpu(), expected)
 
 
