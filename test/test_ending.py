@@ -73,7 +73,7 @@ def test_every_executable_takes_signals_first():
 # While it runs
 
 BEGIN = """
-import atexit, sys, threading, time, types
+import atexit, sys, threading, time
 from vla_perception.nodes import executables
 executables.begin()
 atexit.register(time.sleep, 600)  # stands for the last garbage collection of torch
@@ -118,10 +118,8 @@ class Model:
     def __getattr__(self, name):  # warm_up and whatever else is called
         return lambda *_arguments, **_options: None
 
-stand_in = types.ModuleType("vla_perception.tokenizer")
-stand_in.__path__ = []
-stand_in.VisualTokenizer = SimpleNamespace(load=lambda *_arguments, **_options: Model())
-sys.modules["vla_perception.tokenizer"] = stand_in
+stand_in = SimpleNamespace(VisualTokenizer=SimpleNamespace(load=lambda *_arguments, **_options: Model()))
+sys.modules["vla_perception.tokenizer.tokenizer"] = stand_in
 sys.modules["vla_perception.tokenizer.runtime"] = SimpleNamespace(limit_threads=lambda: None)
 sys.argv += ["--ros-args", "-p", "autostart:=true", "-p", "shared_memory:=true"]
 """
