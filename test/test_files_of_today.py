@@ -27,6 +27,12 @@ def tensors():
     return checkpoints.openvla_tensors(models, checkpoints.projector(sum(model.embed_dim for model in models)))
 
 
+@pytest.fixture(scope="module")
+def few(tensors):
+    """Those that are quickly written, for what looks at names alone."""
+    return {name: value for name, value in tensors.items() if value.numel() < 5000}
+
+
 # processor_config.json
 
 
@@ -36,7 +42,7 @@ def nested(folder, entries, **changes):
 
 
 @pytest.mark.parametrize("strategy", ["resize-naive", "letterbox"])
-def test_processor_config_alone_says_the_same(tensors, tmp_path, strategy):
+def test_processor_config_alone_says_the_same(tmp_path, strategy):
     folder = checkpoints.write(tmp_path / "model", {"projector.fc1.bias": torch.zeros(2)}, strategy=strategy)
     old = folder / "preprocessor_config.json"
     expected, entries = read_config(folder), json.loads(old.read_text())
@@ -191,40 +197,40 @@ def renamed(tensors, change):
     lambda name: name.replace(".blocks.1.", ".blocks.1._checkpoint_wrapped_module."),
 ])  # fmt: skip
 @pytest.mark.parametrize("shards", [1, 2])
-def test_wrapped_checkpoints_are_the_same(tensors, tmp_path, change, shards):
-    plain = open_checkpoint(checkpoints.write(tmp_path / "plain", tensors, shards=shards))
-    wrapped = open_checkpoint(checkpoints.write(tmp_path / "wrapped", renamed(tensors, change), shards=shards))
+def test_wrapped_checkpoints_are_the_same(few, tmp_path, change, shards):
+    plain = open_checkpoint(checkpoints.write(tmp_path / "plain", few, shards=shards))
+    wrapped = open_checkpoint(checkpoints.write(tmp_path / "wrapped", renamed(few, change), shards=shards))
     assert set(plain.tensors) == set(wrapped.tensors)
-    name = "projector.fc1.weight"
+    name = "projector.fc1.bias"
     assert torch.equal(plain.tensors[name].get(), wrapped.tensors[name].get())
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_heads_of_policies_are_left_out(tensors, tmp_path, shards):
+def test_heads_of_policies_are_left_out(few, tmp_path, shards):
     heads = {f"{head}.x.weight": torch.zeros(4) for head in ("value_head", "action_head", "module.v_head", "lm_head")}
-    plain = open_checkpoint(checkpoints.write(tmp_path / "plain", tensors, shards=shards))
-    assert set(open_checkpoint(checkpoints.write(tmp_path / "m", tensors | heads, shards=shards)).tensors) == set(plain.tensors)
+    plain = open_checkpoint(checkpoints.write(tmp_path / "plain", few, shards=shards))
+    assert set(open_checkpoint(checkpoints.write(tmp_path / "m", few | heads, shards=shards)).tensors) == set(plain.tensors)
 
 
 @pytest.mark.parametrize("prefix", ["policy.", "model.", "actor.vla.", "base_model.model.", "ema_model.module."])
-def test_other_prefixes_are_named_with_the_cure(tensors, tmp_path, prefix):
-    folder = checkpoints.write(tmp_path / "model", renamed(tensors, lambda name: prefix + name))
+def test_other_prefixes_are_named_with_the_cure(few, tmp_path, prefix):
+    folder = checkpoints.write(tmp_path / "model", renamed(few, lambda name: prefix + name))
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(folder)
     text = str(caught.value)
     assert f"prefix {prefix!r}" in text and "save the model itself" in text and len(text) < 500
 
 
-def test_other_parts_are_grouped(tensors, tmp_path):
+def test_other_parts_are_grouped(few, tmp_path):
     more = {f"other_{part}.layer{index}.weight": torch.zeros(2) for part in range(12) for index in range(40)}
     with pytest.raises(CheckpointError, match=r"480 tensors .* other_0\. \(40: .*, …\); .* 4 more parts") as caught:
-        open_checkpoint(checkpoints.write(tmp_path / "model", tensors | more))
+        open_checkpoint(checkpoints.write(tmp_path / "model", few | more))
     assert len(str(caught.value)) < 2000
 
 
-def test_one_tensor_in_two_wrappers(tensors, tmp_path):
-    name = "projector.fc1.weight"
-    folder = checkpoints.write(tmp_path / "model", tensors | {f"module.{name}": tensors[name] + 1})
+def test_one_tensor_in_two_wrappers(few, tmp_path):
+    name = "projector.fc1.bias"
+    folder = checkpoints.write(tmp_path / "model", few | {f"module.{name}": few[name] + 1})
     with pytest.raises(CheckpointError, match="are one tensor"):
         open_checkpoint(folder)
 
@@ -274,3 +280,17 @@ def test_no_home_is_a_sentence(monkeypatch):
         cache_directory()
     with pytest.raises(CheckpointError, match="HOME is not set"):
         hub.fetch("someone/model")
+
+
+@pytest.mark.ros
+def test_a_node_without_a_home_says_what_to_set(tmp_path):
+    """rcl wants a folder for its log, and says no more than that it has none."""
+    pytest.importorskip("rclpy")
+    code = "import sys; from vla_perception.nodes.token_viewer import main; sys.exit(main())"
+    kept = {key: value for key, value in os.environ.items() if key not in ("HOME", "ROS_HOME", "ROS_LOG_DIR")}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**kept, "PYTHONPATH": path}, cwd=tmp_path
+    )
+    assert process.returncode == 1
+    assert "set HOME, or ROS_LOG_DIR" in process.stderr and process.stderr.count("\n") == 1

@@ -14,6 +14,7 @@ where its topics, counts or QoS differ from the files, the files are right, and 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import struct
 import sys
@@ -88,7 +89,7 @@ class Bag:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))
         if not str(path):
             raise BagError("no bag given: name a folder with metadata.yaml, an .mcap or a .db3 file")
         if not self.path.exists():

@@ -249,7 +249,7 @@ def tokenizer(
     remappings: Sequence[tuple[str, str]] = (),
 ) -> list:
     """The tokenizer and, if wanted, the viewer. `cameras`: name -> topic (empty: <name>/image_raw); {}: by the file."""
-    params_file = Path(argument(context, "params_file")).expanduser()
+    params_file = Path(os.path.expanduser(argument(context, "params_file")))
     if not params_file.is_file():
         raise ValueError(f"params_file:={params_file}: there is no such file")
     sim = is_true(context, "use_sim_time") if use_sim_time is None else use_sim_time

@@ -33,7 +33,7 @@ class Simulation:
     """
 
     def __init__(self, scene="", cameras=(), width=320, height=240, gl="auto", motion="auto"):
-        path = Path(scene).expanduser() if scene else TABLETOP
+        path = Path(os.path.expanduser(scene)) if scene else TABLETOP
         if not path.is_file():
             raise SimulationError(f"there is no MJCF file {path}")
         mujoco = self._mujoco = _import_mujoco(gl)

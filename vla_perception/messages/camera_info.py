@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import stat
 from pathlib import Path
@@ -114,7 +115,7 @@ def _local_path(location: str) -> Path:
             raise CalibrationError(f"{location}: there is no package {url.netloc!r}") from error
     if "://" in location:
         raise CalibrationError(f"{location}: only paths, file:// and package:// are understood")
-    return Path(location).expanduser()
+    return Path(os.path.expanduser(location))
 
 
 def _from_yaml(content) -> CameraInfo:

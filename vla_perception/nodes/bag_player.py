@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import re
 import threading
 import time
@@ -102,7 +103,7 @@ class BagPlayer(Node):
         self._start_ns = self._bag.start_ns + round(offset * 1e9) if offset else None
         if self._start_ns is not None and self._start_ns > self._bag.end_ns:
             raise ValueError(f"start_offset_sec is {offset:g}, but {bag} is only {self._bag.seconds:.1f} s long")
-        self._stamp_log: TextIO | None = Path(stamp_log).expanduser().open("w") if stamp_log else None
+        self._stamp_log: TextIO | None = Path(os.path.expanduser(stamp_log)).open("w") if stamp_log else None
 
         qos = QoSProfile(
             history=HistoryPolicy.KEEP_LAST,

@@ -214,5 +214,7 @@ def _spin(node: Node, stop: Stop, codes: queue.SimpleQueue[int], threads: int) -
 
 def _refuse(program: str, error: Exception) -> int:
     text = " ".join(str(error).split()) or type(error).__name__
+    if "logging directory" in text:  # ROS 2 keeps logs in the home directory, and supervisors may start a node without
+        text += "; set HOME, or ROS_LOG_DIR to a folder that can be written"
     print(f"{program}: {text}", file=sys.stderr)
     return 1

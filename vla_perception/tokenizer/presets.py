@@ -7,6 +7,7 @@ Sources: the public configuration of ``openvla/openvla-7b`` and prismatic-vlms' 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -381,10 +382,10 @@ def check_model(
             raise ValueError(f"{model} is a preset with random weights; an adapter needs the checkpoint it is for")
         PRESETS[model].choose(trained=False, prepare=prepare, **choices)
         return
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # as it is where nobody knows a home directory
     if not path.exists() and (model.startswith(("/", "./", "../", "~")) or path.suffix in (".pt", ".safetensors")):
         raise ValueError(no_model(model))
-    if adapter not in (None, "none") and not Path(adapter).expanduser().is_dir():
+    if adapter not in (None, "none") and not Path(os.path.expanduser(adapter)).is_dir():
         raise ValueError(f"there is no adapter at {str(adapter)!r}; give the folder that holds adapter_config.json")
     parse_chains(prepare, [224])  # whatever the size will be
 
