@@ -371,7 +371,7 @@ def test_node_waits_for_a_stream_that_is_not_there_yet():
         ({"source": 97}, "there is no device /dev/video97"),
         ({"source": "/no/such.mp4"}, "there is no video file /no/such.mp4"),
         ({"source": "/dev/null"}, "busy"),
-        ({"source": "/dev/null", "camera_info_url": os.devnull}, "expected keys such as image_width"),
+        ({"source": "/dev/null", "camera_info_url": os.devnull}, "it is not a file"),
         ({"source": "/dev/null", "pixel_format": "JPEG2000"}, "four characters"),
         ({"jpeg_quality": 101}, "jpeg_quality"),
     ],
