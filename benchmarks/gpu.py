@@ -44,7 +44,7 @@ DEVICE, DTYPE, ROUNDS, REPEAT = torch.device("cuda"), torch.bfloat16, 100, 40
 #: (views, height, width) of `latency`.
 SIZES = ((1, 480, 640), (2, 480, 640), (4, 480, 640), (1, 1080, 1920))
 #: (rows, keys, warps, stages) of Triton's attention to compare with the one that is in use.
-ATTENTION_BLOCKS = ((64, 64, 4, 1), (64, 64, 4, 3), (64, 128, 8, 2), (64, 128, 4, 1), (128, 64, 8, 2), (32, 64, 4, 2))
+ATTENTION_BLOCKS = ((64, 64, 4, 2), (64, 64, 4, 4), (64, 128, 8, 2), (64, 128, 4, 1), (128, 64, 8, 2), (32, 64, 4, 2))
 
 
 def device_us(action: Callable[[], object], rounds: int | None = None) -> float:
@@ -295,7 +295,7 @@ def _kernel_actions(block: torch.nn.Module, tokens: int) -> Iterator[tuple[str, 
 
     yield "sum, layer norm: PyTorch", lambda: _add_layer_norm(values, delta, gamma, norm)
     yield "sum, layer norm: Triton", normalize
-    for elements in (256, 1024):
+    for elements in (512, 1024):
         with _replaced(ELEMENTS_PER_WARP=elements):
             yield f"sum, layer norm: Triton, {elements} elements a warp", normalize
     yield "GELU: PyTorch", lambda: functional.gelu(wide)

@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 
 #: Elements of a row per warp of `add_layer_norm`.
-ELEMENTS_PER_WARP = 512
+ELEMENTS_PER_WARP = 256
 #: Elements per program of `gelu`.
 _GELU_BLOCK = 1024
 #: Queries and keys that a program of `attention` holds at a time, warps, and stages of loads that run ahead.
-ATTENTION_BLOCKS = (64, 64, 4, 2)
+ATTENTION_BLOCKS = (64, 64, 4, 3)
 
 
 @triton.jit
