@@ -16,7 +16,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from vla_perception.tokenizer import CheckpointError, hub  # noqa: E402
 from vla_perception.tokenizer.checkpoint import cache_directory  # noqa: E402
-from vla_perception.tokenizer.files import SafetensorsFile, parse_header  # noqa: E402
+from vla_perception.tokenizer.files import PickledTensors, SafetensorsFile, parse_header  # noqa: E402
 from vla_perception.tokenizer.layouts import open_checkpoint, read_config  # noqa: E402
 from vla_perception.tokenizer.tensor_names import is_vision, unwrapped  # noqa: E402
 
@@ -126,6 +126,17 @@ def test_a_file_that_is_cut_short_or_overwritten_is_an_error(tmp_path):
         with pytest.raises(CheckpointError, match="was changed while it was read.*rename"):
             held.get("x")
             held.check_unchanged()
+
+
+def test_a_pt_file_that_is_cut_short_is_an_error(tmp_path):
+    """It is mapped, so its length is looked at before each tensor."""
+    file = tmp_path / "x.pt"
+    torch.save({"model": {"projector": {"x": torch.ones(1 << 16)}}}, file)
+    held = PickledTensors(file).part("model", "projector")["x"]
+    assert torch.equal(held.get(), torch.ones(1 << 16))
+    os.truncate(file, 5000)
+    with pytest.raises(CheckpointError, match="was changed while it was read.*rename"):
+        held.get()
 
 
 def test_a_file_that_is_replaced_by_renaming_is_read_to_its_end(tmp_path):
