@@ -17,7 +17,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from vla_perception.tokenizer import VisualTokenizer, fused_blocks, triton_kernels  # noqa: E402
+from vla_perception.tokenizer import VisualTokenizer, fused_blocks, triton_kernels, triton_products  # noqa: E402
 from vla_perception.tokenizer.fused_blocks import FusedBlock, fuse_blocks  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,6 +74,41 @@ def test_gelu(dtype, shape):
     assert relative(found, exact) < ROUNDING[dtype]
     odd = torch.tensor([float("inf"), float("nan"), -20.0, 0.0], device=DEVICE, dtype=dtype)
     assert torch.equal(torch.isnan(triton_kernels.gelu(odd)), torch.tensor([False, True, False, False], device=DEVICE))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("rows, columns, depth", [(70, 88, 72), (16, 32, 32), (1, 8, 104), (129, 40, 16)])
+@torch.inference_mode()
+def test_linear_layers_in_blocks(monkeypatch, dtype, gelu, rows, columns, depth):
+    """Of whole blocks and not, beside the same in float64."""
+    monkeypatch.setattr(triton_products, "BLOCKS_OF_FEW_ROWS", {"fc1": (32, 32, 32, 4, 3)})
+    layer = nn.Linear(depth, columns, device=DEVICE, dtype=dtype)
+    values = noise(1, rows, depth, dtype=dtype) * 3
+    found = triton_products.linear(values, layer, "fc1", gelu)
+    exact = functional.linear(values.double(), layer.weight.double(), layer.bias.double())
+    assert found.shape == exact.shape
+    assert relative(found, functional.gelu(exact) if gelu else exact) < ROUNDING[dtype]
+
+
+@torch.inference_mode()
+def test_linear_layers_that_blocks_cannot_do_are_pytorchs(monkeypatch):
+    monkeypatch.setattr(triton_products, "product", None)
+    monkeypatch.setattr(triton_products, "BLOCKS_OF_FEW_ROWS", {"qkv": (16, 16, 16, 1, 1), "proj": None})
+    for name, channels, dtype in (("qkv", 100, torch.float16), ("qkv", 64, torch.float32), ("proj", 64, torch.float16)):
+        layer, values = nn.Linear(channels, 64, device=DEVICE, dtype=dtype), noise(2, 3, channels, dtype=dtype)
+        assert torch.equal(triton_products.linear(values, layer, name), layer(values))
+
+
+@torch.inference_mode()
+def test_blocks_of_few_and_of_many_rows(monkeypatch):
+    few, many = (16, 16, 16, 1, 1), (32, 16, 16, 1, 1)
+    monkeypatch.setattr(triton_products, "BLOCKS_OF_FEW_ROWS", {"fc2": few})
+    monkeypatch.setattr(triton_products, "BLOCKS_OF_MANY_ROWS", {"fc2": many})
+    monkeypatch.setattr(triton_products, "product", lambda values, weight, bias, blocks, gelu: blocks)
+    layer = nn.Linear(16, 16, device=DEVICE, dtype=torch.float16)
+    for views, blocks in ((1, few), (2, few), (3, many)):
+        assert triton_products.linear(noise(views, 256, 16, dtype=torch.float16), layer, "fc2") == blocks
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -190,28 +225,39 @@ def test_patches_are_padded_to_what_products_like():
 
 #: Compiles kernels for a GPU that need not be there: the interpreter accepts more than the compiler.
 COMPILE = """
+import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vla_perception.tokenizer import triton_kernels as kernels
+from vla_perception.tokenizer import triton_kernels as kernels, triton_products as products
 
+dependent = bool(int(sys.argv[1]))
 rows, keys, warps, stages = kernels.ATTENTION_BLOCKS
 for kernel, constants, options in (
     (kernels._add_layer_norm_kernel, dict(channels=1152, has_delta=True, has_gamma=True, block=2048), {}),
     (kernels._gelu_kernel, dict(block=1024), {}),
     (kernels._attention_kernel, dict(heads=16, width=72, padded=128, rows=rows, keys=keys),
      dict(num_warps=warps, num_stages=stages)),
+    (products._linear_kernel, dict(with_gelu=True, block_rows=128, block_columns=128, block_depth=64),
+     dict(num_warps=8, num_stages=4)),
 ):
-    kinds = {"epsilon": "fp32", "scale": "fp32", "tokens": "i32", "length": "i32"}
+    constants["dependent"] = dependent
+    kinds = {"epsilon": "fp32", "scale": "fp32"} | dict.fromkeys(("tokens", "length", "rows", "columns", "depth"), "i32")
+    if kernel is products._linear_kernel:
+        kinds |= dict.fromkeys(("values", "weight"), "tensordesc<bf16[128,64]>") | {"result": "tensordesc<bf16[128,128]>"}
     kinds = {name: "constexpr" if name in constants else kinds.get(name, "*bf16") for name in kernel.arg_names}
     source = ASTSource(kernel, kinds, constexprs=constants)
-    assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options | dict(launch_pdl=dependent))
+    assert compiled.asm["cubin"] and ("griddepcontrol.wait" in compiled.asm["ptx"]) == dependent
+    if kernel is products._linear_kernel:
+        assert "wgmma" in compiled.asm["ptx"] and "cp.async.bulk.tensor" in compiled.asm["ptx"]
 """
 
 
-def test_kernels_compile_for_hopper():
+@pytest.mark.parametrize("dependent", ["0", "1"])
+def test_kernels_compile_for_hopper(dependent):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", COMPILE, dependent], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
 
 

@@ -47,21 +47,24 @@ class FusedBlock(nn.Module):
     def forward(self, values: torch.Tensor | _Pending) -> torch.Tensor | _Pending:
         """[views, tokens, channels] → the same."""
         from vla_perception.tokenizer import triton_kernels
+        from vla_perception.tokenizer.triton_products import linear
 
         pending = values if isinstance(values, _Pending) else _Pending(values, None, None)
         values, normal = triton_kernels.add_layer_norm(*pending, self.norm1)
         values, normal = triton_kernels.add_layer_norm(values, self._attend(normal), _gamma(self.ls1), self.norm2)
-        delta = self.mlp.fc2(triton_kernels.gelu(self.mlp.fc1(normal)))
+        delta = linear(linear(normal, self.mlp.fc1, "fc1", gelu=True), self.mlp.fc2, "fc2")
         pending = _Pending(values, delta, _gamma(self.ls2))
         return pending if self._hand_on else _sum(pending)
 
     def _attend(self, values: torch.Tensor) -> torch.Tensor:
         from vla_perception.tokenizer import triton_kernels
+        from vla_perception.tokenizer.triton_products import linear
 
         if values.dtype == torch.float32:  # tensor cores would round to TF32
             return self.attn(values)
-        projected = self.attn.qkv(values)
-        return self.attn.proj(triton_kernels.attention(projected, self.attn.num_heads, self.attn.scale))
+        projected = linear(values, self.attn.qkv, "qkv")
+        attended = triton_kernels.attention(projected, self.attn.num_heads, self.attn.scale)
+        return linear(attended, self.attn.proj, "proj")
 
 
 def _gamma(scale: nn.Module) -> torch.Tensor | None:

@@ -7,6 +7,8 @@ only where Triton is installed; ``TRITON_INTERPRET=1`` runs the kernels on a CPU
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -17,29 +19,53 @@ ELEMENTS_PER_WARP = 256
 _GELU_BLOCK = 1024
 #: Queries and keys that a program of `attention` holds at a time, warps, and stages of loads that run ahead.
 ATTENTION_BLOCKS = (64, 64, 4, 3)
+#: Whether kernels are launched before the ones in front of them have ended, and wait for their results by themselves
+#: (CUDA's programmatic dependent launch). From Hopper on; elsewhere it does nothing.
+DEPENDENT_LAUNCHES = False
+
+
+def dependent_launches() -> bool:
+    """Whether kernels are launched so: wanted, and known to the device and to Triton."""
+    return DEPENDENT_LAUNCHES and _knows_dependent_launches()
+
+
+@functools.cache
+def _knows_dependent_launches() -> bool:
+    knows = torch.cuda.is_available() and torch.version.cuda and hasattr(tl.extra.cuda, "gdc_wait")
+    return bool(knows) and torch.cuda.get_device_capability() >= (9, 0)
+
+
+def launch_options() -> dict[str, bool]:
+    """To be given with every launch of a kernel that waits."""
+    return {"launch_pdl": True} if dependent_launches() else {}
 
 
 @triton.jit
 def _add_layer_norm_kernel(
     values, delta, gamma, weight, bias, total, normal,
     epsilon, channels: tl.constexpr, has_delta: tl.constexpr, has_gamma: tl.constexpr, block: tl.constexpr,
+    dependent: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, block)
     inside = columns < channels
+    scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    if has_gamma:
+        factor = tl.load(gamma + columns, mask=inside, other=0.0).to(tl.float32)
+    if dependent:  # all above are weights, which no kernel in front of this one writes
+        tl.extra.cuda.gdc_wait()
     at = tl.program_id(0).to(tl.int64) * channels + columns
     row = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
     if has_delta:
         step = tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
         if has_gamma:
-            step *= tl.load(gamma + columns, mask=inside, other=0.0).to(tl.float32)
+            step *= factor
         # Normalized is what the residual stream holds, rounded.
         rounded = (row + step).to(total.dtype.element_ty)
         tl.store(total + at, rounded, mask=inside)
         row = rounded.to(tl.float32)
     centred = tl.where(inside, row - tl.sum(row, 0) / channels, 0.0)
     variance = tl.sum(centred * centred, 0) / channels
-    scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     result = centred * (1.0 / tl.sqrt(variance + epsilon)) * scale + shift
     tl.store(normal + at, result.to(normal.dtype.element_ty), mask=inside)
 
@@ -65,13 +91,16 @@ def add_layer_norm(
     block = triton.next_power_of_2(channels)
     _add_layer_norm_kernel[(values.numel() // channels,)](
         values, delta, values if gamma is None else gamma, norm.weight, norm.bias, total, normal,
-        norm.eps, channels, total is not values, gamma is not None, block, num_warps=max(1, min(8, block // ELEMENTS_PER_WARP)),
+        norm.eps, channels, total is not values, gamma is not None, block, dependent_launches(),
+        num_warps=max(1, min(8, block // ELEMENTS_PER_WARP)), **launch_options(),
     )  # fmt: skip
     return total, normal
 
 
 @triton.jit
-def _gelu_kernel(values, result, length, block: tl.constexpr):
+def _gelu_kernel(values, result, length, block: tl.constexpr, dependent: tl.constexpr):
+    if dependent:
+        tl.extra.cuda.gdc_wait()
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = at < length
     x = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
@@ -84,7 +113,8 @@ def gelu(values: torch.Tensor) -> torch.Tensor:
     values = values.contiguous()
     result = torch.empty_like(values)
     length = values.numel()
-    _gelu_kernel[(triton.cdiv(length, _GELU_BLOCK),)](values, result, length, _GELU_BLOCK)
+    grid = (triton.cdiv(length, _GELU_BLOCK),)
+    _gelu_kernel[grid](values, result, length, _GELU_BLOCK, dependent_launches(), **launch_options())
     return result
 
 
@@ -92,7 +122,10 @@ def gelu(values: torch.Tensor) -> torch.Tensor:
 def _attention_kernel(
     projected, result, tokens, scale,
     heads: tl.constexpr, width: tl.constexpr, padded: tl.constexpr, rows: tl.constexpr, keys: tl.constexpr,
+    dependent: tl.constexpr,
 ):  # fmt: skip
+    if dependent:
+        tl.extra.cuda.gdc_wait()
     # FlashAttention's online softmax: one program holds `rows` queries of one head and goes through all keys.
     head = tl.program_id(1) % heads
     stride: tl.constexpr = 3 * heads * width  # from one token to the next
@@ -141,6 +174,7 @@ def attention(projected: torch.Tensor, heads: int, scale: float) -> torch.Tensor
     rows, keys, warps, stages = ATTENTION_BLOCKS
     _attention_kernel[(triton.cdiv(tokens, rows), views * heads)](
         projected, result, tokens, scale * 1.4426950408889634,  # exp2 is what the hardware has
-        heads, width, max(16, triton.next_power_of_2(width)), rows, keys, num_warps=warps, num_stages=stages,
+        heads, width, max(16, triton.next_power_of_2(width)), rows, keys,
+        dependent_launches(), num_warps=warps, num_stages=stages, **launch_options(),
     )  # fmt: skip
     return result
