@@ -72,6 +72,8 @@ def install(monkeypatch):
             self.released = []
             self.capturing_elsewhere = False
             self.slept = []
+            #: pools that outlive the graphs, and whether one of them is allocated from
+            self.lasting, self.holding = [], False
 
     happened = Happened()
     current = []
@@ -120,6 +122,15 @@ def install(monkeypatch):
         finally:
             current.pop()
 
+    @contextlib.contextmanager
+    def use_mem_pool(pool, device=None):
+        happened.lasting.append(pool)
+        happened.holding = True
+        try:
+            yield
+        finally:
+            happened.holding = False
+
     def release(_device, pool):
         happened.released.append(pool)
 
@@ -132,11 +143,13 @@ def install(monkeypatch):
         "Stream": Stream, "Event": Event, "CUDAGraph": lambda: Recorder(happened), "stream": stream,
         "current_stream": lambda device=None: current[-1], "device": lambda device: contextlib.nullcontext(),
         "synchronize": lambda device=None: None, "_sleep": lambda cycles: None, "memory_reserved": lambda device: 2**30,
+        "MemPool": lambda: object(), "use_mem_pool": use_mem_pool,
         "get_device_name": lambda device: "a fake", "graph_pool_handle": lambda: object(), "is_current_stream_capturing": lambda: happened.capturing_elsewhere,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_allocate, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", release, raising=False)
+    monkeypatch.setattr(cuda_graphs, "_spare", {})
     monkeypatch.setattr(cuda_graphs, "_RUNS_BEFORE_CAPTURE", 1)  # takes a third of the time
     monkeypatch.setattr(cuda_graphs.time, "sleep", happened.slept.append)
     happened.current = current

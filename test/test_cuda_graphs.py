@@ -4,6 +4,7 @@ import contextlib
 import gc
 import threading
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -106,28 +107,66 @@ def test_a_bounded_number_of_graphs_is_kept(cuda, graphs, monkeypatch):
 def test_encoders_run_on_streams_that_fork_and_join(cuda, graphs):
     run, tokenizer = graphs
     run(tokenizer.preprocess(images(1)))
-    side, main = id(run._sides[0]), id(run._main)
+    side, main = id(run._streams.sides[0]), id(run._streams.main)
     waits = [(waiting, other) for kind, waiting, *other in cuda.order if kind == "wait" and side in (waiting, *other)]
     assert waits == [(side, [main]), (main, [side])]
 
 
 @torch.inference_mode()
 def test_nothing_but_captures_runs_on_their_streams(cuda, graphs, monkeypatch):
-    """cuBLAS's workspace of a stream is then allocated in a capture, from the graphs' own pool."""
+    """But what makes cuBLAS allocate a workspace for each, once, in a pool that stays."""
     run, tokenizer = graphs
-    ran = {True: set(), False: set()}
+    ran = {"captured": set(), "held": set(), "eager": set()}
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if function is torch.ops.aten.addmm.default:
-                ran[bool(cuda.in_pool)].add(torch.cuda.current_stream().name)
+                way = "captured" if cuda.in_pool else "held" if cuda.holding else "eager"
+                ran[way].add(torch.cuda.current_stream().name)
             return function(*args, **(kwargs or {}))
 
-    run._main.name, run._sides[0].name = "main", "side"
+    run._streams.main.name, run._streams.sides[0].name = "main", "side"
     with Watch():
         for views in (1, 2, 1):
             run(tokenizer.preprocess(images(views)))
-    assert ran == {True: {"main", "side"}, False: {"default"}}
+    assert ran == {"captured": {"main", "side"}, "held": {"main", "side"}, "eager": {"default"}}
+    assert len(cuda.lasting) == 1
+
+
+@torch.inference_mode()
+def test_streams_and_their_workspaces_are_used_again(cuda, graphs):
+    """A node that is configured again and again: as few as live at the same time."""
+    _, tokenizer = graphs
+    pixel_values = tokenizer.preprocess(images(1))
+
+    def make():
+        run = CudaGraphs(tokenizer.network, torch.device("cpu"), torch.float32)
+        agree(run, tokenizer, pixel_values)
+        return run
+
+    run = make()
+    other = make()
+    streams = run._streams
+    assert other._streams.main is not streams.main and other._streams.sides[0] is not streams.sides[0]
+    del run
+    gc.collect()
+    again = make()
+    assert again._streams is streams and len(cuda.lasting) == 2
+    # What the first one queued last is waited for.
+    assert ("record", id(cuda.current[-1]), id(streams.free)) in cuda.order
+    assert cuda.order.count(("wait event", id(cuda.current[-1]), id(streams.free))) == 4
+
+
+@pytest.mark.parametrize("share, views, told", [(1.0, 1, []), (0.5, 2, []), (0.5, 1, [66, None] * 4)])
+@torch.inference_mode()
+def test_products_of_branches_are_for_a_share_of_the_device(cuda, graphs, monkeypatch, share, views, told):
+    run, tokenizer = graphs
+    monkeypatch.setattr(cuda_graphs, "PRODUCT_SHARE", share)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    seen = []
+    monkeypatch.setattr(torch._C, "_set_sm_carveout_experimental", seen.append)
+    agree(run, tokenizer, tokenizer.preprocess(images(views)))
+    assert seen == told  # two branches before the capture and two in it
 
 
 @torch.inference_mode()

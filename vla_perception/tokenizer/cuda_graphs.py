@@ -2,8 +2,9 @@
 
 Memory: all graphs of one `CudaGraphs` share one private memory pool, and their replays follow one another, so the pool
 is as large as the largest of them. Streams: a capture runs on streams on which nothing else of ours runs. cuBLAS keeps
-a workspace per stream, and where a capture is the first to need one it comes from the graphs' pool: nobody else in the
-process can free it (Inductor frees all others).
+a workspace per stream for as long as the process lives, 32 MiB on Hopper: streams are used again when their `CudaGraphs`
+is gone, and their workspaces lie in a pool of their own, where they stay when others free all workspaces (as Inductor
+does).
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import contextlib
 import logging
 import threading
 import time
+import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from vla_perception.tokenizer.device_preprocess import PreprocessPlan
 from vla_perception.tokenizer.runtime import Network, Runtime
@@ -30,6 +33,9 @@ _RUNS_BEFORE_CAPTURE = 3
 _RETRY_AFTER_SEC = (0.01, 0.03, 0.1, 0.3)
 #: Graphs that are kept, the least recently used goes first. A robot's cameras need one.
 _MAX_GRAPHS = 8
+#: The share of the device's multiprocessors that cuBLAS chooses a branch's kernels for, up to so many views. Branches
+#: run side by side: kernels for all of it stand in each other's way.
+PRODUCT_SHARE, PRODUCT_SHARE_VIEWS = 1.0, 1
 
 #: CUDA captures one graph at a time in a process.
 _capturing = threading.Lock()
@@ -49,6 +55,60 @@ class _Captured:
     tokens: torch.Tensor
     #: holds on to what else it reads and writes that is not of the graphs' pool
     prepare: Callable[[], list[torch.Tensor]]
+
+
+@dataclass
+class _Streams:
+    """What captures run on, and what the graphs made of them must not do at the same time."""
+
+    main: torch.cuda.Stream
+    sides: list[torch.cuda.Stream]
+    #: recorded when the last replay has been read
+    free: torch.cuda.Event = field(default_factory=lambda: torch.cuda.Event())
+    workspaces: torch.cuda.MemPool | None = None
+
+    def hold_workspaces(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Has cuBLAS allocate its workspaces, where nothing else is allocated and nothing is freed."""
+        if self.workspaces is not None:
+            return
+        self.workspaces = torch.cuda.MemPool()
+        with torch.cuda.use_mem_pool(self.workspaces):
+            for stream in (self.main, *self.sides):
+                with torch.cuda.stream(stream):
+                    ones = torch.ones(16, 16, dtype=dtype, device=device)
+                    torch.mm(functional.linear(ones, ones, ones[0]), ones)
+
+
+#: Of devices by index, and numbers of side streams: those that no `CudaGraphs` has.
+_spare: dict[tuple[int | None, int], list[_Streams]] = {}
+
+
+def _streams(owner: object, device: torch.device, sides: int) -> _Streams:
+    """Streams for as long as `owner` lives."""
+    spare = _spare.setdefault((device.index, sides), [])
+    try:
+        streams = spare.pop()
+    except IndexError:
+        # Of high priority: before whatever prepares the next images. Also, torch hands out streams in turn, and what
+        # another thread did on the same one during a capture would be captured as well: these are rarer.
+        main, *others = (torch.cuda.Stream(device, priority=-1) for _ in range(1 + sides))
+        streams = _Streams(main, others)
+    weakref.finalize(owner, spare.append, streams).atexit = False
+    return streams
+
+
+@contextlib.contextmanager
+def _products_for(share: float, device: torch.device) -> Iterator[None]:
+    """cuBLAS chooses kernels for this share of the multiprocessors, in the whole process."""
+    if share == 1.0:
+        yield
+        return
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    torch._C._set_sm_carveout_experimental(count - round(share * count))
+    try:
+        yield
+    finally:
+        torch._C._set_sm_carveout_experimental(None)
 
 
 class CudaGraphs(Runtime):
@@ -76,17 +136,13 @@ class CudaGraphs(Runtime):
             # Without Inductor's own graphs: they would end where ours has to go on.
             self._branches = [torch.compile(branch, dynamic=False) for branch in self._branches]
             self._join = torch.compile(self._join, dynamic=False)
-        # Of high priority: before whatever prepares the next images. Also, torch hands out streams in turn, and what
-        # another thread did on the same one during a capture would be captured as well: these are rarer.
-        self._main = torch.cuda.Stream(device, priority=-1)
-        self._sides = [torch.cuda.Stream(device, priority=-1) for _ in self._branches[1:]]
+        self._streams = _streams(self, device, len(self._branches) - 1)
         self._pool = torch.cuda.graph_pool_handle()
         # None: cannot be captured.
         self._captured: OrderedDict[_Key, _Captured | None] = OrderedDict()
         self._seen: deque[_Key] = deque(maxlen=_MAX_GRAPHS)
         # One at a time, in the calling threads and on the device: a graph has one place for inputs and outputs.
         self._lock = threading.Lock()
-        self._free = torch.cuda.Event()
 
     def __call__(
         self, pixel_values: Sequence[torch.Tensor], features: bool = True
@@ -147,12 +203,12 @@ class CudaGraphs(Runtime):
         self, captured: _Captured, fill: Callable[[list[torch.Tensor]], object], features: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         stream = torch.cuda.current_stream(self._device)
-        stream.wait_event(self._free)  # whoever called last may have used another stream
+        stream.wait_event(self._streams.free)  # whoever called last may have used another stream
         fill(captured.inputs)
         captured.graph.replay()
         # Copies, because the next replay writes where this one did: 2 MiB take some microseconds on the device.
         result = captured.features.clone() if features else None, captured.tokens.clone()
-        self._free.record(stream)
+        self._streams.free.record(stream)
         return result
 
     def _graph(self, key: _Key, capture: Callable[[], _Captured]) -> _Captured | None:
@@ -175,7 +231,7 @@ class CudaGraphs(Runtime):
             captured = None
         self._captured[key] = captured
         if len(self._captured) > _MAX_GRAPHS:
-            self._free.synchronize()  # it may still be running
+            self._streams.free.synchronize()  # it may still be running
             self._captured.popitem(last=False)
         if self.name != "compile":
             self.name = "graph" if any(self._captured.values()) else "eager"
@@ -189,9 +245,10 @@ class CudaGraphs(Runtime):
     def _capture(self, inputs: list[torch.Tensor], prepare: Callable[[], list[torch.Tensor]]) -> _Captured:
         """`prepare` gives the network's inputs, on the device and in its dtype; what it computes is part of the graph."""
         stream = torch.cuda.current_stream(self._device)
-        stream.wait_event(self._free)
+        stream.wait_event(self._streams.free)
         for _ in range(_RUNS_BEFORE_CAPTURE):
-            self._join([branch(pixels) for branch, pixels in zip(self._branches, prepare())])
+            self._join([self._run_branch(index, pixels) for index, pixels in enumerate(prepare())])
+        self._streams.hold_workspaces(self._device, self._dtype)
         stream.synchronize()
         for pause in (*_RETRY_AFTER_SEC, None):
             try:
@@ -207,7 +264,7 @@ class CudaGraphs(Runtime):
         graph = torch.cuda.CUDAGraph()
         # Not `torch.cuda.graph`: it synchronizes the device and empties the allocator's cache, which would break off a
         # capture of somebody else's. thread_local: other threads may use CUDA meanwhile, but not wait for all of it.
-        with _capturing, torch.cuda.stream(self._main):
+        with _capturing, torch.cuda.stream(self._streams.main):
             try:
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 features, tokens = self._run_side_by_side(prepare())
@@ -218,10 +275,16 @@ class CudaGraphs(Runtime):
                 # Up to torch 2.11 an end that fails leaves the allocator believing in the capture, for the whole
                 # process. Where it does not, the first of these raises.
                 with contextlib.suppress(Exception):
-                    torch._C._cuda_endAllocateToPool(self._main.device_index, self._pool)
-                    torch._C._cuda_releasePool(self._main.device_index, self._pool)
+                    torch._C._cuda_endAllocateToPool(self._streams.main.device_index, self._pool)
+                    torch._C._cuda_releasePool(self._streams.main.device_index, self._pool)
                 raise
         return _Captured(graph, inputs, features, tokens, prepare)
+
+    def _run_branch(self, index: int, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """One branch, for a capture."""
+        share = PRODUCT_SHARE if len(pixels) <= PRODUCT_SHARE_VIEWS and self._streams.sides else 1.0
+        with _products_for(share, self._device):
+            return self._branches[index](pixels)
 
     def _run_side_by_side(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The branches on a stream each: forked from the current stream, and joined to it again."""
@@ -229,12 +292,12 @@ class CudaGraphs(Runtime):
         parts: list[tuple[torch.Tensor, ...]] = [()] * len(self._branches)
         forked = []
         try:
-            for index, side in enumerate(self._sides, start=1):
+            for index, side in enumerate(self._streams.sides, start=1):
                 side.wait_stream(main)
                 forked.append(side)
                 with torch.cuda.stream(side):
-                    parts[index] = self._branches[index](inputs[index])
-            parts[0] = self._branches[0](inputs[0])
+                    parts[index] = self._run_branch(index, inputs[index])
+            parts[0] = self._run_branch(0, inputs[0])
         except BaseException:
             # A capture can only end where all that was forked is joined again.
             for side in forked:
