@@ -10,6 +10,7 @@ whether a second capture gives the same bits.
 ``profile``: the kernels of one replay and of one preprocessing, the heaviest first.
 ``kernels``: what lies between the products, one by one: PyTorch's beside Triton's, and Triton's block sizes.
 ``products``: the matrix products, one by one.
+``float8``: the model in `compute_dtype: float8` beside bfloat16, and its products; some 20 s on an H100.
 
 Device times are CUDA events' around work that was queued before it began, so no launch of the host is in them. What is
 compared is measured in one process on one device. How captures survive others is asked by the tests with the marker gpu.
@@ -30,6 +31,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gpu_float8
 import gpu_preprocess
 import numpy as np
 import torch
@@ -89,8 +91,8 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def load(model: str) -> VisualTokenizer:
-    dtype = str(DTYPE).removeprefix("torch.")
+def load(model: str, dtype: str | None = None) -> VisualTokenizer:
+    dtype = dtype or str(DTYPE).removeprefix("torch.")
     return VisualTokenizer.load(model, device=str(DEVICE), compute_dtype=dtype, runtime="graph")
 
 
@@ -99,6 +101,7 @@ class Kit:
 
     def __init__(self, model: str) -> None:
         self.answers: dict = {"versions": _versions()}
+        self._model = model
         begun = time.perf_counter()
         self.tokenizer = load(model)
         loaded = time.perf_counter()
@@ -242,6 +245,11 @@ class Kit:
             print("\n".join(f"{us:8.1f} us {count:6.1f} x {name[:90]}" for us, count, name in found[label][:18]))
         return found
 
+    def float8(self) -> dict:
+        return gpu_float8.measure(
+            lambda dtype: load(self._model, dtype), self.tokenizer, self._exact, random_images, device_us, graph_us, ROUNDS
+        )
+
     # --- parts
 
     def _changes(self) -> Iterator[tuple[str, contextlib.AbstractContextManager]]:
@@ -313,7 +321,7 @@ def _product(values: torch.Tensor, weights: list[torch.Tensor], bias: torch.Tens
     return lambda: functional.linear(values, next(turn), bias)
 
 
-QUESTIONS = ("latency", "variants", "preprocess", "profile", "products", "kernels")
+QUESTIONS = ("latency", "variants", "preprocess", "profile", "products", "kernels", "float8")
 
 
 def _add_layer_norm(values, delta, gamma, norm):

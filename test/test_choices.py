@@ -187,7 +187,7 @@ def test_the_node_and_the_command_offer_what_the_tokenizer_takes():
         ("tokenize", "compute_dtype"): taken["compute_dtype"],
         ("describe", "token_strategy"): taken["token_strategy"],
         ("describe", "projector"): taken["projector"],
-        ("describe", "dtype"): tuple(COMPUTE_DTYPES),
+        ("describe", "dtype"): tuple(presets.DTYPE_BYTES),
         ("bench", "compute_dtype"): taken["compute_dtype"],
         ("bench", "runtime"): taken["runtime"],
     }

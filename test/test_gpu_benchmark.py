@@ -23,7 +23,7 @@ def kit(monkeypatch):
     monkeypatch.delitem(sys.modules, "gpu", raising=False)
     import gpu
 
-    def load(model):
+    def load(model, dtype=None):
         tokenizer = VisualTokenizer.load(model, device="cpu", compute_dtype="float32", image_size=[28, 32], runtime="eager")
         tokenizer._runtime = CudaGraphs(tokenizer.network, torch.device("cpu"), torch.float32)
         return tokenizer
@@ -62,6 +62,8 @@ def test_every_question_is_answered(kit, tmp_path, capsys, monkeypatch):
     assert all(not row["fallback"] for row in answers["variants"].values())
     assert answers["kernels"] and all(isinstance(value, float) for value in answers["kernels"].values())
     assert {"patch K=592", "dinov2 mlp.fc2", "projector fc1"} <= answers["products"].keys()
+    assert {f"{dtype}, {views} view(s)" for dtype in ("bfloat16", "float8") for views in (1, 4)} < answers["float8"].keys()
+    assert answers["float8"]["float8, 4 view(s)"]["relative_l2"] < 1e-5 and answers["float8"]["float8, 4 view(s)"]["replay_us"] > 0
     assert answers["start"]["model"] == "small" and answers["versions"]["device"] == "a fake"
 
 

@@ -86,8 +86,9 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
         help="auto, cpu, cuda or cuda:N; auto: a CUDA device that works, otherwise the CPU (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--compute-dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-        help="auto: bfloat16 on CUDA (float16 before Ampere), float32 on a CPU (default: %(default)s)",
+        "--compute-dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16", "float8"),
+        help="auto: bfloat16 on CUDA (float16 before Ampere), float32 on a CPU; float8: the encoders' linear layers in "
+        "float8, from Ada and Hopper on, less exact (default: %(default)s)",
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ MIB = 1 << 20
 _SHM_BYTES = 256 * MIB
 _PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
 #: Relative L2 distance from float32 that rounding accounts for (docs/performance.md).
-_TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+_TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "float8": 1.4e-1}
 
 
 @dataclass(frozen=True)
@@ -224,15 +224,18 @@ def agreement(model: str) -> Iterator[Finding]:
     import torch
 
     from vla_perception.tokenizer import VisualTokenizer
-    from vla_perception.tokenizer.devices import place
+    from vla_perception.tokenizer.devices import float8_unavailable_reason, place
 
     kind = place()
+    without_float8 = float8_unavailable_reason(kind.device)
     runtimes = ("eager", "graph") if kind.device.type == "cuda" else ("eager", "onednn")
     pictures = list(np.random.default_rng(0).integers(0, 256, (2, 480, 640, 3), dtype=np.uint8))
     expected = VisualTokenizer.load(model, device="cpu", compute_dtype="float32", runtime="eager")(pictures)
     expected = expected.tokens.double()
     for runtime in runtimes:
         for dtype, tolerance in _TOLERANCES.items():
+            if dtype == "float8" and without_float8:  # a choice for some GPUs, and not a fault of the others
+                continue
             subject = f"{runtime} in {dtype} on {kind.device}"
             try:
                 tokenizer = VisualTokenizer.load(model, device=str(kind.device), compute_dtype=dtype, runtime=runtime)

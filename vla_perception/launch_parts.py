@@ -79,9 +79,9 @@ def tokenizer_arguments(**replaced: None) -> dict[str, DeclareLaunchArgument]:
         "compute_dtype": DeclareLaunchArgument(
             "compute_dtype",
             default_value="",
-            choices=["", "auto", "float32", "bfloat16", "float16"],
+            choices=["", "auto", "float32", "bfloat16", "float16", "float8"],
             description="Precision of encoders and projector; auto: bfloat16 on CUDA (float16 before Ampere), float32 "
-            "on a CPU. Empty: as in params_file, which has auto unless it is another file.",
+            "on a CPU; float8: the encoders' linear layers in float8, less exact. Empty: as in params_file, which has auto unless it is another file.",
         ),
         "params_file": DeclareLaunchArgument(
             "params_file",

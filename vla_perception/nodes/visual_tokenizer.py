@@ -129,8 +129,9 @@ SETTINGS: dict[str, _Setting] = {
     ),
     "compute_dtype": _Setting(
         "auto",
-        "Precision of encoders and projector; auto: bfloat16 on CUDA (float16 before Ampere), float32 on a CPU.",
-        choices=("auto", *DTYPES),
+        "Precision of encoders and projector; auto: bfloat16 on CUDA (float16 before Ampere), float32 on a CPU; float8: "
+        "the encoders' linear layers in float8, all else in bfloat16: from Ada and Hopper on, less exact.",
+        choices=("auto", *DTYPES, "float8"),
     ),
     "runtime": _Setting(
         "auto",

@@ -6,14 +6,20 @@ what the device multiplies fastest at a precision that models are evaluated in.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: Name → dtype of weights and results; those of ``float8`` are float8 within the encoders' blocks alone (float8.py).
+COMPUTE_DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float8": torch.bfloat16,
+}  # fmt: skip
 #: Compute capability from which on CUDA devices (Ampere) multiply bfloat16.
 _BFLOAT16_CAPABILITY = (8, 0)
+#: The same for float8 (Ada, then Hopper).
+_FLOAT8_CAPABILITY = (8, 9)
 #: There with NVIDIA's driver: then a machine has a GPU, whatever PyTorch says. The second one is Jetson's.
 _DRIVER_FILES = (Path("/dev/nvidiactl"), Path("/dev/nvhost-ctrl-gpu"))
 
@@ -48,10 +54,10 @@ def place(device: str = "auto", compute_dtype: str = "auto") -> Placement:
     Args:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; other devices of PyTorch's are taken as they are.
         compute_dtype: ``auto``, or a key of `COMPUTE_DTYPES`. ``auto`` is bfloat16 on CUDA from compute capability 8.0
-            (Ampere) on, float16 before, and float32 on a CPU.
+            (Ampere) on, float16 before, and float32 on a CPU; never float8.
 
     Raises:
-        ValueError: no such precision, or a device that does not work; says why.
+        ValueError: no such precision, not on this device, or a device that does not work; says why.
     """
     if compute_dtype != "auto" and compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(f"unknown compute dtype {compute_dtype!r}; choose one of auto, {', '.join(COMPUTE_DTYPES)}")
@@ -59,6 +65,8 @@ def place(device: str = "auto", compute_dtype: str = "auto") -> Placement:
         target, reason, warnings = _first_that_works()
     else:
         target, reason, warnings = _checked(device), "as asked for", []
+    if compute_dtype == "float8" and (without := float8_unavailable_reason(target)):
+        raise ValueError(without)
     chosen = compute_dtype
     if target.type == "cuda":
         capability = torch.cuda.get_device_capability(target)
@@ -79,6 +87,20 @@ def place(device: str = "auto", compute_dtype: str = "auto") -> Placement:
     elif compute_dtype == "auto":
         chosen = "float32"
     return Placement(target, chosen, reason, tuple(warnings))
+
+
+def float8_unavailable_reason(device: torch.device) -> str:
+    """Why there is no float8 on this device, as a sentence with what to do; empty if there is."""
+    instead = "choose auto or bfloat16"
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"compute_dtype float8 needs an NVIDIA GPU of compute capability 8.9 or more, not {device}; {instead}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _FLOAT8_CAPABILITY:
+        number = ".".join(map(str, capability))
+        return f"compute_dtype float8 needs compute capability 8.9 or more, and {device} has {number}; {instead}"
+    if importlib.util.find_spec("triton") is None:
+        return f"compute_dtype float8 needs Triton, which is not installed: pip install triton, or {instead}"
+    return ""
 
 
 def _first_that_works() -> tuple[torch.device, str, list[str]]:

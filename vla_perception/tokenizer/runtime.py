@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from vla_perception.tokenizer.device_preprocess import PreprocessPlan
+from vla_perception.tokenizer.float8 import quantize_encoders
 from vla_perception.tokenizer.fused_blocks import fuse_blocks, patches_as_products, replace_modules, scale_in_one
 
 log = logging.getLogger(__name__)
@@ -132,11 +133,16 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(values, self._weight, self._bias, "none", [], "")
 
 
-def make_runtime(name: str, network: Network, device: torch.device, dtype: torch.dtype) -> Runtime:
+def make_runtime(
+    name: str, network: Network, device: torch.device, dtype: torch.dtype, in_float8: bool = False
+) -> Runtime:
     """The runtime called `name`; it may change the network's modules for its purpose.
 
+    Args:
+        in_float8: the encoders' blocks multiply in float8 (float8.py).
+
     Raises:
-        ValueError: there is no such runtime, or not on this device.
+        ValueError: there is no such runtime, or not on this device, or not in float8.
     """
     if name not in RUNTIMES:
         raise ValueError(f"unknown runtime {name!r}; choose one of {', '.join(RUNTIMES)}")
@@ -149,11 +155,19 @@ def make_runtime(name: str, network: Network, device: torch.device, dtype: torch
         raise ValueError(f"runtime onednn needs a CPU, and a PyTorch with oneDNN, not {device}; choose auto")
     if device.type != "cuda":
         return {"eager": Runtime, "onednn": OneDnn, "compile": Compiled}[name](network, device, dtype)
+    if in_float8 and name == "compile":
+        raise ValueError("runtime compile knows no compute_dtype float8; choose auto, graph or eager")
     patches_as_products(network)
-    without = fuse_blocks(network, dtype) if name == "graph" else "not asked for"
+    if in_float8:
+        quantize_encoders(network)
+        without = ""
+    else:
+        without = fuse_blocks(network, dtype) if name == "graph" else "not asked for"
     scale_in_one(network)
     if name == "eager":
-        return Runtime(network, device, dtype)
+        runtime = Runtime(network, device, dtype)
+        runtime.kernels = "triton" if in_float8 else "pytorch"
+        return runtime
     from vla_perception.tokenizer.cuda_graphs import CudaGraphs  # which builds on what is here
 
     runtime = CudaGraphs(network, device, dtype, compiled=name == "compile")

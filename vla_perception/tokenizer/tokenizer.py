@@ -112,7 +112,8 @@ class VisualTokenizer:
         model: its name.
         weights: ``"checkpoint"`` or ``"random"``.
         notes: sentences for the user about where the weights come from.
-        device, compute_dtype: where and in what precision encoders and projector run; never ``auto``.
+        device, compute_dtype: where and in what precision encoders and projector run; never ``auto``. ``float8``:
+            float8.py has what is float8 and what is bfloat16.
         network: encoders and projector. The runtime may change its modules when it first runs.
         grid: (rows, columns) of patch tokens, after pooling.
         channels: width of a token; `feature_channels` is the width before the projector.
@@ -140,7 +141,7 @@ class VisualTokenizer:
         self.device = next(network.parameters()).device
         self._dtype = COMPUTE_DTYPES[compute_dtype]
         self.network = network
-        self._runtime = make_runtime(runtime, network, self.device, self._dtype)
+        self._runtime = make_runtime(runtime, network, self.device, self._dtype, compute_dtype == "float8")
         self._prepare = Prepare(config.prepare)
         on_device = self.device.type == "cuda" and all(encoder.interpolation in FILTERS for encoder in config.encoders)
         self._preprocessor = (
