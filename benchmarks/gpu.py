@@ -5,12 +5,13 @@
 
 ``latency``: host uint8 images → tokens on the device, for several numbers of views and sizes, and the device's memory.
 ``variants``: one replay of the CUDA graph with parts of it done otherwise, how far its tokens are from float32's, and
-whether a second capture gives the same bits.
+whether a second capture and later replays give the same bits; for one view and for four.
 ``preprocess``: preprocessing alone, per size, number of views and encoding, and whether its values are PIL's.
 ``profile``: the kernels of one replay and of one preprocessing, the heaviest first.
 ``kernels``: what lies between the products, one by one: PyTorch's beside Triton's, and Triton's block sizes.
 ``products``: the matrix products, one by one.
 ``float8``: the model in `compute_dtype: float8` beside bfloat16, and its products; some 20 s on an H100.
+``gelu``: the layer with GELU behind it, by cuBLAS and a kernel for GELU, and as one Triton kernel, for one view and four.
 
 Device times are CUDA events' around work that was queued before it began, so no launch of the host is in them. What is
 compared is measured in one process on one device. How captures survive others is asked by the tests with the marker gpu.
@@ -28,16 +29,18 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import gpu_float8
 import gpu_preprocess
+import gpu_variants
 import numpy as np
 import torch
 from torch.nn import functional
 
 from vla_perception import __version__
+from vla_perception.bench import PlainModel
 from vla_perception.tokenizer import VisualTokenizer
 from vla_perception.tokenizer.cuda_graphs import CudaGraphs
 
@@ -45,8 +48,8 @@ from vla_perception.tokenizer.cuda_graphs import CudaGraphs
 DEVICE, DTYPE, ROUNDS, REPEAT = torch.device("cuda"), torch.bfloat16, 100, 40
 #: (views, height, width) of `latency`.
 SIZES = ((1, 480, 640), (2, 480, 640), (4, 480, 640), (1, 1080, 1920))
-#: (rows, keys, warps, stages) of Triton's attention to compare with the one that is in use.
-ATTENTION_BLOCKS = ((64, 64, 4, 2), (64, 64, 4, 4), (64, 128, 8, 2), (64, 128, 4, 1), (128, 64, 8, 2), (32, 64, 4, 2))
+#: Numbers of views of `variants`.
+VARIANT_VIEWS = (1, 4)
 
 
 def device_us(action: Callable[[], object], rounds: int | None = None) -> float:
@@ -168,27 +171,37 @@ class Kit:
         return {f"{row['views']} view(s) of {row['size']} {row['encoding']}": row for row in rows} | helpers
 
     def variants(self) -> dict:
-        pixel_values = self.tokenizer.preprocess(random_images(1, seed=5))
-        exact = self._exact(pixel_values)
         found: dict[str, dict] = {}
-        for label, change in self._changes():
-            try:
-                with change:
-                    runtime = CudaGraphs(self.network, DEVICE, DTYPE)
-                    tokens = runtime(pixel_values)[1]
-                    again = CudaGraphs(self.network, DEVICE, DTYPE)(pixel_values)[1]
-                    (captured,) = runtime._captured.values()
-                    row = {
-                        "replay_us": device_us(captured.graph.replay), "relative_l2": relative(tokens, exact),
-                        "same_bits": torch.equal(tokens, again), "fallback": runtime.fallback,
-                    }  # fmt: skip
-                print(f"{label:>40}: {row['replay_us']:7.1f} us, relative L2 {row['relative_l2']:.2e}, "
-                      f"same bits {row['same_bits']} {row['fallback']}", flush=True)  # fmt: skip
-            except Exception as error:  # a variant that fails is an answer, too
-                row = {"error": _first_line(error)}
-                print(f"{label:>40}: {row['error']}", flush=True)
-            found[label] = row
+        plain = self._plain()
+        for views in VARIANT_VIEWS:
+            pixel_values = self.tokenizer.preprocess(random_images(views, seed=5))
+            exact, base = plain.encode(pixel_values), None
+            for label, change in gpu_variants.changes(views):
+                try:
+                    with change:
+                        row, tokens = self._variant(pixel_values)
+                    base = tokens if base is None else base
+                    row |= {"relative_l2": relative(tokens, exact), "bits_of_as_it_is": torch.equal(tokens, base)}
+                    print(f"{views} view(s), {label:>42}: {row['replay_us']:7.1f} us, relative L2 {row['relative_l2']:.2e}, "
+                          f"same bits again {row['same_bits']}, as it is {row['bits_of_as_it_is']} {row['fallback']}",
+                          flush=True)  # fmt: skip
+                except Exception as error:  # a variant that fails is an answer, too
+                    row = {"error": _first_line(error)}
+                    print(f"{views} view(s), {label:>42}: {row['error']}", flush=True)
+                found[f"{views} view(s), {label}"] = row
         return found
+
+    def _variant(self, pixel_values: list[torch.Tensor]) -> tuple[dict, torch.Tensor]:
+        """One replay as things are now, and its tokens."""
+        runtime = CudaGraphs(self.network, DEVICE, DTYPE)
+        tokens = runtime(pixel_values)[1]
+        again = [CudaGraphs(self.network, DEVICE, DTYPE)(pixel_values)[1]]
+        (captured,) = runtime._captured.values()
+        us = device_us(captured.graph.replay)
+        for _ in range(min(ROUNDS, 20)):  # in a row, as no one waits for each in between
+            again.append(runtime(pixel_values)[1])
+        same = all(torch.equal(tokens, other) for other in again)
+        return {"replay_us": us, "same_bits": same, "fallback": runtime.fallback}, tokens
 
     def kernels(self) -> dict:
         found = {}
@@ -221,6 +234,21 @@ class Kit:
         _print_numbers({label: row["us"] for label, row in found.items()}, "us")
         return found
 
+    def gelu(self) -> dict:
+        found: dict[str, float | str] = {}
+        for name, encoder in self.network.encoders.items():
+            rows, columns = encoder.grid
+            for views in gpu_variants.GELU_BLOCKS:
+                tokens = views * (rows * columns + encoder.vit.num_prefix_tokens)
+                for label, action in _gelu_actions(encoder.vit.blocks[0].mlp.fc1, tokens, gpu_variants.GELU_BLOCKS[views]):
+                    label = f"{name} {views} view(s) {label}"
+                    try:
+                        found[label] = graph_us(action)
+                    except Exception as error:
+                        found[label] = _first_line(error)
+        _print_numbers(found, "us")
+        return found
+
     def profile(self) -> dict:
         from torch.profiler import ProfilerActivity
         from torch.profiler import profile as profiler
@@ -247,29 +275,13 @@ class Kit:
 
     def float8(self) -> dict:
         return gpu_float8.measure(
-            lambda dtype: load(self._model, dtype), self.tokenizer, self._exact, random_images, device_us, graph_us, ROUNDS
+            lambda dtype: load(self._model, dtype), self.tokenizer, self._plain().encode, random_images, device_us, graph_us, ROUNDS
         )
 
     # --- parts
 
-    def _changes(self) -> Iterator[tuple[str, contextlib.AbstractContextManager]]:
-        """What is tried in `variants`."""
-        yield "as it is", contextlib.nullcontext()
-        yield "PyTorch's kernels", _replaced(add_layer_norm=_add_layer_norm, gelu=functional.gelu, attention=_attention)
-        yield "PyTorch's sum and layer norm", _replaced(add_layer_norm=_add_layer_norm)
-        yield "PyTorch's GELU", _replaced(gelu=functional.gelu)
-        yield "PyTorch's attention", _replaced(attention=_attention)
-        yield "one stream", _one_stream()
-        for blocks in ATTENTION_BLOCKS[:3]:
-            yield f"attention {blocks}", _replaced(ATTENTION_BLOCKS=blocks)
-        yield "no bfloat16 sums of split products", _setting("allow_bf16_reduced_precision_reduction", False)
-        for library in ("cublas", "cublaslt"):
-            yield f"products by {library}", _blas(library)
-
-    def _exact(self, pixel_values: list[torch.Tensor]) -> torch.Tensor:
-        from vla_perception.bench import PlainModel
-
-        return PlainModel(self.tokenizer, torch.float32, exact=True).encode(pixel_values)
+    def _plain(self) -> PlainModel:
+        return PlainModel(self.tokenizer, torch.float32, exact=True)
 
     def _tokens_to_host(self) -> dict[str, float]:
         tokens = self.tokenizer(random_images(1)).tokens
@@ -301,18 +313,32 @@ def _kernel_actions(block: torch.nn.Module, tokens: int) -> Iterator[tuple[str, 
     def attend() -> object:
         return triton_kernels.attention(projected, heads, scale)
 
-    yield "sum, layer norm: PyTorch", lambda: _add_layer_norm(values, delta, gamma, norm)
+    yield "sum, layer norm: PyTorch", lambda: gpu_variants.add_layer_norm(values, delta, gamma, norm)
     yield "sum, layer norm: Triton", normalize
     for elements in (512, 1024):
-        with _replaced(ELEMENTS_PER_WARP=elements):
+        with gpu_variants.pytorchs(ELEMENTS_PER_WARP=elements):
             yield f"sum, layer norm: Triton, {elements} elements a warp", normalize
     yield "GELU: PyTorch", lambda: functional.gelu(wide)
     yield "GELU: Triton", lambda: triton_kernels.gelu(wide)
-    yield "attention: PyTorch", lambda: _attention(projected, heads, scale)
+    yield "attention: PyTorch", lambda: gpu_variants.attention(projected, heads, scale)
     yield f"attention: Triton {triton_kernels.ATTENTION_BLOCKS}", attend
-    for blocks in ATTENTION_BLOCKS:
-        with _replaced(ATTENTION_BLOCKS=blocks):
+    for blocks in gpu_variants.ATTENTION_BLOCKS:
+        with gpu_variants.pytorchs(ATTENTION_BLOCKS=blocks):
             yield f"attention: Triton {blocks}", attend
+
+
+def _gelu_actions(
+    layer: torch.nn.Linear, tokens: int, every: Sequence[tuple[int, ...]]
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    from vla_perception.tokenizer import triton_kernels, triton_products
+
+    size = layer.weight.shape
+    weights = [torch.randn(size, device=DEVICE, dtype=DTYPE) for _ in range(max(2, int(60e6 // layer.weight.numel())))]
+    bias, values = weights[0][:, 0].clone(), torch.randn(tokens, size[1], device=DEVICE, dtype=DTYPE)
+    multiply, turn = _product(values, weights, bias), itertools.cycle(weights)
+    yield "cuBLAS", lambda: triton_kernels.gelu(multiply())
+    for blocks in every:
+        yield f"Triton {blocks}", lambda blocks=blocks: triton_products.product(values, next(turn), bias, blocks, True)
 
 
 def _product(values: torch.Tensor, weights: list[torch.Tensor], bias: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -321,69 +347,7 @@ def _product(values: torch.Tensor, weights: list[torch.Tensor], bias: torch.Tens
     return lambda: functional.linear(values, next(turn), bias)
 
 
-QUESTIONS = ("latency", "variants", "preprocess", "profile", "products", "kernels", "float8")
-
-
-def _add_layer_norm(values, delta, gamma, norm):
-    """PyTorch's operations for `triton_kernels.add_layer_norm`."""
-    if delta is not None:
-        values = values + delta if gamma is None else torch.addcmul(values, delta, gamma)
-    return values, functional.layer_norm(values, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-
-
-def _attention(projected, heads, scale):
-    """PyTorch's operations for `triton_kernels.attention`, as timm has them."""
-    views, tokens, channels = projected.shape
-    query, key, value = projected.view(views, tokens, 3, heads, channels // 3 // heads).permute(2, 0, 3, 1, 4)
-    return functional.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
-
-
-@contextlib.contextmanager
-def _replaced(**others: object) -> Iterator[None]:
-    """Other functions and constants in `triton_kernels`."""
-    from vla_perception.tokenizer import triton_kernels
-
-    before = {name: getattr(triton_kernels, name) for name in others}
-    for name, value in others.items():
-        setattr(triton_kernels, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(triton_kernels, name, value)
-
-
-@contextlib.contextmanager
-def _one_stream() -> Iterator[None]:
-    before = CudaGraphs._run_side_by_side
-    CudaGraphs._run_side_by_side = lambda self, inputs: self._join(
-        [branch(pixels) for branch, pixels in zip(self._branches, inputs)]
-    )
-    try:
-        yield
-    finally:
-        CudaGraphs._run_side_by_side = before
-
-
-@contextlib.contextmanager
-def _setting(name: str, value: object) -> Iterator[None]:
-    """A setting of `torch.backends.cuda.matmul`."""
-    before = getattr(torch.backends.cuda.matmul, name)
-    setattr(torch.backends.cuda.matmul, name, value)
-    try:
-        yield
-    finally:
-        setattr(torch.backends.cuda.matmul, name, before)
-
-
-@contextlib.contextmanager
-def _blas(library: str) -> Iterator[None]:
-    before = torch.backends.cuda.preferred_blas_library()
-    torch.backends.cuda.preferred_blas_library(library)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.preferred_blas_library(before)
+QUESTIONS = ("latency", "variants", "preprocess", "profile", "products", "kernels", "gelu", "float8")
 
 
 def _versions() -> dict:

@@ -83,6 +83,7 @@ def test_gelu(dtype, shape):
 def test_linear_layers_in_blocks(monkeypatch, dtype, gelu, rows, columns, depth):
     """Of whole blocks and not, beside the same in float64."""
     monkeypatch.setattr(triton_products, "BLOCKS_OF_FEW_ROWS", {"fc1": (32, 32, 32, 4, 3)})
+    monkeypatch.setattr(triton_products, "MAX_WASTE", 31.0)
     layer = nn.Linear(depth, columns, device=DEVICE, dtype=dtype)
     values = noise(1, rows, depth, dtype=dtype) * 3
     found = triton_products.linear(values, layer, "fc1", gelu)
@@ -95,8 +96,11 @@ def test_linear_layers_in_blocks(monkeypatch, dtype, gelu, rows, columns, depth)
 def test_linear_layers_that_blocks_cannot_do_are_pytorchs(monkeypatch):
     monkeypatch.setattr(triton_products, "product", None)
     monkeypatch.setattr(triton_products, "BLOCKS_OF_FEW_ROWS", {"qkv": (16, 16, 16, 1, 1), "proj": None})
-    for name, channels, dtype in (("qkv", 100, torch.float16), ("qkv", 64, torch.float32), ("proj", 64, torch.float16)):
-        layer, values = nn.Linear(channels, 64, device=DEVICE, dtype=dtype), noise(2, 3, channels, dtype=dtype)
+    for name, channels, dtype, rows in (
+        ("qkv", 100, torch.float16, 16), ("qkv", 64, torch.float32, 16), ("proj", 64, torch.float16, 16),
+        ("qkv", 64, torch.float16, 33),  # 48 in blocks
+    ):  # fmt: skip
+        layer, values = nn.Linear(channels, 64, device=DEVICE, dtype=dtype), noise(1, rows, channels, dtype=dtype)
         assert torch.equal(triton_products.linear(values, layer, name), layer(values))
 
 

@@ -20,6 +20,8 @@ CUBLAS: dict[str, Blocks | None] = {"qkv": None, "proj": None, "fc1": None, "fc2
 #: Up to so many rows, tokens of all views, the first; above the second.
 FEW_ROWS = 512
 BLOCKS_OF_FEW_ROWS, BLOCKS_OF_MANY_ROWS = CUBLAS, CUBLAS
+#: Of the rows, how many more may be computed because blocks are whole: DINOv2's 261 rows are 384 in blocks of 128.
+MAX_WASTE = 0.125
 
 
 @triton.jit
@@ -58,7 +60,8 @@ def linear(values: torch.Tensor, layer: torch.nn.Linear, name: str, gelu: bool =
     rows = values.numel() // values.shape[-1]
     blocks = (BLOCKS_OF_FEW_ROWS if rows <= FEW_ROWS else BLOCKS_OF_MANY_ROWS)[name]
     # Tensor cores would round float32; descriptors take rows of multiples of 16 bytes.
-    if blocks is None or values.dtype == torch.float32 or layer.in_features % 8 or layer.out_features % 8:
+    odd = values.dtype == torch.float32 or layer.in_features % 8 or layer.out_features % 8
+    if blocks is None or odd or -rows % blocks[0] > MAX_WASTE * rows:
         values = functional.linear(values, layer.weight, layer.bias)
         return triton_kernels.gelu(values) if gelu else values
     return product(values, layer.weight, layer.bias, blocks, gelu)
