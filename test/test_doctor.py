@@ -3,14 +3,20 @@
 import json
 import os
 import platform
+import re
 import sys
+import textwrap
 import types
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from vla_perception import cli, doctor
 
+ROOT = Path(__file__).resolve().parent.parent
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -31,17 +37,24 @@ def installed(monkeypatch):
     return make
 
 
-GOOD = {"torch": "2.9.1", "timm": "1.0.20", "pillow": "12.0.0", "numpy": "1.26.4", "simplejpeg": "1.9.0"}
+#: As they are called today, and by NVIDIA for Jetson.
+GOOD = {
+    "torch": "2.5.0a0+872d972e41.nv24.8", "torchvision": "0.20.0a0+afc54f7", "timm": "1.0.26", "huggingface_hub": "1.0",
+    "pillow": "12.0.0", "numpy": "1.26.4", "simplejpeg": "1.9.0",
+}  # fmt: skip
 
 
 def test_packages(installed, monkeypatch):
     installed(**GOOD)
     assert {state for _, state in states(doctor.packages())} == {"ok"}
-    for name in ("torch", "timm", "pillow", "numpy"):
+    for name in ("torch", "torchvision", "timm", "huggingface_hub", "pillow", "numpy"):
         installed(**GOOD | {name: ""})
         assert (name, "fail") in states(doctor.packages())
     installed(**GOOD | {"simplejpeg": "", "pillow": "13.0.0"})
     assert {("simplejpeg", "warn"), ("pillow", "fail")} <= set(states(doctor.packages()))
+    for name, version in {"timm": "1.0.25", "torch": "2.3.1+cu121", "huggingface_hub": "3.0.0", "pillow": "9.5"}.items():
+        installed(**GOOD | {name: version})
+        assert [line for line in states(doctor.packages()) if line[1] != "ok"] == [(name, "warn")]
     real = doctor.importlib.import_module
 
     def load(name):
@@ -55,6 +68,15 @@ def test_packages(installed, monkeypatch):
     assert ("cv_bridge", "ok") in states(doctor.packages())
 
 
+def test_the_versions_are_those_that_setup_py_asks_for():
+    asked = {}
+    for text in re.findall(r'"([a-z_]+[<>=][^"]*)"', (ROOT / "setup.py").read_text(encoding="utf-8")):
+        requirement = Requirement(text)
+        asked.setdefault(requirement.name, requirement.specifier)
+    for name, (lowest, too_new) in doctor._PACKAGES.items():
+        assert SpecifierSet(f">={lowest}" + (f",<{too_new}" if too_new else "")) == asked[name], name
+
+
 def test_the_device_that_auto_takes(monkeypatch):
     torch = pytest.importorskip("torch")
     pytest.importorskip("timm")
@@ -64,9 +86,44 @@ def test_the_device_that_auto_takes(monkeypatch):
     monkeypatch.setattr(devices, "place", lambda: chip)
     (finding,) = [finding for finding in doctor.device() if finding.subject == "device auto"]
     assert finding.state == "ok" and "cuda:0 in bfloat16: A chip" in finding.text and "runtime graph" in finding.text
+    assert "Triton" in [subject for subject, _ in states(doctor.device())]
     broken = devices.Placement(torch.device("cpu"), "float32", "no CUDA device works", ("the driver is too old",))
     monkeypatch.setattr(devices, "place", lambda: broken)
     assert [state for subject, state in states(doctor.device()) if subject == "device auto"] == ["ok", "warn"]
+
+
+def test_what_triton_compiles_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    monkeypatch.setattr(doctor.shutil, "which", {"gcc": "/bin/gcc", "/bin/gcc": "/bin/gcc", "/cc": "/cc"}.get)
+
+    def look(**environment):
+        (finding,) = doctor.triton(environment)
+        assert finding.state == "ok" or finding.cure
+        return finding.state, finding.text
+
+    state, text = look()
+    assert state == "warn" and "Python.h is missing" in text
+    (tmp_path / "Python.h").touch()
+    assert look()[0] == look(CC="/cc")[0] == "ok"
+    state, text = look(CC="/opt/none")
+    assert state == "warn" and "/opt/none" in text
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    state, text = look()
+    assert state == "warn" and "no C compiler" in text
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    state, text = look()
+    assert state == "warn" and "not installed" in text
+
+
+def test_triton_finds_the_same_compiler():
+    build = pytest.importorskip("triton.runtime.build")
+    try:
+        expected = build._find_compiler("c")
+    except RuntimeError:
+        expected = "no C compiler"
+    (finding,) = doctor.triton()
+    assert expected in finding.text or "Python.h" in finding.text
 
 
 def test_without_torch(monkeypatch):
@@ -88,21 +145,64 @@ def test_cores(tmp_path, text, state):
     assert ("quota allows" in finding.text) == (text in ("400000 100000", "50000 100000"))
 
 
-def test_ros(monkeypatch):
-    monkeypatch.setitem(sys.modules, "rclpy", None)
-    assert states(doctor.ros({})) == [("ROS", "warn")]
-    rclpy = types.ModuleType("rclpy")
-    rclpy.get_rmw_implementation_identifier = lambda: "rmw_cyclonedds_cpp"
-    monkeypatch.setitem(sys.modules, "rclpy", rclpy)
-    found = list(doctor.ros({"ROS_DISTRO": "jazzy", "ROS_DOMAIN_ID": "7", "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}))
+@pytest.fixture
+def rclpy(tmp_path, monkeypatch):
+    """Makes up an rclpy, for the process that looks at it."""
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
+    (tmp_path / "rclpy").mkdir()
+
+    def look(init="pass", **environment):
+        text = f"""
+            import os, sys
+            from rclpy import utilities
+            get_rmw_implementation_identifier = lambda: "rmw_cyclonedds_cpp"
+            def init():
+                {init}
+        """
+        (tmp_path / "rclpy" / "__init__.py").write_text(textwrap.dedent(text))
+        (tmp_path / "rclpy" / "utilities.py").write_text(
+            "import os, types\n"
+            "context = types.SimpleNamespace(get_domain_id=lambda: int(os.environ.get('ROS_DOMAIN_ID', 0)))\n"
+            "get_default_context = lambda: context\n"
+        )
+        return list(doctor.ros({"PYTHONPATH": str(tmp_path)} | environment))
+
+    return look
+
+
+def test_ros(rclpy, monkeypatch):
+    found = rclpy(ROS_DISTRO="jazzy", ROS_DOMAIN_ID="7", ROS_AUTOMATIC_DISCOVERY_RANGE="LOCALHOST")
     assert found[0].text == "jazzy, rmw_cyclonedds_cpp, domain 7" and "LOCALHOST" in found[1].text
-    assert states(doctor.ros({"ROS_AUTOMATIC_DISCOVERY_RANGE": "off"}))[1] == ("discovery", "warn")
+    assert states(rclpy(ROS_DOMAIN_ID="233"))[0] == ("ROS", "fail")
+    for reach, state in {"": "ok", "SUBNET": "ok", "OFF": "warn", "off": "warn", "SUBNETT": "warn"}.items():
+        found = rclpy(ROS_AUTOMATIC_DISCOVERY_RANGE=reach)
+        assert states(found)[1] == ("discovery", state)
+        assert ("taken for LOCALHOST" in found[1].text) == (reach in ("off", "SUBNETT"))
+    assert "this machine" in rclpy(ROS_LOCALHOST_ONLY="1", ROS_AUTOMATIC_DISCOVERY_RANGE="SUBNET")[1].text
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    assert states(doctor.ros({})) == [("ROS", "warn")]
 
-    def broken():
-        raise RuntimeError("libfoo.so: cannot open shared object file")
 
-    rclpy.get_rmw_implementation_identifier = broken
-    assert states(doctor.ros({})) == [("ROS", "fail")]
+@pytest.mark.parametrize(
+    "init, text, cure",
+    [
+        ("raise ImportError('libfoo.so: cannot open shared object file')", "libfoo.so", "one ROS 2"),
+        ("raise RuntimeError('ROS_DOMAIN_ID is not an integral number')", "not an integral", "ROS_DOMAIN_ID"),
+        ("sys.exit('Expected RMW implementation identifier of rmw_x')", "identifier of rmw_x", "unset RMW_IMPLEMENTATION"),
+        ("os._exit(102)", "102", "one ROS 2"),
+        ("os.kill(os.getpid(), 7)", "SIGBUS", "/dev/shm"),
+    ],
+)
+def test_an_rclpy_that_ends_the_process(rclpy, init, text, cure):
+    (finding,) = rclpy(init, RMW_IMPLEMENTATION="rmw_x")
+    assert finding.state == "fail" and text in finding.text and cure in finding.cure
+
+
+@pytest.mark.ros
+@pytest.mark.parametrize("name, value", [("RMW_IMPLEMENTATION", "rmw_nonesuch_cpp"), ("ROS_DOMAIN_ID", "abc")])
+def test_the_rclpy_that_is_installed_ends_the_process(name, value):
+    (finding,) = doctor.ros(os.environ | {name: value})
+    assert finding.state == "fail" and name in finding.cure
 
 
 def test_fastdds_profile(tmp_path):
@@ -126,6 +226,8 @@ def test_shared_memory(tmp_path, monkeypatch):
         monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _, free=free: Usage(2 << 30, 0, free))
         (finding,) = doctor.shared_memory(tmp_path)
         assert finding.state == state and f"{free >> 20} MiB free of 2048" in finding.text
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)  # mounted read-only
+    assert states(doctor.shared_memory(tmp_path)) == [(str(tmp_path), "warn")]
 
 
 def test_iceoryx2(tmp_path, monkeypatch):
@@ -134,10 +236,18 @@ def test_iceoryx2(tmp_path, monkeypatch):
     monkeypatch.setattr(shared_memory, "missing", lambda: "No module named 'iceoryx2'")
     assert states(doctor.iceoryx2()) == [("iceoryx2", "warn")]
     monkeypatch.setattr(shared_memory, "missing", lambda: "")
-    monkeypatch.setattr(shared_memory_services, "root", lambda: str(tmp_path))
-    assert states(doctor.iceoryx2()) == [("iceoryx2", "ok")]
-    monkeypatch.setattr(doctor.os, "getuid", lambda: tmp_path.stat().st_uid + 1)
-    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    monkeypatch.setattr(shared_memory_services, "FOLDER", str(tmp_path))
+    tmp_path.chmod(0o1777)
+    (finding,) = doctor.iceoryx2()
+    assert finding.state == "ok" and "made when first used" in finding.text and not list(tmp_path.iterdir())
+    folder = shared_memory_services.root().rstrip("/")
+    os.symlink("nowhere", folder)  # test_shared_memory_services.py has more that is refused
+    assert states(doctor.iceoryx2()) == [("iceoryx2", "warn")]
+    os.unlink(folder)
+    os.mkdir(folder, 0o700)
+    assert f"of user {os.geteuid()}" in next(doctor.iceoryx2()).text
+    full = types.SimpleNamespace(f_bavail=0, f_frsize=4096, f_blocks=256)
+    monkeypatch.setattr(shared_memory_services.os, "statvfs", lambda path: full)
     assert states(doctor.iceoryx2()) == [("iceoryx2", "warn")]
 
 

@@ -7,10 +7,15 @@ slower, or other than it seems.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import platform
+import re
 import shutil
+import signal
+import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -24,6 +29,18 @@ _SHM_BYTES = 256 * MIB
 _PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
 #: Relative L2 distance from float32 that rounding accounts for (docs/performance.md).
 _TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "float8": 1.4e-1}
+#: Distributions that encoding takes: the lowest version, and the first that is too new (setup.py has the reasons).
+_PACKAGES = {
+    "torch": ("2.4", ""), "torchvision": ("0.19", ""), "timm": ("1.0.26", "2"), "huggingface_hub": ("1.0", "3"),
+    "pillow": ("10.1", "13"), "numpy": ("1.26", ""), "simplejpeg": ("1.7", ""),
+}  # fmt: skip
+#: In a process of its own: rcl ends one whose RMW_IMPLEMENTATION cannot be loaded, and a full /dev/shm ends any.
+_RCLPY_PROBE = """
+import rclpy
+rclpy.init()
+print("\\n", rclpy.get_rmw_implementation_identifier(), rclpy.utilities.get_default_context().get_domain_id())
+"""
+_DISCOVERY_RANGES = ("SUBNET", "LOCALHOST", "OFF", "SYSTEM_DEFAULT")
 
 
 @dataclass(frozen=True)
@@ -74,16 +91,20 @@ def python() -> Iterator[Finding]:
 
 def packages() -> Iterator[Finding]:
     """What encoding takes, and what some options take."""
-    cures = {"timm": "pip install 'timm>=1.0.11,<2'", "pillow": "pip install 'pillow<13'", "torch": "pip install torch"}
-    for name, needed in {"torch": True, "timm": True, "pillow": True, "numpy": True, "simplejpeg": False}.items():
+    for name, (lowest, too_new) in _PACKAGES.items():
         version = _version(name)
-        if not version:
-            what = "not installed" + ("" if needed else "; needed for the prepare step jpeg and compressed images")
-            yield Finding(name, "fail" if needed else "warn", what, cures.get(name, f"pip install {name}"))
-        elif name == "pillow" and int(version.split(".")[0]) >= 13:
-            yield Finding(name, "fail", f"{version} gives other pixel values than models were trained on", cures[name])
-        else:
+        wanted = f"{name}>={lowest}" + (f",<{too_new}" if too_new else "")
+        cure = f"pip install '{wanted}'"
+        if not version and name == "simplejpeg":
+            yield Finding(name, "warn", "not installed; needed for the prepare step jpeg and compressed images", cure)
+        elif not version:
+            yield Finding(name, "fail", "not installed", cure)
+        elif _numbers(lowest) <= _numbers(version) and not (too_new and _numbers(version) >= _numbers(too_new)):
             yield Finding(name, "ok", version)
+        elif name == "pillow" and _numbers(version) >= _numbers(too_new):
+            yield Finding(name, "fail", f"{version} gives other pixel values than models were trained on", cure)
+        else:
+            yield Finding(name, "warn", f"{version}, and {wanted} is what this version was tried with", cure)
     try:
         importlib.import_module("cv_bridge")
     except ModuleNotFoundError:
@@ -115,6 +136,28 @@ def device() -> Iterator[Finding]:
     for warning in placement.warnings:
         cure = "update NVIDIA's driver, install a torch that fits it, or free the GPU's memory"
         yield Finding("device auto", "warn", warning, cure)
+    if placement.device.type == "cuda":
+        yield from triton()
+
+
+def triton(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
+    """What Triton takes to compile kernels when a node starts; it looks for these in the same way."""
+    otherwise = "otherwise PyTorch's kernels compute, more slowly"
+    if importlib.util.find_spec("triton") is None:
+        yield Finding("Triton", "warn", f"not installed; {otherwise}", "pip install triton, if there is one for this torch")
+        return
+    compiler = environment.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or shutil.which(compiler) is None:
+        what = f"CC={compiler} is not a program" if compiler else "finds no C compiler (CC, gcc, clang)"
+        yield Finding("Triton", "warn", f"{what}; {otherwise}", "apt install gcc, or set CC to one")
+        return
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's own
+    header = Path(sysconfig.get_paths(scheme)["include"]) / "Python.h"
+    if not header.is_file():
+        cure = "apt install python3-dev (or python3.N-dev, for this Python)"
+        yield Finding("Triton", "warn", f"{header} is missing; {otherwise}", cure)
+        return
+    yield Finding("Triton", "ok", f"{_version('triton') or 'installed'}, compiles with {compiler}")
 
 
 def cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> Iterator[Finding]:
@@ -131,24 +174,48 @@ def cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> Iterator[Finding]:
 
 
 def ros(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
-    try:
-        rclpy = importlib.import_module("rclpy")
-        middleware = rclpy.get_rmw_implementation_identifier()
-    except ModuleNotFoundError:
+    if importlib.util.find_spec("rclpy") is None:
         cure = "source a ROS 2 distribution, or pip install '.[ros]'; picture files need neither"
         yield Finding("ROS", "warn", "rclpy is not there, so no node runs in this environment", cure)
         return
-    except Exception as error:
-        cure = "source one ROS 2 distribution alone; its Python must be this one"
-        yield Finding("ROS", "fail", f"rclpy does not load: {error}", cure)
+    probe = subprocess.run(
+        [sys.executable, "-c", _RCLPY_PROBE], env=dict(environment), capture_output=True, text=True, timeout=60
+    )
+    if probe.returncode:
+        yield _why_rclpy_fails(probe, environment)
         return
+    middleware, domain = probe.stdout.split()[-2:]
     distribution = environment.get("ROS_DISTRO") or "a distribution that is not named (ROS_DISTRO)"
-    yield Finding("ROS", "ok", f"{distribution}, {middleware}, domain {environment.get('ROS_DOMAIN_ID') or 0}")
+    if int(domain) > 232:
+        text = f"domain {domain}: DDS has no ports beyond 232"
+        yield Finding("ROS", "fail", text, "set ROS_DOMAIN_ID to one from 0 to 101")
+    else:
+        yield Finding("ROS", "ok", f"{distribution}, {middleware}, domain {domain}")
     reach = environment.get("ROS_AUTOMATIC_DISCOVERY_RANGE", "")
-    if reach.upper() == "OFF":
+    if environment.get("ROS_LOCALHOST_ONLY") == "1":
+        yield Finding("discovery", "ok", "ROS_LOCALHOST_ONLY=1 (deprecated): this machine")
+    elif reach == "OFF":
         yield Finding("discovery", "warn", "ROS_AUTOMATIC_DISCOVERY_RANGE=OFF: nodes find nobody", "unset it, or LOCALHOST")
+    elif reach and reach not in _DISCOVERY_RANGES:
+        text = f"ROS_AUTOMATIC_DISCOVERY_RANGE={reach} is none of {', '.join(_DISCOVERY_RANGES)}: taken for LOCALHOST"
+        yield Finding("discovery", "warn", text, "correct it; capitals count")
     else:
         yield Finding("discovery", "ok", f"ROS_AUTOMATIC_DISCOVERY_RANGE is {reach or 'not set: the whole subnet'}")
+
+
+def _why_rclpy_fails(probe: subprocess.CompletedProcess[str], environment: Mapping[str, str]) -> Finding:
+    cure = "source one ROS 2 distribution alone; its Python must be this one"
+    if probe.returncode < 0:
+        name = signal.Signals(-probe.returncode).name
+        if name == "SIGBUS":
+            cure = "make room in /dev/shm (see its line): nothing that imports rclpy runs without"
+        return Finding("ROS", "fail", f"rclpy ended with {name}", cure)
+    reason = next(reversed([line for line in probe.stderr.splitlines() if line.strip()]), f"exit code {probe.returncode}")
+    if "RMW_IMPLEMENTATION" in environment and ("RMW" in reason or "rmw" in reason):
+        cure = f"install {environment['RMW_IMPLEMENTATION'].replace('_', '-')} (ros-$ROS_DISTRO-…), or unset RMW_IMPLEMENTATION"
+    elif "ROS_DOMAIN_ID" in reason:
+        cure = "set ROS_DOMAIN_ID to a number from 0 to 101, or unset it"
+    return Finding("ROS", "fail", f"rclpy does not load: {reason.strip()}", cure)
 
 
 def fastdds_profile(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
@@ -175,7 +242,10 @@ def shared_memory(folder: Path = Path("/dev/shm")) -> Iterator[Finding]:
         yield Finding(str(folder), "warn", str(error), "mount a tmpfs there: Fast DDS keeps its shared memory in it")
         return
     text = f"{usage.free / MIB:.0f} MiB free of {usage.total / MIB:.0f}"
-    if usage.free < _SHM_BYTES:
+    if not os.access(folder, os.W_OK):
+        cure = "mount it writable, mode 1777: Fast DDS and shared memory make files there"
+        yield Finding(str(folder), "warn", "it cannot be written to", cure)
+    elif usage.free < _SHM_BYTES:
         cure = "docker run --ipc=host or --shm-size=1g; `fastdds shm clean` removes what killed processes left"
         yield Finding(str(folder), "warn", text, cure)
     else:
@@ -183,21 +253,25 @@ def shared_memory(folder: Path = Path("/dev/shm")) -> Iterator[Finding]:
 
 
 def iceoryx2() -> Iterator[Finding]:
+    from vla_perception.messages import shared_memory_services as services
     from vla_perception.messages.shared_memory import missing
-    from vla_perception.messages.shared_memory_services import root
 
     if reason := missing():
         cure = "pip install 'iceoryx2>=0.10,<0.11' (x86-64 Linux), or leave it: the topic carries tokens"
         yield Finding("iceoryx2", "warn", f"policies of this machine read tokens from the topic alone: {reason}", cure)
         return
-    folder = Path(root())
-    text = f"{_version('iceoryx2')}, {folder}"
-    if not folder.exists():
-        yield Finding("iceoryx2", "ok", f"{text}: made when first used")
-    elif (owner := folder.stat().st_uid) != os.getuid() and not os.access(folder, os.W_OK):
-        yield Finding("iceoryx2", "warn", f"{text} belongs to user {owner}", "run node and policy as that user")
-    else:
-        yield Finding("iceoryx2", "ok", f"{text} of user {owner}")
+    folder = services.root().rstrip("/")
+    try:
+        exists = services.look_at_folder()
+        services.look_at_files()
+        services.make_sure_of_room(services.SERVICES_BYTES)
+        if not os.access(services.FOLDER, os.W_OK):
+            raise services.SharedMemoryError(f"{services.FOLDER} cannot be written to")
+    except services.SharedMemoryError as error:
+        yield Finding("iceoryx2", "warn", f"the topic alone carries tokens: {error}", "do what it says, or leave it")
+        return
+    text = f"of user {os.geteuid()}" if exists else "made when first used"
+    yield Finding("iceoryx2", "ok", f"{_version('iceoryx2')}, {folder}, {text}")
 
 
 def checkpoint(model: str) -> Iterator[Finding]:
@@ -244,14 +318,16 @@ def agreement(model: str) -> Iterator[Finding]:
                 yield Finding(subject, "warn", str(error).splitlines()[0], "choose another runtime or compute_dtype")
                 continue
             distance = float((found - expected).norm() / expected.norm())
-            text = f"relative L2 to float32 {distance:.1e}"
+            text = f"relative L2 to float32 {distance:.1e}, kernels of {tokenizer.kernels}"
             if tokenizer.runtime != runtime:
                 cure = f"choose {tokenizer.runtime}, or mend what keeps {runtime} from running"
                 yield Finding(subject, "warn", f"{text}; runs {tokenizer.runtime}: {tokenizer.runtime_fallback}", cure)
-            elif torch.isfinite(found).all() and distance <= tolerance:
-                yield Finding(subject, "ok", text)
-            else:
+            elif not torch.isfinite(found).all() or distance > tolerance:
                 yield Finding(subject, "fail", f"{text}, more than {tolerance:g}", "choose another runtime or compute_dtype")
+            elif tokenizer.kernels.startswith("pytorch ("):  # with the reason why it is not Triton
+                yield Finding(subject, "warn", text, "mend what the line on Triton says, or what the text names")
+            else:
+                yield Finding(subject, "ok", text)
 
 
 def _version(name: str) -> str:
@@ -259,6 +335,11 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return ""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Of ``2.5.0a0+nv24.8``: (2, 5, 0)."""
+    return tuple(map(int, re.match(r"[\d.]*\d|", version)[0].split("."))) if version[:1].isdigit() else ()
 
 
 def as_dict(findings: list[Finding]) -> dict:

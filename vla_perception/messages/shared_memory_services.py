@@ -36,7 +36,7 @@ FOLDER = "/dev/shm"
 #: Bytes that must be left beside what is written: others write, too, between a look and the writing.
 _MARGIN = 2**20
 #: Bytes that services, ports and connections of a process take, generously (measured: 52 KiB).
-_SERVICES = 2**18
+SERVICES_BYTES = 2**18
 #: iceoryx2 gives a new file its size within microseconds. What is empty for longer was left so.
 _EMPTY_SEC = 1.0
 #: Seconds for the process that opens the services first; 0.05 to 0.1 are usual, a busy machine takes more.
@@ -120,9 +120,9 @@ def look_before(name: str) -> None:
             if time.monotonic() > end:
                 raise
             time.sleep(0.01)
-    make_sure_of_room(_SERVICES)
+    make_sure_of_room(SERVICES_BYTES)
     _try_in_another_process(name)
-    make_sure_of_room(_SERVICES)
+    make_sure_of_room(SERVICES_BYTES)
 
 
 class FileIsEmpty(SharedMemoryError):
@@ -188,21 +188,31 @@ def _reading():
         raise SharedMemoryError(str(error)) from error
 
 
-def _make_folder() -> None:
+def look_at_folder() -> bool:
+    """Whether the folder of iceoryx2's small files exists; SharedMemoryError if it, or `/dev/shm`, must not be used."""
+    folder = root().rstrip("/")
     with _reading():
         state = os.stat(FOLDER)
         if state.st_mode & stat.S_IWOTH and not state.st_mode & stat.S_ISVTX:
             raise SharedMemoryError(f"{FOLDER} lets everybody remove everybody's files: `chmod 1777 {FOLDER}`")
-        folder = root().rstrip("/")
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(folder, 0o700)
-        state = os.lstat(folder)
+        try:
+            state = os.lstat(folder)
+        except FileNotFoundError:
+            return False
     if not stat.S_ISDIR(state.st_mode):
         raise SharedMemoryError(f"{folder} is no folder: remove it")
     if state.st_uid != os.geteuid():
         raise SharedMemoryError(f"{folder} belongs to user {state.st_uid}, who must remove it")
     if state.st_mode & 0o022:
         raise SharedMemoryError(f"others may write to {folder}: remove it, or `chmod 700 {folder}` if nobody has")
+    return True
+
+
+def _make_folder() -> None:
+    if not look_at_folder():
+        with _reading(), contextlib.suppress(FileExistsError):
+            os.mkdir(root().rstrip("/"), 0o700)
+        look_at_folder()
 
 
 def _try_in_another_process(name: str) -> None:
