@@ -48,7 +48,7 @@ def _linear_kernel(
     summed += shift[None, :]
     if with_gelu:
         summed = summed * 0.5 * (1.0 + tl.erf(summed * 0.7071067811865476))
-    result.store([row, column], summed.to(result.dtype))
+    result.store([row, column], summed.to(bias.dtype.element_ty))
 
 
 def linear(values: torch.Tensor, layer: torch.nn.Linear, name: str, gelu: bool = False) -> torch.Tensor:
