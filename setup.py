@@ -38,14 +38,13 @@ ROS = [
 # not on an aarch64 board, where pip would look for a Rust compiler. The layout of the memory changes from series to
 # series; processes of different ones do not see each other, and do with the topic.
 SHM = ["iceoryx2>=0.10,<0.11; platform_machine == 'x86_64' and sys_platform == 'linux'"]
-# rosbags reads SQLite (storage files by themselves since 0.11). Of MCAP it refuses sound files and expands chunks without a limit (vla_perception/bag_files.py);
-# mcap brings zstandard and lz4.
-BAGS = ["rosbags>=0.11", "mcap>=1.1", "pyyaml"]
+BAGS = ["mcap>=1.1", "pyyaml"]  # mcap brings zstandard and lz4
 OPENVLA = ["torch>=2.4", "transformers>=4.46"]  # a policy that runs OpenVLA's language model on the tokens
 SIM = ["mujoco>=3.2", OPENCV]
 TEST = [
     "pytest>=8,<10",
     "scikit-image>=0.22",  # photographs
+    "rosbags>=0.11",  # writes bags
     "pyyaml",
     "packaging",
     "transformers>=4.46",  # a miniature OpenVLA, split between node and policy

@@ -423,12 +423,12 @@ def test_cameras_of_a_bag_by_encoding_and_name(launch_file):
         module.find_cameras("bag", {})
 
 
-def test_bags_need_rosbags(launch_file, tmp_path, monkeypatch):
+def test_bags_need_mcap(launch_file, tmp_path, monkeypatch):
     """Where the nodes' Python lacks it: one sentence, with what to install."""
-    (tmp_path / "rosbags.py").write_text("raise ModuleNotFoundError(\"No module named 'rosbags'\")")
+    (tmp_path / "mcap.py").write_text("raise ModuleNotFoundError(\"No module named 'mcap'\")")
     module = launch_file("replay_bag.launch.py")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
-    with pytest.raises(RuntimeError, match="No module named 'rosbags' in .*: pip install rosbags"):
+    with pytest.raises(RuntimeError, match="No module named 'mcap' in .*: pip install mcap"):
         module.run(bag=str(BAG))
 
 

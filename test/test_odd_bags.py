@@ -11,6 +11,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -269,6 +270,40 @@ def test_a_name_that_is_no_uri(tmp_path):
     assert read(mcap(folder / "x?#%20.mcap")) == read(mcap(folder / "X.MCAP")) == SERIES
 
 
+@pytest.mark.parametrize("images", [0, 1, 9])
+def test_a_topic_of_two_types_is_that_of_most_messages(tmp_path, images, caplog):
+    """Whichever of them is described first."""
+    with (tmp_path / "x.mcap").open("wb") as file:
+        writer = McapWriter(file)
+        writer.start(profile="ros2", library="test")
+        channels = [writer.register_channel(TOPIC, "cdr", writer.register_schema(k, "ros2msg", b"")) for k in (IMAGE, COMPRESSED)]
+        for i in range(images):
+            writer.add_message(channels[0], T0 - i, image(T0 - i, "rgb8"), T0 - i)
+        for ns, cdr in SERIES:
+            writer.add_message(channels[1], ns, cdr, ns)
+        writer.finish()
+    assert read(tmp_path / "x.mcap") == SERIES
+    assert (f"recorded as {COMPRESSED}, and {images} as {IMAGE}, which are left out" in caplog.text) == bool(images)
+
+
+@pytest.mark.parametrize("listed", [[], ["x_0.mcap"], ["x_0.mcap.zstd"], ["x_0.mcap.zstd", "x_0.mcap"], ["x_0.mcap", "bag/x_0.mcap"]])
+def test_a_file_that_lies_there_twice_is_played_once(tmp_path, listed, caplog):
+    """Expanded by somebody who kept the original, and listed in any way."""
+    content = mcap(tmp_path / "x_0.mcap").read_bytes()
+    (tmp_path / "x_0.mcap.zstd").write_bytes(zstandard.compress(content))
+    assert read(metadata(tmp_path, listed)) == SERIES
+    (tmp_path / "x_0.mcap").unlink()
+    assert read(metadata(tmp_path, listed)) == SERIES and not caplog.records
+
+
+def test_files_that_are_not_listed_are_named(tmp_path, caplog):
+    mcap(tmp_path / "x_0.mcap")
+    mcap(tmp_path / "x_1.mcap")
+    (tmp_path / "folder.mcap").mkdir()
+    assert read(metadata(tmp_path, ["x_0.mcap"])) == SERIES
+    assert "x_1.mcap, not listed in metadata.yaml" in caplog.text and "folder" not in caplog.text
+
+
 # QoS and metadata.yaml
 
 INFINITE = {"sec": 9223372036, "nsec": 854775807}
@@ -341,6 +376,8 @@ def test_metadata_that_is_written_otherwise(tmp_path):
         (("/silent", COMPRESSED, 0), ""),
         (("/silent", COMPRESSED, "0x0a"), "/silent has 10 messages"),
         (("/silent", COMPRESSED, "1e5"), "/silent has 100000 messages"),
+        (("/silent", COMPRESSED, "0x" + "f" * 6000), ""),
+        (("/silent", COMPRESSED, -3), ""),
     ],
 )
 def test_topics_of_the_metadata_that_are_not_there(tmp_path, caplog, said, warning):
@@ -613,12 +650,40 @@ def test_chunks_that_all_lie_at_the_same_time(tmp_path, monkeypatch):
         list(bag.messages())
 
 
+SCHEMA = "CREATE TABLE schema(schema_version INTEGER PRIMARY KEY, ros_distro TEXT NOT NULL); INSERT INTO schema VALUES({}, 'x');"
+DEFINITIONS = (
+    "CREATE TABLE message_definitions(id INTEGER PRIMARY KEY, topic_type TEXT NOT NULL, encoding TEXT NOT NULL, "
+    "encoded_message_definition TEXT NOT NULL, type_description_hash TEXT NOT NULL);"
+)
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        *(SCHEMA.format(version) for version in (-1, 0, 1, 2, 3, 4, 5, 99)),  # without the tables that belong to them
+        SCHEMA.format(4) + DEFINITIONS,
+        # As rosbag2 writes it where it does not find a type's definition.
+        SCHEMA.format(4) + DEFINITIONS + f"INSERT INTO message_definitions VALUES(1, '{COMPRESSED}', 'unknown', '', '');",
+        "CREATE TABLE schema(other); CREATE TABLE metadata(other);",
+        "CREATE VIEW message_definitions AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT * FROM n;"
+        + SCHEMA.format(4),
+        "CREATE INDEX timestamp_idx ON messages(timestamp); CREATE TABLE more(a); CREATE VIEW v AS SELECT 1;",
+        "ALTER TABLE topics ADD COLUMN type_description_hash TEXT NOT NULL DEFAULT ''; ALTER TABLE topics ADD COLUMN new;",
+        "INSERT INTO messages VALUES(1000, 77, 5, x'00010000')",  # of a topic that is not there
+    ],
+)
+def test_sqlite_of_any_schema(tmp_path, sql):
+    file = sqlite_bag(tmp_path / "x.db3")
+    with closing(sqlite3.connect(file)) as base:
+        base.executescript(sql)
+    assert read(file) == SERIES
+    with Bag(file) as bag:
+        assert bag.start_ns == T0
+
+
 SQL = [
     ("DROP TABLE messages; CREATE VIEW messages AS WITH RECURSIVE n(id) AS (SELECT 1 UNION ALL SELECT id + 1 FROM n) "
      "SELECT id, 1 AS topic_id, id AS timestamp, x'00010000' AS data FROM n", "no table messages"),
-    ("CREATE VIEW message_definitions AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i AS "
-     "topic_type, i AS encoding, i AS encoded_message_definition, i AS type_description_hash, i AS id FROM n; "
-     "CREATE TABLE schema(schema_version INTEGER); INSERT INTO schema VALUES(4)", "message_definitions is not a plain"),
     ("ALTER TABLE messages RENAME TO m; CREATE TABLE messages(id INTEGER PRIMARY KEY, topic_id, timestamp, "
      "data GENERATED ALWAYS AS (zeroblob(900000000))); INSERT INTO messages(topic_id, timestamp) VALUES(1, 1)",
      "messages is not a plain"),
@@ -626,6 +691,9 @@ SQL = [
     ("UPDATE messages SET timestamp = 'yesterday' WHERE id = 3", "not bytes with a time"),
     ("UPDATE messages SET data = 'text' WHERE id = 3", "not bytes with a time"),
     ("DROP TABLE topics", "no table topics"),
+    ("UPDATE topics SET name = x'ff00'", "not a text"),
+    ("UPDATE topics SET type = x'00'", "not a text"),
+    ("UPDATE topics SET name = printf('/%.*c', 70000, 'a')", "a long one"),
 ]  # fmt: skip
 
 
@@ -730,12 +798,10 @@ def test_more_image_topics_than_a_robot_has(tmp_path):
 
 def test_without_the_libraries_there_is_a_sentence(tmp_path):
     file = mcap(tmp_path / "x.mcap")
-    for module in ("rosbags", "mcap"):
-        (tmp_path / module).mkdir()
-        (tmp_path / module / f"{module}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{module}'\")")
-        done = subprocess.run(
-            [sys.executable, "-c", f"import sys\nfrom vla_perception.bags import Bag, BagError\n{READ}", file],
-            capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path / module)},
-        )  # fmt: skip
-        assert done.stdout.startswith(f"BagError: No module named '{module}' in "), done.stdout + done.stderr
-        assert "pip install rosbags mcap" in done.stdout
+    (tmp_path / "mcap.py").write_text("raise ModuleNotFoundError(\"No module named 'mcap'\")")
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\nfrom vla_perception.bags import Bag, BagError\n{READ}", file],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.stdout.startswith("BagError: No module named 'mcap' in "), done.stdout + done.stderr
+    assert "pip install mcap" in done.stdout

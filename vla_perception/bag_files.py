@@ -1,11 +1,12 @@
-"""The storage files of a rosbag2 recording: MCAP through the `mcap` library, SQLite through `rosbags`.
+"""The storage files of a rosbag2 recording: MCAP through the `mcap` library, SQLite through Python's own.
 
 Both give the same: which topics a file holds, how often, from when to when, and its messages in the order of their
 recording. Nothing that a file says of itself is taken for memory: records, chunks and messages have limits, and what
 is compressed is expanded only as far as it says.
 
-Why `mcap` beside `rosbags`: rosbags (0.11) refuses MCAP files without a profile or with a channel that is not ROS 2's,
-passes over chunks that have no message index, and expands a chunk before it looks at its size.
+Why not `rosbags` (0.11): it refuses MCAP files without a profile or with a channel that is not ROS 2's, passes over
+chunks that have no message index, and expands a chunk before it looks at its size; of SQLite it refuses files for what
+playing them does not need, as QoS that it cannot parse, or types whose definition the recorder did not find.
 """
 
 from __future__ import annotations
@@ -32,8 +33,6 @@ import mcap.records
 import zstandard
 from mcap.data_stream import ReadDataStream
 from mcap.opcode import Opcode
-from rosbags.rosbag2 import Reader
-from rosbags.rosbag2.metadata import parse_qos
 
 _log = logging.getLogger(__name__)
 
@@ -49,8 +48,8 @@ OPEN_CHUNKS_LIMIT = 1 << 30
 #: Bytes of any other record that is read (a schema, the statistics, …), and number of chunks of a file.
 RECORD_LIMIT = 16 << 20
 CHUNKS_LIMIT = 2_000_000
-#: Characters of a topic's QoS that rosbags may parse.
-QOS_LIMIT = 1 << 16
+#: Characters of a topic's name, and of its type, in SQLite.
+NAME_LIMIT = 1 << 16
 #: Bytes that copying or decompressing a file leaves free on the disk.
 DISK_RESERVE = 1 << 30
 
@@ -266,46 +265,52 @@ class OpenChunks:
 
 
 class SqliteFile:
-    """The index of a `.db3` file; see McapFile. `scratch()` gives a folder for a copy, where one is needed."""
+    """The index of a `.db3` file; see McapFile. `scratch()` gives a folder for a copy, where one is needed.
+
+    Only topics and messages are read, which all of rosbag2's schema versions have alike.
+    """
 
     def __init__(self, path: Path, scratch: Callable[[], Path]):
         self.path = path
         beside = [path.with_name(path.name + suffix) for suffix in ("-wal", "-journal")]
-        beside = [file for file in beside if file.exists() and file.stat().st_size]
-        # rosbags reads the file as it lies there. What its recorder had not yet moved into it is in the files beside it.
-        readable = self._copied(beside, scratch) if beside else path
-        if self._check_tables(readable):
-            readable = readable if beside else self._copied([], scratch)
-            with closing(sqlite3.connect(readable)) as copy, copy:
-                copy.execute("UPDATE topics SET offered_qos_profiles = ''")
-        if set("?#%") & set(str(readable)):  # rosbags makes an URI of the path without quoting it
-            link = scratch() / "linked.db3"
-            link.symlink_to(readable.absolute())
-            readable = link
-        self._readable = readable
-        with closing(self._reader()) as reader:
-            self.channels = {
-                c.id: Channel(c.topic, c.msgtype, encoding_of(c.ext.serialization_format), c.msgcount)
-                for c in reader.connections
+        beside = [file for file in beside if file.is_file() and file.stat().st_size]
+        # The file is read as it lies there. What its recorder had not yet moved into it is in the files beside it.
+        self._readable = self._copied(beside, scratch) if beside else path
+        with closing(self._opened()) as database:
+            (pages,), (page,) = (database.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "page_size"))
+            if pages * page > self._readable.stat().st_size:  # SQLite takes zeros for what is missing of the last page
+                raise ValueError("the end of the file is missing")
+            _check_tables(database)
+            counts = {
+                key: rest
+                for key, *rest in database.execute(
+                    "SELECT topic_id, count(*), min(timestamp), max(timestamp) FROM messages GROUP BY topic_id"
+                )
             }
-            empty = reader.message_count == 0
-            self.start_ns = None if empty else reader.start_time
-            self.end_ns = None if empty else reader.end_time - 1  # rosbags' end is behind the last message
+            topics = database.execute("SELECT id, name, type, serialization_format FROM topics ORDER BY id").fetchall()
+        self.channels = {
+            key: Channel(name, kind, encoding_of(encoding), counts[key][0] if key in counts else 0)
+            for key, name, kind, encoding in topics
+        }
+        spans = [span for key, (_, *span) in counts.items() if key in self.channels]
+        self.start_ns = min((start for start, _ in spans), default=None)
+        self.end_ns = max((end for _, end in spans), default=None)
 
     def messages(self, topics: Collection[str], start_ns: int | None) -> Iterator[Stored]:
         """Messages of `topics` at or after `start_ns`, by time."""
-        with closing(self._reader()) as reader:
-            connections = [connection for connection in reader.connections if connection.topic in topics]
-            if not connections:  # rosbags takes an empty list for all of them
-                return
-            start = None if start_ns is None else min(start_ns, MAX_NS)
-            for connection, time_ns, data in reader.messages(connections, start=start):
-                yield time_ns, connection.topic, connection.msgtype, bytes(data)
+        wanted = {key: channel for key, channel in self.channels.items() if channel.topic in topics}
+        start = -(2**63) if start_ns is None else min(start_ns, MAX_NS)
+        with closing(self._opened()) as database:
+            rows = database.execute(
+                f"SELECT topic_id, timestamp, data FROM messages WHERE topic_id IN ({', '.join('?' * len(wanted))}) "
+                "AND timestamp >= ? ORDER BY timestamp, id",
+                (*wanted, start),
+            )
+            for key, time_ns, data in rows:
+                yield time_ns, wanted[key].topic, wanted[key].type, data
 
-    def _reader(self) -> Reader:
-        reader = Reader(self._readable)
-        reader.open()
-        return reader
+    def _opened(self) -> sqlite3.Connection:
+        return sqlite3.connect(f"file:{quote(str(self._readable))}?immutable=1", uri=True, check_same_thread=False)
 
     def _copied(self, beside: list[Path], scratch: Callable[[], Path]) -> Path:
         """A copy, with what lies beside the file in it."""
@@ -321,36 +326,30 @@ class SqliteFile:
             database.execute("PRAGMA journal_mode=DELETE").fetchall()
         return copy
 
-    def _check_tables(self, path: Path) -> bool:
-        """Whether the QoS in it must go, for rosbags to read the file. FileError where it is not a recording."""
-        with closing(sqlite3.connect(f"file:{quote(str(path))}?immutable=1", uri=True)) as database:
-            tables = database.execute("SELECT name, type, rootpage FROM sqlite_master").fetchall()
-            # A view may be without end, and so may what a generated column expands to.
-            plain = {name for name, kind, page in tables if kind == "table" and page}
-            for name in ("topics", "messages"):
-                if name not in plain:
-                    raise FileError(f"it is not a rosbag2 recording: it has no table {name}")
-            for name in ("topics", "messages", "schema", "metadata", "message_definitions"):
-                if any(name == entry[0] and name not in plain for entry in tables) or any(
-                    column[6] for column in database.execute(f"PRAGMA table_xinfo({name})")
-                ):
-                    raise FileError(f"it is not a rosbag2 recording: {name} is not a plain table")
-            (odd,) = database.execute(
-                "SELECT count(*) FROM messages WHERE typeof(timestamp) <> 'integer' OR typeof(data) <> 'blob' "
-                f"OR length(data) > {MESSAGE_LIMIT}"
-            ).fetchone()
-            if odd:
-                raise FileError(f"{odd} of its messages are not bytes with a time, or over {MESSAGE_LIMIT >> 20} MiB")
-            if "offered_qos_profiles" not in {column[1] for column in database.execute("PRAGMA table_info(topics)")}:
-                return False
-            try:
-                for (profiles,) in database.execute("SELECT offered_qos_profiles FROM topics"):
-                    if len(profiles) > QOS_LIMIT or "<<" in profiles:
-                        raise ValueError("too long, or YAML's merges in it, which multiply")
-                    parse_qos(profiles)
-            except Exception:  # whatever a text that is not QoS makes rosbags raise: it is not needed here
-                return True
-        return False
+
+def _check_tables(database: sqlite3.Connection) -> None:
+    """FileError where it is not a recording."""
+    tables = database.execute("SELECT name, type, rootpage FROM sqlite_master").fetchall()
+    # A view may be without end, and so may what a generated column expands to.
+    plain = {name for name, kind, page in tables if kind == "table" and page}
+    for name in ("topics", "messages"):
+        if name not in plain:
+            raise FileError(f"it is not a rosbag2 recording: it has no table {name}")
+        if any(column[6] for column in database.execute(f"PRAGMA table_xinfo({name})")):
+            raise FileError(f"it is not a rosbag2 recording: {name} is not a plain table")
+    texts = ("name", "type", "serialization_format")
+    (odd,) = database.execute(
+        "SELECT count(*) FROM topics WHERE "
+        + " OR ".join(f"typeof({column}) <> 'text' OR length({column}) > {NAME_LIMIT}" for column in texts)
+    ).fetchone()
+    if odd:
+        raise FileError(f"{odd} of its topics have a name, type or format that is not a text, or a long one")
+    (odd,) = database.execute(
+        "SELECT count(*) FROM messages WHERE typeof(timestamp) <> 'integer' OR typeof(data) <> 'blob' "
+        f"OR length(data) > {MESSAGE_LIMIT}"
+    ).fetchone()
+    if odd:
+        raise FileError(f"{odd} of its messages are not bytes with a time, or over {MESSAGE_LIMIT >> 20} MiB")
 
 
 def in_time_order(sources: list[tuple[int, Callable[[], Iterator]]]) -> Iterator:

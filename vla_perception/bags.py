@@ -98,8 +98,7 @@ class Bag:
             from vla_perception import bag_files
         except ImportError as error:
             raise BagError(
-                f"{error} in {sys.executable}; bags are read with the packages rosbags and mcap: "
-                "pip install rosbags mcap"
+                f"{error} in {sys.executable}; bags are read with the package mcap: pip install mcap"
             ) from error
         self._library = bag_files
         self._scratch: list[tempfile.TemporaryDirectory] = []
@@ -177,7 +176,7 @@ class Bag:
             except Exception as error:
                 raise self._error(self.path, error) from error
             if kind != self.topics[topic].type:
-                continue  # recorded with several types (rare, but legal): it counts as its first one's
+                continue  # recorded with several types (rare, but legal): it counts as that of most messages
             data = self._cdr(data)
             counts[topic] += 1
             if data is None:
@@ -236,6 +235,10 @@ class Bag:
             if (path / "metadata.yaml").exists():
                 claimed = _read_metadata(path / "metadata.yaml")
             files = _listed_files(path, claimed)
+            listed = {file.name.removesuffix(".zstd") for file in files}
+            unlisted = [file.name for file in _storage_in(path) if file.name.removesuffix(".zstd") not in listed]
+            if unlisted:
+                self._warn(f"{', '.join(unlisted)}, not listed in metadata.yaml: left out (`ros2 bag reindex` lists all)")
         else:
             files = [_checked_name(path)]
         empty = [file for file in files if file.stat().st_size == 0]
@@ -279,18 +282,22 @@ class Bag:
 
     def _merged_topics(self) -> tuple[dict[str, BagTopic], dict[str, str]]:
         """The topics of all files, and those that are not CDR with their encoding."""
-        topics: dict[str, BagTopic] = {}
+        counts: dict[str, dict[str, int]] = {}
         others: dict[str, str] = {}
         for file in self._files:
             for channel in file.channels.values():
                 if channel.encoding != "cdr":
                     others[channel.topic] = channel.encoding
                     continue
-                known = topics.get(channel.topic)
-                if known is None:
-                    topics[channel.topic] = BagTopic(channel.topic, channel.type, channel.messages)
-                elif known.type == channel.type:
-                    topics[channel.topic] = BagTopic(channel.topic, known.type, known.messages + channel.messages)
+                kinds = counts.setdefault(channel.topic, {})
+                kinds[channel.type] = kinds.get(channel.type, 0) + channel.messages
+        topics: dict[str, BagTopic] = {}
+        for topic, kinds in counts.items():
+            kind = max(kinds, key=kinds.__getitem__)
+            topics[topic] = BagTopic(topic, kind, kinds[kind])
+            left = [f"{messages} as {other}" for other, messages in kinds.items() if messages and other != kind]
+            if left:
+                self._warn(f"{topic} was recorded as {kind}, and {', '.join(left)}, which are left out")
         others = {topic: encoding for topic, encoding in others.items() if topic not in topics}
         return dict(sorted(topics.items())), others
 
@@ -320,7 +327,7 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def _is_storage(path: Path) -> bool:
-    return path.name.lower().removesuffix(".zstd").endswith((".mcap", ".db3"))
+    return path.name.lower().removesuffix(".zstd").endswith((".mcap", ".db3")) and path.is_file()
 
 
 def _checked_name(path: Path) -> Path:
@@ -335,11 +342,11 @@ def _checked_name(path: Path) -> Path:
 
 def _listed_files(folder: Path, claimed: dict) -> list[Path]:
     """The storage files of a folder, in the order of metadata.yaml. BagError with advice where they are not there."""
-    there = sorted(filter(_is_storage, folder.iterdir()))
+    there = _storage_in(folder)
     listed = claimed.get("relative_file_paths")
     # Never outside of the folder, and each once. Until Foxy the paths began with the folder's name.
     names = [PurePosixPath(name).name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
-    names = [_as_it_lies(folder, name) for name in dict.fromkeys(names) if name]
+    names = list({name.removesuffix(".zstd"): _as_it_lies(folder, name) for name in names if name}.values())
     if names:
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
@@ -358,6 +365,12 @@ def _listed_files(folder: Path, claimed: dict) -> list[Path]:
     if claimed:
         raise BagError(f"cannot read the bag at {folder}: metadata.yaml lists no files, and there are none")
     raise BagError(f"{folder} is not a bag: it has neither metadata.yaml nor an .mcap or .db3 file")
+
+
+def _storage_in(folder: Path) -> list[Path]:
+    """A folder's storage files. Of one that lies there compressed and expanded, the expanded one."""
+    there = sorted(filter(_is_storage, folder.iterdir()))
+    return [file for file in there if file.suffix != ".zstd" or file.with_suffix("") not in there]
 
 
 def _as_it_lies(folder: Path, name: str) -> str:
@@ -411,7 +424,10 @@ def _whole(value: Any) -> int:
             value = int(value, 0)
         except ValueError:
             value = float(value)
-    return int(value)
+    value = int(value)
+    if not 0 <= value < 2**64:
+        raise ValueError("no count")
+    return value
 
 
 def is_camera_image(message: BagMessage) -> bool | None:

@@ -1,7 +1,7 @@
 """What the files in launch/ have in common: the tokenizer's arguments, and how it and what belongs to it is started.
 
 Imports launch and launch_ros, which exist only beside a ROS 2 distribution; nothing but the launch files imports this.
-It runs in the Python of `ros2`, which may lack what the nodes' Python has (torch, rosbags): the standard library only.
+It runs in the Python of `ros2`, which may lack what the nodes' Python has (torch, mcap): the standard library only.
 """
 
 from __future__ import annotations
@@ -320,7 +320,7 @@ except (BagError, OSError, ValueError) as error:
 
 def bag_camera_topics(bag: str) -> dict[str, str]:
     """Topic -> type of what cameras published in a bag. RuntimeError with the reason if it cannot be read."""
-    python = shutil.which("python3") or "python3"  # as the nodes' executables choose it: rosbags is there
+    python = shutil.which("python3") or "python3"  # as the nodes' executables choose it: mcap is there
     result = subprocess.run([python, "-c", _LIST_TOPICS, bag], capture_output=True, text=True, check=False)
     if result.returncode:
         lines = result.stderr.strip().splitlines() or [f"python3 ended with {result.returncode}"]
