@@ -216,6 +216,91 @@ def test_damaged_headers_and_data_raise_nothing_else(seed):
         pass
 
 
+def segments(stream):
+    """What stands before the first scan, and the scans, each with the tables before it."""
+    starts = [match.start() for match in re.finditer(b"\xff\xda", stream)]
+    begins = [starts[0]]
+    for before, start in zip(starts, starts[1:]):
+        tables = stream.find(b"\xff\xc4", before, start)
+        begins.append(tables if tables >= 0 else start)
+    return stream[: begins[0]], [stream[a:b] for a, b in zip(begins, [*begins[1:], len(stream) - 2])]
+
+
+def a_scan_for_each_color(picture):
+    """A baseline JPEG that is not interleaved, as some encoders write it: (header, scans)."""
+    planes = [jpeg(np.ascontiguousarray(plane)) for plane in cv2.split(cv2.cvtColor(picture, cv2.COLOR_BGR2YCrCb))]
+    head, _ = segments(planes[0])
+    at = head.index(bytes((0xFF, SOF0)))
+    ids = b"".join(bytes((number, 0x11, 0)) for number in (1, 3, 2))
+    frame = b"\xff\xc0\0\x11" + head[at + 4 : at + 9] + b"\x03" + ids
+    scans = [
+        b"\xff\xda\0\x08\x01" + bytes((number, 0, 0, 63, 0)) + plane[coded(plane) : -2]
+        for number, plane in zip((1, 3, 2), planes)
+    ]
+    return head[:at] + frame + head[at + 13 :], scans
+
+
+@pytest.mark.parametrize("kept", range(1, 10))
+def test_a_progressive_jpeg_that_lacks_its_last_scans_is_refused(kept):
+    """It has an end, and libjpeg has nothing against it."""
+    head, scans = segments(jpeg(progressive=1))
+    assert len(scans) == 10 and simplejpeg.decode_jpeg(head + b"".join(scans[:kept]) + EOI) is not None
+    with pytest.raises(ImageDecodeError, match=f"it ends after {kept} scans"):
+        decode(head + b"".join(scans[:kept]) + EOI)
+
+
+@pytest.mark.parametrize("lost", range(10))
+def test_a_progressive_jpeg_without_one_scan_is_refused(lost):
+    head, scans = segments(jpeg(progressive=1))
+    with pytest.raises(ImageDecodeError, match="corrupt or truncated"):
+        decode(head + b"".join(scans[:lost] + scans[lost + 1 :]) + EOI)
+
+
+def test_colors_in_scans_of_their_own():
+    head, scans = a_scan_for_each_color(photograph())
+    whole = head + b"".join(scans) + EOI
+    assert np.array_equal(decode(whole), opencv(whole))
+    for lost in range(3):
+        with pytest.raises(ImageDecodeError, match="it ends after 2 scans"):
+            decode(head + b"".join(scans[:lost] + scans[lost + 1 :]) + EOI)
+        middle = len(scans[lost]) // 2
+        holed = [*scans]
+        holed[lost] = scans[lost][:middle] + bytes(64) + scans[lost][middle + 64 :]
+        with pytest.raises(ImageDecodeError, match="a run of zeros|Corrupt JPEG data"):
+            decode(head + b"".join(holed) + EOI)
+
+
+@pytest.mark.parametrize("marker", [0xC3, 0xC5, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCF])
+def test_kinds_of_jpeg_that_no_camera_sends_are_refused(marker):
+    """To an arithmetic decoder any bytes are data, so that a hole cannot be seen."""
+    stream = jpeg()
+    at = stream.index(bytes((0xFF, SOF0)))
+    with pytest.raises(ImageDecodeError, match=f"SOF{marker - 0xC0}"):
+        decode(stream[: at + 1] + bytes((marker,)) + stream[at + 2 :])
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": 1}, {"rst_interval": 4}])
+def test_what_follows_the_end_is_not_counted_as_scans(options):
+    """A motion photo has a video there."""
+    stream = jpeg(**options)
+    video = np.random.default_rng(0).integers(0, 256, 4_000_000, dtype=np.uint8).tobytes() + b"\xff\xda" * 40
+    assert np.array_equal(decode(stream + video), decode(stream))
+
+
+@pytest.mark.parametrize("segment", [b"\xff\xe5\0\x02", b"\xff\xd0", b"\xff\x01", b"\xff\xfe\0\x03x"])
+def test_headers_and_scans_of_many_segments_are_refused(segment):
+    stream = jpeg(progressive=1)
+    at = stream.index(bytes((0xFF, SOF2)))
+    assert np.array_equal(decode(stream[:at] + segment * 1000 + stream[at:]), decode(stream))
+    with pytest.raises(ImageDecodeError, match="no picture in its"):
+        decode(stream[:at] + segment * 5000 + stream[at:])
+
+
+def test_fill_bytes_before_a_marker_are_one_step():
+    stream = jpeg()
+    assert np.array_equal(decode(stream[:2] + b"\xff" * 5_000_000 + stream[2:]), decode(stream))
+
+
 # Bounds.
 
 
@@ -332,6 +417,47 @@ def test_a_png_that_lacks_data_is_refused():
             decode(png(80, 60, rows=rows)[:cut])
 
 
+@pytest.mark.parametrize("part", [chunk(b"tEXt", b"k\0v"), chunk(b"prIv", b""), chunk(b"IDAT", b"")])
+def test_a_png_of_many_parts_is_refused(part):
+    rows = b"".join(b"\0" + row.tobytes() for row in photograph(60, 80))
+    stream = png(80, 60, rows=rows)
+    assert np.array_equal(decode(stream[:33] + part * 500 + stream[33:]), decode(stream))
+    with pytest.raises(ImageDecodeError, match="in too many parts"):
+        decode(stream[:33] + part * 6000 + stream[33:])
+
+
+@pytest.mark.parametrize("place", ["the whole image", "a part of it", "none"])
+def test_an_animated_png_is_refused(place):
+    """OpenCV shows the first frame, which may be a part of the image, and the standard the image."""
+    rows = b"".join(b"\0" + row.tobytes() for row in photograph(60, 80))
+    stream = png(80, 60, rows=rows)
+    size = {"the whole image": (80, 60, 0, 0), "a part of it": (8, 8, 5, 5)}.get(place)
+    frame = chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, *size, 1, 10, 0, 0)) if size else b""
+    with pytest.raises(ImageDecodeError, match="animation"):
+        decode(stream[:33] + chunk(b"acTL", struct.pack(">II", 1, 0)) + frame + stream[33:])
+
+
+DEPTH_FORMATS = (
+    "16UC1; compressedDepth", "16uc1; compresseddepth png", "32FC1; CompressedDepth rvl", "16uc1; png compressed", "16UC1,png",
+    "png; 16UC1", "64FC1; png compressed", "16SC1; png compressed ", "32SC1; png", "depth16; png", "depth; png compressed",
+    " 16UC1 png compressed", "png depth", "rvl",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", DEPTH_FORMATS)
+def test_formats_that_name_depth_are_refused(form):
+    stream = cv2.imencode(".png", mosaic("rggb", np.uint16))[1].tobytes()
+    with pytest.raises(ImageDecodeError, match="depth or measurement image"):
+        compressed_to_rgb(Compressed(form, stream))
+
+
+@pytest.mark.parametrize("form", ["mono16; png compressed ", "mono16; png compressed 16UC1", "8UC1; png compressed ", "png", ""])
+def test_formats_of_grey_images(form):
+    samples = mosaic("rggb", np.uint16)
+    got = compressed_to_rgb(Compressed(form, cv2.imencode(".png", samples)[1].tobytes()))
+    assert np.array_equal(got[:, :, 0], images.narrow(samples))
+
+
 # Bayer mosaics.
 
 
@@ -375,7 +501,13 @@ def test_what_the_camera_has_debayered_stays_as_it_is():
     assert np.array_equal(compressed_to_rgb(Compressed("bayer_rggb8; jpeg compressed bgr8", stream)), opencv(stream))
 
 
-@pytest.mark.parametrize("kind", ["bayer; png compressed", "png compressed bayer", "bayer_xxxx8; jpeg compressed "])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "bayer; png compressed", "png compressed bayer", "bayer_xxxx8; jpeg compressed ", "BayerRG8; png compressed",
+        "rggb8; png compressed", "RGGB; png", "png; grbg",
+    ],
+)  # fmt: skip
 def test_a_mosaic_of_an_unknown_pattern_is_refused(kind):
     stream = cv2.imencode(".png", mosaic("rggb"))[1].tobytes()
     with pytest.raises(ImageDecodeError, match="does not say which"):

@@ -40,6 +40,9 @@ ENCODINGS = (*_RGB_ORDER, *_BGR_ORDER, *_MONO, *_SIXTEEN_BIT, *_BAYER, *_YUV_422
 #: Bytes of a pixel: of rgba16, and of a PNG of it.
 _MOST_BYTES = 8
 
+#: A compressed image's format, in lower case, that names a depth image or labels; what begins with a colour's name does not.
+_DEPTH = re.compile(r"compresseddepth|^\s*(?!mono|rgb|bgr|bayer)(.*\b)?(depth|rvl\b|(8s|16[us]|32[sf]|64f)c1\b)", re.DOTALL)
+_MOSAIC = re.compile("bayer|rggb|bggr|gbrg|grbg")
 _DEPTH_ADVICE = (
     "is a depth or measurement image without a meaning in colour. Point the camera at its colour topic; "
     "a grey picture belongs under the encoding mono8 or mono16"
@@ -100,7 +103,8 @@ def compressed_to_rgb(msg, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """
     kind = str(msg.format)
     shown = kind if len(kind) <= 100 else f"{kind[:100]}…"
-    if "compressedDepth" in kind or kind.split(";")[0].strip() in ("16UC1", "32FC1"):
+    lower = kind[:1000].lower()
+    if _DEPTH.search(lower):
         raise ImageDecodeError(f'a compressed image of format "{shown}" {_DEPTH_ADVICE}')
     data = _bytes(msg.data)
     if data.size == 0:
@@ -112,8 +116,8 @@ def compressed_to_rgb(msg, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             f'a compressed image of format "{shown}" holds neither JPEG nor PNG (it begins with '
             f"{stream[:8].hex(' ')}). Set the publisher's image_transport to jpeg or png"
         )
-    if "bayer" in kind.lower() and (mosaic := _single_channel(picture)) is not None:
-        pattern = re.search("bayer_(rggb|bggr|gbrg|grbg)", kind.lower())
+    if _MOSAIC.search(lower) and (mosaic := _single_channel(picture)) is not None:
+        pattern = re.search("bayer_(rggb|bggr|gbrg|grbg)", lower)
         if pattern is None:
             raise ImageDecodeError(
                 f'a compressed image of format "{shown}" holds a Bayer mosaic, but the format does not say which: let the '

@@ -18,6 +18,9 @@ MAX_PIXELS = 64_000_000
 MAX_SIDE = 65_500
 #: Progressive JPEGs have 10 scans or so; each one costs a pass over the whole image.
 MAX_SCANS = 32
+#: Segments of a JPEG, and parts of a PNG beside one for each `_CHUNK_BYTES`: each costs a step here and in the libraries.
+_MAX_SEGMENTS = 4096
+_CHUNK_BYTES = 1024
 #: Bytes between the end of the data and the next marker that are taken for a camera's oddity. Logitech's C270 and C910
 #: leave up to 9; more are what a hole leaves.
 MAX_STRAY_BYTES = 16
@@ -32,6 +35,9 @@ _END = b"\xff\xd9"
 #: every coefficient is −1. Only where they stand for "no more coefficients" or "16 zeros" may they come in a row.
 _HOLE = bytes(32)
 _LONG_ZEROS = (0x00, 0xF0)
+#: Within a scan: any marker but those of restarts. 0xFF 0x00 is data, and of several 0xFF the last one counts.
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_FILL = re.compile(rb"\xff*")
 
 
 class ImageDecodeError(ValueError):
@@ -78,10 +84,10 @@ class _JpegHeader:
     width: int
     height: int
     components: int
-    sequential: bool
+    sequential: bool  # all components in one scan, which is no progressive one: what cameras send
     mcu: tuple[int, int]  # width and height in pixels of what an interleaved scan codes together
     restart_interval: int  # in such units; 0: no restart markers
-    zeros: int  # what a code of zeros stands for in the scan's first component: 16 * (zeros before it) + (its bits)
+    zeros: dict[int, int]  # by table of coefficients, what a code of zeros stands for: 16 * (zeros before it) + (its bits)
 
 
 def decode_jpeg(stream: bytes, max_pixels: int = MAX_PIXELS, order: str = "RGB") -> np.ndarray:
@@ -93,9 +99,9 @@ def decode_jpeg(stream: bytes, max_pixels: int = MAX_PIXELS, order: str = "RGB")
     simplejpeg = import_simplejpeg()
     header = _read_jpeg_header(stream)
     check_size(header.width, header.height, max_pixels)
-    # An upper bound: what is coded has no such bytes, and nothing but scans should follow the first one.
-    if stream.count(b"\xff\xda", header.scan) > MAX_SCANS:
-        raise ImageDecodeError(f"JPEG image has more than {MAX_SCANS} scans, which would take too long to decode")
+    # An upper bound: what is coded has no such bytes, but what follows the end may.
+    if not header.sequential or stream.count(b"\xff\xda", header.scan) > MAX_SCANS:
+        _check_scans(stream, header)
     kind = "GRAY" if header.components == 1 else order
     try:
         pixels = simplejpeg.decode_jpeg(stream, kind)
@@ -105,7 +111,7 @@ def decode_jpeg(stream: bytes, max_pixels: int = MAX_PIXELS, order: str = "RGB")
             pixels = simplejpeg.decode_jpeg(stream, kind)
         except ValueError:
             raise ImageDecodeError(f"JPEG image is corrupt or truncated: {error}") from error
-    if header.sequential and header.zeros not in _LONG_ZEROS:
+    if header.sequential and header.zeros.get(stream[header.scan + 6] & 15) not in _LONG_ZEROS:
         hole = stream.find(_HOLE, header.scan)
         if hole >= 0 and stream.find(_END, header.scan) > hole:
             raise ImageDecodeError("JPEG image is corrupt or truncated: a run of zeros where its data should be")
@@ -124,12 +130,14 @@ def _read_jpeg_header(stream: bytes) -> _JpegHeader:
     """Reads segment by segment as libjpeg does, so that the first SOFn is the one that counts."""
     position, frame, restart_interval = 2, 0, 0
     zeros = {0: 0x01, 1: 0x00}  # by table, in the standard's
-    while position + 4 <= len(stream) and stream[position] == 0xFF:
+    for _ in range(_MAX_SEGMENTS):
+        if stream[position : position + 1] != b"\xff":
+            break
+        position = _FILL.match(stream, position).end() - 1  # type: ignore[union-attr]
+        if position + 4 > len(stream):
+            break
         marker = stream[position + 1]
         length = int.from_bytes(stream[position + 2 : position + 4], "big")
-        if marker == 0xFF:  # a fill byte
-            position += 1
-            continue
         if marker == 0x01 or 0xD0 <= marker <= 0xD7:  # markers without a length
             position += 2
             continue
@@ -142,6 +150,11 @@ def _read_jpeg_header(stream: bytes) -> _JpegHeader:
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # tables, reserved, arithmetic conditioning
             if frame or length < 8 or length < 8 + 3 * stream[position + 9]:
                 break
+            if marker > 0xC2:  # in arithmetic coding damage cannot be told from data
+                raise ImageDecodeError(
+                    f"JPEG image of a kind that is not read (SOF{marker - 0xC0}: lossless, hierarchical or arithmetic "
+                    "coding). Let the camera send baseline or progressive JPEG"
+                )
             frame = position
         elif marker == 0xC4:
             zeros |= _codes_of_zeros(stream[position + 4 : position + 2 + length])
@@ -171,12 +184,54 @@ def _jpeg_header(
     across, down = (max((value >> shift & 15 for value in sampling), default=1) for shift in (4, 0))
     return _JpegHeader(
         frame, scan, width, height, components,
-        # All components in one sequential scan: what cameras send.
         sequential=stream[frame + 1] in (0xC0, 0xC1) and stream[scan + 4] == components,
         mcu=(8, 8) if components == 1 else (8 * across, 8 * down),
         restart_interval=restart_interval,
-        zeros=zeros.get(stream[scan + 6] & 15, 0x00),
+        zeros=zeros,
     )  # fmt: skip
+
+
+def _check_scans(stream: bytes, header: _JpegHeader) -> None:
+    """ImageDecodeError unless a few scans bring all coefficients of all components, to the last bit, without a run of zeros.
+
+    libjpeg takes what comes: without a scan an image lacks a color, or is blurred.
+    """
+    zeros = dict(header.zeros)
+    ids = [stream[header.frame + 10 + 3 * index] for index in range(header.components)]
+    lacking = {(component, coefficient) for component in ids for coefficient in range(64)}
+    position, scans = header.scan, 0
+    for _ in range(_MAX_SEGMENTS):
+        marker = stream[position + 1 : position + 2]
+        if marker in (b"", b"\xd9"):
+            break
+        end = position + 2
+        if marker not in (b"\x01", b"\xff"):
+            end += int.from_bytes(stream[end : end + 2], "big")
+        if marker == b"\xc4":
+            zeros |= _codes_of_zeros(stream[position + 4 : end])
+        if marker == b"\xda":
+            scans += 1
+            if scans > MAX_SCANS:
+                raise ImageDecodeError(f"JPEG image has more than {MAX_SCANS} scans, which would take too long to decode")
+            start, end = end, found.start() if (found := _MARKER.search(stream, end)) else len(stream)
+            lacking -= _check_scan(stream, position, start, end, zeros)
+        position = end
+    if lacking and scans:
+        raise ImageDecodeError(f"JPEG image is corrupt or truncated: it ends after {scans} scans, which is too early")
+
+
+def _check_scan(stream: bytes, position: int, start: int, end: int, zeros: dict[int, int]) -> set[tuple[int, int]]:
+    """The coefficients that are complete after a scan: its header is at `position`, its data from `start` to `end`."""
+    header = stream[position + 4 : start]
+    if len(header) < 6 or len(header) < 4 + 2 * header[0]:
+        raise ImageDecodeError("JPEG image is corrupt or truncated: the header of a scan is too short")
+    first, last, bits = header[1 + 2 * header[0] : 4 + 2 * header[0]]
+    # The first bits of coefficients beside the mean: zeros are codes. Further bits of them are stored as they are.
+    coded = last > 0 and bits >> 4 == 0
+    if coded and zeros.get(header[2] & 15, 0) & 15 and stream.find(_HOLE, start, end) >= 0:
+        raise ImageDecodeError("JPEG image is corrupt or truncated: a run of zeros where its data should be")
+    components = header[1 : 1 + 2 * header[0] : 2]
+    return {(id_, index) for id_ in components for index in range(first, last + 1)} if bits & 15 == 0 else set()
 
 
 def _without_stray_bytes(stream: bytes, header: _JpegHeader, error: ValueError) -> bytes:
@@ -269,7 +324,9 @@ def check_png(stream: bytes, max_pixels: int = MAX_PIXELS) -> None:
     check_size(*(int.from_bytes(stream[at : at + 4], "big") for at in (16, 20)), max_pixels)
     position = 8
     view = memoryview(stream)
-    while position + 12 <= len(stream):
+    for _ in range(_MAX_SEGMENTS + len(stream) // _CHUNK_BYTES):
+        if position + 12 > len(stream):
+            break
         length = int.from_bytes(stream[position : position + 4], "big")
         end = position + 12 + length
         if end > len(stream):
@@ -277,10 +334,13 @@ def check_png(stream: bytes, max_pixels: int = MAX_PIXELS) -> None:
         checksum = zlib.crc32(view[position + 4 : end - 4])
         if checksum != int.from_bytes(stream[end - 4 : end], "big"):
             raise ImageDecodeError(f"PNG image is corrupt: wrong checksum at byte {end - 4}")
-        if stream[position + 4 : position + 8] == b"IEND":
+        kind = stream[position + 4 : position + 8]
+        if kind == b"IEND":
             return
+        if kind == b"acTL":  # its frames may be parts of the image: readers differ in what they take for it
+            raise ImageDecodeError("PNG image is an animation; a single image is needed")
         position = end
-    raise ImageDecodeError(f"PNG image is truncated: {len(stream)} bytes, and no end chunk")
+    raise ImageDecodeError(f"PNG image is truncated, or in too many parts: {len(stream)} bytes, and no end chunk")
 
 
 def import_opencv():
