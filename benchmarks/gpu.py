@@ -48,6 +48,8 @@ from vla_perception.tokenizer.cuda_graphs import CudaGraphs
 DEVICE, DTYPE, ROUNDS, REPEAT = torch.device("cuda"), torch.bfloat16, 100, 40
 #: (views, height, width) of `latency`.
 SIZES = ((1, 480, 640), (2, 480, 640), (4, 480, 640), (1, 1080, 1920))
+#: Numbers that products take in turn, more than fit in an L2 cache.
+ROTATED_WEIGHTS = 60_000_000
 #: Numbers of views of `variants`.
 VARIANT_VIEWS = (1, 4)
 
@@ -55,7 +57,7 @@ VARIANT_VIEWS = (1, 4)
 def device_us(action: Callable[[], object], rounds: int | None = None) -> float:
     """Median microseconds on the device."""
     rounds = rounds or ROUNDS
-    for _ in range(3):
+    for _ in range(min(3, rounds)):
         action()
     times = []
     for _ in range(rounds):
@@ -155,6 +157,10 @@ class Kit:
                   f"p99 {row['end_to_end_ms']['p99']:.3f} ms (host {row['end_to_end_host_ms']:.3f}); alone: preprocess "
                   f"{row['preprocess_alone_ms']:.3f} (host {row['preprocess_host_ms']:.3f}), encode "
                   f"{row['encode_alone_ms']:.3f} (host {row['encode_host_ms']:.3f})")  # fmt: skip
+        print(_table(["uint8 on the host → tokens on the device", "p50", "p95", "p99", "host", "preprocess", "encode"], [
+            [size, *row["end_to_end_ms"].values(), row["end_to_end_host_ms"], row["preprocess_alone_ms"], row["encode_alone_ms"]]
+            for size, row in found.items()
+        ]))  # fmt: skip
         found["beyond_weights_mib"] = (torch.cuda.memory_reserved(DEVICE) - self.weight_bytes) / 2**20
         found["tokens_to_host_ms"] = self._tokens_to_host()
         print(f"memory beyond the weights {found['beyond_weights_mib']:.0f} MiB; tokens to the host, pageable and pinned: "
@@ -189,6 +195,9 @@ class Kit:
                     row = {"error": _first_line(error)}
                     print(f"{views} view(s), {label:>42}: {row['error']}", flush=True)
                 found[f"{views} view(s), {label}"] = row
+        print(_table(["variant", "replay, ms", "relative L2"], [
+            [label, row["replay_us"] / 1e3, f"{row['relative_l2']:.2e}"] for label, row in found.items() if "error" not in row
+        ]))  # fmt: skip
         return found
 
     def _variant(self, pixel_values: list[torch.Tensor]) -> tuple[dict, torch.Tensor]:
@@ -217,21 +226,22 @@ class Kit:
 
     def products(self) -> dict:
         found = {}
-        shapes = {f"patch K={length}": (256, 1152, length) for length in (588, 592)}
+        shapes, most = {f"patch K={length}": (256, 1152, length) for length in (588, 592)}, max(VARIANT_VIEWS)
         for name, encoder in self.network.encoders.items():
             block, (rows, columns) = encoder.vit.blocks[0], encoder.grid
             tokens = rows * columns + encoder.vit.num_prefix_tokens
             for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
                 linear = block.get_submodule(layer)
                 shapes[f"{name} {layer}"] = (tokens, linear.out_features, linear.in_features)
+                shapes[f"{name} {layer}, {most} views"] = (most * tokens, linear.out_features, linear.in_features)
         for label, layer in self.network.projector.named_children():
             shapes[f"projector {label}"] = (rows * columns, layer.out_features, layer.in_features)
         for label, (m, n, k) in shapes.items():
-            weights = [torch.randn(n, k, device=DEVICE, dtype=DTYPE) for _ in range(max(2, int(120e6 // (n * k * 2))))]
+            weights = [torch.randn(n, k, device=DEVICE, dtype=DTYPE) for _ in range(max(2, ROTATED_WEIGHTS // (n * k)))]
             values, bias = torch.randn(m, k, device=DEVICE, dtype=DTYPE), torch.randn(n, device=DEVICE, dtype=DTYPE)
             us = graph_us(_product(values, weights, bias))
             found[label] = {"us": us, "tflop_per_s": 2 * m * n * k / us / 1e6}
-        _print_numbers({label: row["us"] for label, row in found.items()}, "us")
+        print(_table(["product", "us", "TFLOP/s"], [[label, *row.values()] for label, row in found.items()]))
         return found
 
     def gelu(self) -> dict:
@@ -333,7 +343,7 @@ def _gelu_actions(
     from vla_perception.tokenizer import triton_kernels, triton_products
 
     size = layer.weight.shape
-    weights = [torch.randn(size, device=DEVICE, dtype=DTYPE) for _ in range(max(2, int(60e6 // layer.weight.numel())))]
+    weights = [torch.randn(size, device=DEVICE, dtype=DTYPE) for _ in range(max(2, ROTATED_WEIGHTS // layer.weight.numel()))]
     bias, values = weights[0][:, 0].clone(), torch.randn(tokens, size[1], device=DEVICE, dtype=DTYPE)
     multiply, turn = _product(values, weights, bias), itertools.cycle(weights)
     yield "cuBLAS", lambda: triton_kernels.gelu(multiply())
@@ -374,6 +384,12 @@ def _first_line(error: Exception) -> str:
 def _print_numbers(numbers: dict[str, float | str], unit: str) -> None:
     for label, number in numbers.items():
         print(f"{label:>50}: {number if isinstance(number, str) else f'{number:.2f} {unit}'}", flush=True)
+
+
+def _table(titles: list[str], rows: list[list]) -> str:
+    """Markdown, for docs/performance.md; numbers with two digits."""
+    cells = [[value if isinstance(value, str) else f"{value:.2f}" for value in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [titles, ["---"] * len(titles), *cells])
 
 
 def main(arguments: list[str] | None = None) -> None:

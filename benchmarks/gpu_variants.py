@@ -58,8 +58,6 @@ def changes(views: int) -> Iterator[Change]:
     yield "all by Triton, dependent launches", both(products(1.0, **ALL_BLOCKS[kind]), dependent())
     yield "0.5 of the device, dependent launches", both(share(0.5), dependent())
     yield "tanh's GELU by cuBLASLt: another function", replaced(triton_products, linear=_tanh_linear)
-    yield "the first encoder first", _priorities(-1, 0)
-    yield "the second encoder first", _priorities(0, -1)
     yield "one stream", _one_stream()
     yield "PyTorch's kernels", pytorchs(add_layer_norm=add_layer_norm, gelu=functional.gelu, attention=attention)
     if not few:
@@ -117,16 +115,6 @@ def pytorchs(**others: object) -> contextlib.AbstractContextManager:
 def both(one: contextlib.AbstractContextManager, other: contextlib.AbstractContextManager) -> Iterator[None]:
     with one, other:
         yield
-
-
-def _priorities(first: int, second: int) -> contextlib.AbstractContextManager:
-    """Streams of these priorities for the two encoders: -1 is before 0."""
-
-    def streams(owner: object, device: torch.device, sides: int) -> cuda_graphs._Streams:
-        others = [torch.cuda.Stream(device, priority=second) for _ in range(sides)]
-        return cuda_graphs._Streams(torch.cuda.Stream(device, priority=first), others)
-
-    return replaced(cuda_graphs, _streams=streams)
 
 
 def _one_stream() -> contextlib.AbstractContextManager:

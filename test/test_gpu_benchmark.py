@@ -29,7 +29,7 @@ def kit(monkeypatch):
 
     for name, value in {
         "DEVICE": torch.device("cpu"), "DTYPE": torch.float32, "ROUNDS": 1, "REPEAT": 1, "load": load,
-        "SIZES": ((2, 48, 64),), "VARIANT_VIEWS": (1,),
+        "SIZES": ((2, 48, 64),), "VARIANT_VIEWS": (1,), "ROTATED_WEIGHTS": 1000,
     }.items():  # fmt: skip
         monkeypatch.setattr(gpu, name, value)
     monkeypatch.setattr(gpu.gpu_preprocess, "SIZES", ((48, 64), (64, 96)))
@@ -54,6 +54,7 @@ def test_every_question_is_answered(kit, tmp_path, capsys, monkeypatch):
     kit.main(["--model", "small", "--json", str(file)])
     answers, printed = json.loads(file.read_text()), capsys.readouterr()
     assert not printed.err
+    assert "| 2 view(s) of 64 x 48 | " in printed.out and "| 1 view(s), one stream | " in printed.out
     assert list(answers) == ["versions", "start", *kit.QUESTIONS]
     assert not [label for rows in answers.values() for label, row in rows.items() if "error" in str(row).lower()], answers
     assert set(answers["latency"]) >= {"2 view(s) of 64 x 48"}
