@@ -240,6 +240,10 @@ def test_the_device_and_the_precision_are_left_open_unless_given(launch_file):
 MISTAKES = [
     ("camera", "is cameras:= meant?"),
     ("Namespace", "is namespace:= meant?"),
+    ("MODEL", "is model:= meant?"),
+    ("image-transport", "is image_transport:= meant?"),
+    ("--cameras", "is cameras:= meant?"),
+    ("MAX_RATE_HZ", "max_rate_hz is a parameter of the tokenizer"),
     ("modle", "is model:= meant?"),
     ("imagetransport", "is image_transport:= meant?"),
     ("max_rate_hz", "max_rate_hz is a parameter of the tokenizer"),
@@ -260,7 +264,9 @@ def test_arguments_that_do_not_exist_are_refused(launch_file, monkeypatch, name)
                 module.run(argv=["model:=small", f"{wrong}:=3"], **given)
         with pytest.raises(ValueError, match="no argument camera:=.*; xyz:="):
             module.run(argv=["camera:=2", "xyz:=1", "camera:=3"], **given)
-        module.run(argv=[*(f"{known}:=x" for known in module.arguments), "launch-prefix:=gdb", "odd"], **given)
+        with pytest.raises(ValueError, match=re.escape("model:= is there several times (small, base)")):
+            module.run(argv=["model:=small", "model:=base", "model:=small"], **given)
+        module.run(argv=[*(f"{known}:=x" for known in module.arguments), "launch-prefix:=gdb", "odd", "model:=x"], **given)
 
 
 def test_arguments_of_a_launch_file_that_includes_ours(launch_file, monkeypatch):

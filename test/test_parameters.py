@@ -71,6 +71,8 @@ def section(key, *names):
     [
         ("modell", "model"),
         ("Model", "model"),
+        ("MODEL", "model"),
+        ("MaxRateHz", "max_rate_hz"),
         ("pol", "pool"),
         ("max_rate", "max_rate_hz"),
         ("max-rate-hz", "max_rate_hz"),
@@ -119,6 +121,8 @@ KEYS = [
     "/**/arm/visual_tokenizer",
     "visual_tokeniser",
     "/robot/visual_tokenzer",
+    "VisualTokenizer",
+    "VISUAL_TOKENIZER",
 ]
 
 
@@ -137,10 +141,21 @@ def test_a_section_is_told_where_rclpy_does_not_take_it(told, key, namespace):
         assert f"the parameters for {written.replace('//', '/')} " in warning
 
 
-@pytest.mark.parametrize("key", ["/**", "/*", "/robot/*", "/robot/**", "token_viewer", "/other/opencv_camera", "/**/camera"])
+@pytest.mark.parametrize("key", ["/**", "/*", "/**/*", "token_viewer", "/other/opencv_camera", "/**/bag_player"])
 def test_sections_for_others_are_not(told, key):
     log, _ = told("--params-file", "FILE", text=section(key, "pool", "model"))
     assert not log.warnings and not log.infos
+    log, _ = told("--params-file", "FILE", text=section(key, "pool") + section("/**/camera", "x"))
+    assert not log.warnings
+
+
+@pytest.mark.parametrize("key", ["tokenizer", "/robot/*", "/robot/**", "/**/camera", "vla_perception", "/visual_tokenizer/x"])
+def test_a_file_that_has_nothing_for_the_node(told, key):
+    log, taken = told("--params-file", "FILE", text=section(key, "pool", "model"))
+    (warning,) = log.warnings
+    assert not taken and "file.yaml: nothing in it is for this node, /visual_tokenizer; it has parameters for /" in warning
+    log, taken = told("--params-file", "FILE", text=section(key, "model") + section("visual_tokenizer", "pool"))
+    assert taken == {"pool"} and not log.warnings
 
 
 def test_a_file_for_several_robots(told):
@@ -156,7 +171,7 @@ def test_a_node_of_another_name(told):
     assert not taken and "because this node is /eyes: write /eyes, or /**/eyes" in log.warnings[0]
     log, taken = told("-r", "__ns:=/robot", "-p", "visual_tokenizer:model:=base", "-p", "other:x:=1")
     assert not taken and "-p visual_tokenizer:model:=base: the parameters for /visual_tokenizer" in log.warnings[0]
-    assert len(log.warnings) == 1
+    assert len(log.warnings) == 2 and "-p other:x:=1: nothing in it is for this node" in log.warnings[1]
 
 
 def test_overrides_of_qos(told):

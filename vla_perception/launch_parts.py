@@ -6,7 +6,6 @@ It runs in the Python of `ros2`, which may lack what the nodes' Python has (torc
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
 from launch import LaunchContext
+from vla_perception.spelling import nearest
 
 BOOLEANS = ["true", "false"]
 #: Arguments of `ros2 launch` itself, which it hands on among the others.
@@ -141,12 +141,17 @@ def check_arguments(context: LaunchContext, declared: Collection[str], launch_fi
     """
     file = Path(launch_file).name
     called = any(Path(word).name == file for word in sys.argv)
-    given = [word.partition(":=")[0] for word in context.argv if ":=" in word] if called else context.launch_configurations
+    words = [word.partition(":=") for word in context.argv if ":=" in word] if called else []
+    given = [name for name, _, _ in words] if called else context.launch_configurations
     unknown = [name for name in dict.fromkeys(given) if name not in declared and name not in LAUNCH_OPTIONS]
     advice = {name: _advice(name, declared, 0.6 if called else 0.85) for name in unknown}
     if called and unknown:
         named = "; ".join(f"{name}:= ({advice[name] or 'it has ' + ', '.join(sorted(declared))})" for name in unknown)
         raise ValueError(f"{file} has no argument {named}")
+    for name in dict.fromkeys(given):
+        values = list(dict.fromkeys(value for other, _, value in words if other == name))
+        if len(values) > 1:
+            raise ValueError(f"{name}:= is there several times ({', '.join(values)}): `ros2 launch` takes the last one alone")
     return [LogInfo(msg=f"warning: {file} has no argument {n}:= ({text})") for n, text in advice.items() if text]
 
 
@@ -154,13 +159,12 @@ def _advice(name: str, declared: Collection[str], cutoff: float) -> str:
     """What may have been meant; "" if nothing is near."""
     defaults = share("config", "visual_tokenizer.yaml")
     parameters = re.findall(r"^ +(\w+):", defaults.read_text(), re.MULTILINE) if defaults.is_file() else []
-    if name not in parameters:
-        if near := difflib.get_close_matches(name, declared, 1, cutoff):
-            return f"is {near[0]}:= meant?"
-        parameters = difflib.get_close_matches(name, parameters, 1, max(cutoff, 0.8))
-    if not parameters:
+    exact = nearest(name, parameters, 1.0)
+    if near := nearest(name, declared, 1.0 if exact else cutoff):
+        return f"is {near}:= meant?"
+    meant = exact or nearest(name, parameters, max(cutoff, 0.8))
+    if meant is None:
         return ""
-    meant = name if name in parameters else parameters[0]
     return f"{meant} is a parameter of the tokenizer: write it into a file and name that in params_file:="
 
 

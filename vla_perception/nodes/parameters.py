@@ -6,7 +6,6 @@ that no parameter has, and a section of a file that is for a node of another nam
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import sys
@@ -17,6 +16,10 @@ import yaml
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 from rclpy.node import Node
 
+from vla_perception.spelling import nearest
+
+#: This package's nodes: a file for one of them may be given to another one, too, as the launch files do.
+_NODES = ("visual_tokenizer", "token_viewer", "bag_player", "opencv_camera", "mujoco_camera")
 #: How alike a name must be to a parameter's to be taken for a misspelling in a section that is for several nodes.
 _ALIKE = 0.85
 _QOS = "qos_overrides."
@@ -67,10 +70,19 @@ def warn_of_ignored(
     for section in sections:
         if section.is_for(own) or section.for_several or section.source in right:
             continue
-        if section.name in (name, node.get_name()) or difflib.get_close_matches(section.name, [node.get_name()], 1, 0.8):
+        if section.name == name or nearest(section.name, [node.get_name()], 0.8):
             node.get_logger().warning(
                 f"{section.source}: the parameters for {section.node} ({', '.join(section.parameters)}) are ignored, "
                 f"because this node is {own}: write {own}, or /**/{node.get_name()} for any namespace"
+            )
+
+
+    for source in dict.fromkeys(section.source for section in sections):
+        inside = [section for section in sections if section.source == source]
+        if not any(s.is_for(own) or s.name in _NODES or nearest(s.name, [node.get_name()], 0.8) for s in inside):
+            node.get_logger().warning(
+                f"{source}: nothing in it is for this node, {own}; it has parameters for "
+                f"{', '.join(section.node for section in inside)[:300]}"
             )
 
 
@@ -156,11 +168,9 @@ def _warn_of_unknown(node: Node, sections: Sequence[_Section], others: Collectio
         where = f"{sources[-1].source}: " if sources else ""
         text = f"{where}{own} has no parameter {given}, so it is ignored"
         alike = _ALIKE if shared else 0.6
-        nearest = difflib.get_close_matches(given, known, 1, alike) or (
-            [] if qos else difflib.get_close_matches(given.rpartition(".")[2], known, 1, alike)
-        )
-        if nearest:
-            node.get_logger().warning(f"{text}; is {nearest[0]} meant?")
+        meant = nearest(given, known, alike) or (None if qos else nearest(given.rpartition(".")[2], known, alike))
+        if meant:
+            node.get_logger().warning(f"{text}; is {meant} meant?")
         elif shared:
             node.get_logger().info(text)  # most likely it is for another node
         else:

@@ -10,7 +10,6 @@ if __name__ == "__main__":
 
     executables.begin()  # before what takes long to import
 
-import difflib
 import time
 from array import array
 from collections import deque
@@ -27,6 +26,7 @@ from vla_perception.messages.tokens import View, VisualTokens, from_message
 from vla_perception.nodes.parameters import declare, warn_of_ignored
 from vla_perception.nodes.process import Stop, run_node
 from vla_perception.principal_components import PrincipalComponents
+from vla_perception.spelling import nearest
 from vla_perception.token_picture import overlay, side_by_side, side_by_side_size
 
 #: Pictures kept until their tokens arrive, of all cameras together, in bytes as received; encoding may take seconds on a
@@ -155,8 +155,8 @@ class TokenViewer(Node):
         camera = self.get_parameter("camera").value
         if camera and camera not in tokens.cameras:
             names = ", ".join(tokens.cameras[:MAX_CAMERAS])
-            alike = difflib.get_close_matches(camera[:200], [name[:200] for name in tokens.cameras[:1000]], 1, 0.5)
-            raise KeyError(f"no camera {camera!r} among {names}" + (f": did you mean {alike[0]!r}?" if alike else ""))
+            alike = nearest(camera, tokens.cameras[:1000], 0.5)
+            raise KeyError(f"no camera {camera!r} among {names}" + (f": did you mean {alike[:200]!r}?" if alike else ""))
         shown = [tokens.cameras.index(camera)] if camera else list(range(len(tokens.views)))
         if len(shown) > MAX_CAMERAS:
             raise ValueError(f"a message of {len(shown)} views: at most {MAX_CAMERAS} are shown; set `camera` to one")
