@@ -63,6 +63,17 @@ def _narrow(config):
     return replace(config, encoders=encoders)
 
 
+@contextlib.contextmanager
+def one_thread():
+    """Operations as small as the narrow model's take a hundred times as long where threads are woken for them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def install(monkeypatch):
     """Replaces `torch.cuda` by recorders; returns what happens: captures, and the streams' waiting for each other."""
 

@@ -34,7 +34,8 @@ def images(views, seed=0):
 
 @pytest.fixture
 def cuda(monkeypatch):
-    return fake_cuda.install(monkeypatch)
+    with fake_cuda.one_thread():
+        yield fake_cuda.install(monkeypatch)
 
 
 @pytest.fixture

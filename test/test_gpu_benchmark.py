@@ -36,7 +36,8 @@ def kit(monkeypatch):
     monkeypatch.setattr(gpu.gpu_preprocess, "LIBERO_SIZES", ((32, 32), (48, 64)))
     monkeypatch.setattr(gpu.gpu_variants, "ATTENTION_BLOCKS", ((16, 16, 1, 1),))
     monkeypatch.setattr(gpu.gpu_variants, "GELU_BLOCKS", dict.fromkeys((1, 4), ((32, 32, 32, 4, 3),)))
-    return gpu
+    with fake_cuda.one_thread():
+        yield gpu
 
 
 def test_every_question_is_answered(kit, tmp_path, capsys, monkeypatch):
