@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ros_domain import free_domain, in_domain, ros_environment, wait_until
+from ros_domain import RosProcess, free_domain, in_domain, ros_environment, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 BAG = ROOT / "examples" / "sample_bag"
@@ -235,6 +235,48 @@ def test_the_device_and_the_precision_are_left_open_unless_given(launch_file):
     (node,) = kinds(launch.run(cameras="front", device="cuda:1", compute_dtype="float16"), "Node")
     given = parameters_of(node)
     assert (given["device"], given["compute_dtype"]) == ("cuda:1", "float16")
+
+
+#: The node on a machine with one GPU, which is made up: what would run there runs on the CPU.
+NODE_ON_A_GPU = """
+import pytest, torch
+import fake_cuda
+from vla_perception.tokenizer import cuda_graphs, devices, tokenizer
+
+patch = pytest.MonkeyPatch()
+fake_cuda.install(patch)
+cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+for name, value in {"init": None, "device_count": 1, "get_device_capability": (9, 0)}.items():
+    patch.setattr(torch.cuda, name, lambda *_, value=value: value)
+patch.setattr(devices, "_operate", lambda device: None)
+fill, make_runtime, graphs = tokenizer._fill, tokenizer.make_runtime, cuda_graphs.CudaGraphs
+patch.setattr(tokenizer, "_fill", lambda *given: fill(*given[:4], {gpu: cpu}[given[4]], given[5]))
+patch.setattr(tokenizer, "make_runtime", lambda name, network, _, *rest: make_runtime(name, network, gpu, *rest))
+patch.setattr(cuda_graphs, "CudaGraphs", lambda network, _, dtype, **rest: graphs(network, cpu, dtype, **rest))
+
+from vla_perception.nodes.executables import visual_tokenizer
+
+visual_tokenizer()
+"""
+
+
+@pytest.mark.ros
+def test_what_is_launched_on_a_gpu_computes_there_in_bfloat16_by_itself(launch_file, tmp_path):
+    """`tokenizer.launch.py cameras:=front model:=small`, and nothing about a device or a precision."""
+    pytest.importorskip("timm")
+    (node,) = kinds(launch_file("tokenizer.launch.py").run(cameras="front", model="small"), "Node")
+    given = tmp_path / "given.yaml"
+    given.write_text(yaml.safe_dump({"/**": {"ros__parameters": parameters_of(node)}}))
+    program = tmp_path / "node_on_a_gpu.py"
+    program.write_text(NODE_ON_A_GPU)
+    command = [program, "--ros-args", "-r", f"__node:={node.name}"]
+    command += ["--params-file", node.kwargs["parameters"][0], "--params-file", given]
+    path = os.pathsep.join(map(str, (ROOT / "test", ROOT)))
+    with RosProcess(list(map(str, command)), free_domain(), {"PYTHONPATH": path}) as process:
+        process.wait_for("ready after")
+        assert "computes on cuda:0 in bfloat16: a fake, compute capability 9.0" in process.output
+        assert re.search(r"ready after .*, runtime graph on \S+ in bfloat16", process.output)
+        assert process.stop(signal.SIGTERM) == 0, process.output
 
 
 MISTAKES = [
