@@ -2,10 +2,12 @@
 
 import ast
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
@@ -61,12 +63,52 @@ def test_installation_lines_of_the_docs_bring_iceoryx2_on_x86_alone():
                 assert 'platform_machine == "x86_64"' in line, f"{path.name}: {line}"
 
 
-def test_iceoryx2_is_imported_within_functions_alone():
-    for path in (ROOT / "vla_perception").rglob("*.py"):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                names = {alias.name for alias in node.names} | {getattr(node, "module", "") or ""}
-                assert not {name.split(".")[0] for name in names} & X86_ONLY, path
+def imported_at_once(path: Path) -> set[str]:
+    """What a module's import imports, by full name."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_what_a_board_may_lack_is_imported_within_functions_alone():
+    """Triton has modules of its own, which are imported within functions, or by each other."""
+    paths = {f"vla_perception.{'.'.join(p.relative_to(ROOT / 'vla_perception').with_suffix('').parts)}": p
+             for p in (ROOT / "vla_perception").rglob("*.py")}  # fmt: skip
+    imports = {module: imported_at_once(path) for module, path in paths.items()}
+    for module, names in imports.items():
+        assert not {name.split(".")[0] for name in names} & (X86_ONLY | {"simplejpeg", "cv_bridge", "cv2"}), module
+    need_triton = {module for module, names in imports.items() if any(name.split(".")[0] == "triton" for name in names)}
+    assert "vla_perception.tokenizer.triton_kernels" in need_triton
+    while more := {module for module, names in imports.items() if names & need_triton} - need_triton:
+        need_triton |= more
+    assert all("kernels" in module or "triton" in module or "device_prepare" in module for module in need_triton), need_triton
+
+
+def test_without_triton_pytorchs_kernels_do_it(monkeypatch):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("timm")
+    from vla_perception import tokenizer as package
+    from vla_perception.tokenizer import VisualTokenizer
+    from vla_perception.tokenizer.device_preprocess import DevicePreprocessor
+    from vla_perception.tokenizer.fused_blocks import fuse_blocks
+
+    for name in [name for name in sys.modules if re.match(r"triton\b|vla_perception\.tokenizer\..*(kernels|triton|device_prepare)", name)]:
+        monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(package, name.rpartition(".")[2], raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    made = VisualTokenizer.load("small", device="cpu", compute_dtype="bfloat16", runtime="eager")
+    on_device = DevicePreprocessor(made.config.encoders, torch.device("cpu"))
+    on_device._use_kernels()
+    assert "triton" in on_device.fallback and not on_device.does_steps
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    for got, expected in zip(on_device([image]), made.preprocess([image])):
+        assert torch.equal(got, expected)
+    assert "triton" in fuse_blocks(made.network, torch.bfloat16)
+    assert torch.isfinite(made([image]).tokens).all()
 
 
 def test_shared_memory_without_iceoryx2_is_a_reason_and_no_error(monkeypatch):
@@ -86,7 +128,7 @@ def test_a_processor_that_is_not_of_x86(tmp_path, monkeypatch):
     file = tmp_path / "cpuinfo"
     file.write_text(CPUINFO)
     real = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: real(file if str(self) == "/proc/cpuinfo" else self, *a, **k))
+    monkeypatch.setattr(Path, "read_text", lambda self, **given: real(file if str(self) == "/proc/cpuinfo" else self, **given))
     assert runtime._processor_vendor() == ""
     for capability, dtype in itertools.product(("DEFAULT", "SVE256"), (torch.float32, torch.bfloat16, torch.float16)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
