@@ -216,6 +216,10 @@ def test_fastdds_profile(tmp_path):
     assert state(RMW_IMPLEMENTATION="rmw_cyclonedds_cpp") == ["ok"]
     assert state(RMW_IMPLEMENTATION="rmw_fastrtps_cpp") == ["warn"]
     assert state(FASTDDS_DEFAULT_PROFILES_FILE=str(good), FASTRTPS_DEFAULT_PROFILES_FILE=str(good)) == ["ok", "ok"]
+    for variable, distribution, expected in (
+        ("FASTDDS", "jazzy", "warn"), ("FASTRTPS", "jazzy", "ok"), ("FASTDDS", "kilted", "ok"), ("FASTRTPS", "kilted", "ok"),
+    ):  # fmt: skip
+        assert state(**{f"{variable}_DEFAULT_PROFILES_FILE": str(good), "ROS_DISTRO": distribution}) == [expected]
     assert state(FASTDDS_DEFAULT_PROFILES_FILE=str(small)) == ["warn"]
     assert state(FASTDDS_DEFAULT_PROFILES_FILE=str(tmp_path / "none.xml")) == ["fail"]
 

@@ -27,6 +27,8 @@ MIB = 1 << 20
 #: Bytes of /dev/shm that some processes with config/fastdds.xml take.
 _SHM_BYTES = 256 * MIB
 _PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
+#: These read the second one alone.
+_OLD_PROFILE_DISTROS = ("humble", "iron", "jazzy")
 #: Relative L2 distance from float32 that rounding accounts for (docs/performance.md).
 _TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "float8": 1.4e-1}
 #: Distributions that encoding takes: the lowest version, and the first that is too new (setup.py has the reasons).
@@ -226,6 +228,10 @@ def fastdds_profile(environment: Mapping[str, str] = os.environ) -> Iterator[Fin
     elif not given:
         text = "none in this shell: raw images of best-effort cameras are lost, tokens take longer (docs/transport.md)"
         yield Finding("Fast DDS profile", "warn", text, cure)
+    distribution = environment.get("ROS_DISTRO", "")
+    if distribution in _OLD_PROFILE_DISTROS and set(given) == {_PROFILE_VARIABLES[0]}:
+        yield Finding("Fast DDS profile", "warn", f"{distribution} does not read {_PROFILE_VARIABLES[0]}", cure)
+        return
     for name, file in given.items():
         if not Path(file).is_file():
             yield Finding("Fast DDS profile", "fail", f"{name}={file}: there is no such file", cure)
