@@ -331,6 +331,11 @@ def test_the_fast_dds_profile_can_be_left_out_and_is_not_replaced(launch_file):
     own = {"FASTRTPS_DEFAULT_PROFILES_FILE": "/own.xml"}
     actions = module.run(environment=own)
     assert not kinds(actions, "SetEnvironmentVariable") and "/own.xml" in kinds(actions, "LogInfo")[0].msg
+    own = {"FASTDDS_DEFAULT_PROFILES_FILE": "/own.xml"}  # Jazzy does not read it
+    for distro, expected in (("jazzy", [("FASTRTPS_DEFAULT_PROFILES_FILE", "/own.xml")]), ("kilted", [])):
+        actions = module.run(own | {"ROS_DISTRO": distro})
+        assert [action.args for action in kinds(actions, "SetEnvironmentVariable")] == expected
+        assert "/own.xml" in kinds(actions, "LogInfo")[0].msg
 
 
 def test_real_cameras(launch_file, monkeypatch):

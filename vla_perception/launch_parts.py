@@ -201,10 +201,15 @@ def fastdds_profile(context: LaunchContext) -> list:
     """Sets the profile for all that is started after it, in the variable that the distribution reads, unless one is set."""
     if not is_true(context, "fastdds_profile"):
         return []
+    distro = context.environment.get("ROS_DISTRO", "")
+    old = distro in OLD_PROFILE_DISTROS
+    later, earlier = PROFILE_VARIABLES
     for name in PROFILE_VARIABLES:
         if own := context.environment.get(name):
-            return [LogInfo(msg=f"{name}={own} is kept; docs/transport.md says what it should contain")]
-    old = context.environment.get("ROS_DISTRO", "") in OLD_PROFILE_DISTROS
+            kept = LogInfo(msg=f"{name}={own} is kept; docs/transport.md says what it should contain")
+            if name == later and old and not context.environment.get(earlier):
+                return [kept, SetEnvironmentVariable(earlier, own)]  # the one that these distributions read
+            return [kept]
     names = PROFILE_VARIABLES if old else PROFILE_VARIABLES[:1]
     return [SetEnvironmentVariable(name, str(share("config", "fastdds.xml"))) for name in names]
 
