@@ -171,7 +171,7 @@ def test_bytes_and_spacing_as_recorded(tmp_path, storage, domain, listener):
 
 def test_rate_offset_topics_and_remapping(tmp_path, domain, listener):
     bag = make_bag(tmp_path / "bag")
-    command = ["-m", PLAYER, "--ros-args", "-p", f"bag:={bag}", "-p", "topics:=['tokens']", "-p", "rate:=2"]
+    command = ["-m", PLAYER, "--ros-args", "-p", f"bag:={bag}", "-p", "topics:=['tokens', '/tokens']", "-p", "rate:=2"]
     command += ["-p", "start_offset_sec:=0.3", "-p", "wait_for_subscribers:=1"]
     command += ["-r", "/tokens:=/eye/image_raw/compressed"]
     with RosProcess(command, domain) as process:
@@ -239,7 +239,9 @@ def test_mistakes_end_with_a_sentence(tmp_path, domain):
     cases = [
         (tmp_path / "nowhere", {}, "there is no such file or folder"),
         (bag, {"topics": "['/nose']"}, "no topic /nose"),
-        (bag, {"rate": 0.0}, "rate is 0, expected above 0"),
+        (bag, {"rate": 1e-300}, "rate is 1e-300, expected at least 0.001"),
+        (bag, {"queue_depth": 2**31}, "queue_depth is 2147483648, expected 1 to 1000000"),
+        (bag, {"start_offset_sec": 1e300}, "only 0.6 s long"),
         (bag, {"max_gap_sec": -1}, "max_gap_sec is -1, expected at least 0"),
         (bag, {"start_offset_sec": ".inf"}, "start_offset_sec is inf, expected a number"),
         (bag, {"start_offset_sec": 60}, "only 0.6 s long"),

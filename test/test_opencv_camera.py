@@ -96,7 +96,7 @@ def test_paces_that_opencv_may_report(video, said):
     assert source._rate_hz == 23.976 and not source.remark
 
 
-@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -1.0, 1e-300, 1e-9])
 def test_a_rate_that_is_none_is_refused(video, rate):
     with pytest.raises(SourceError, match="rate_hz"):
         VideoSource(video, rate_hz=rate)

@@ -17,7 +17,8 @@ from vla_perception.messages import streams
 #: Frames per second of a file that says none, or one that no camera has (1000 is what WebM says for want of a rate).
 DEFAULT_RATE_HZ = 30.0
 RATES_HZ = (0.1, 480.0)
-
+#: Frames per second that may be asked for: a frame in a quarter of an hour.
+MIN_RATE_HZ = 0.001
 
 #: JPEG frames of a device that may be damaged one after the other.
 MAX_DAMAGED = 100
@@ -55,8 +56,10 @@ class VideoSource:
             )
         if pixel_format and len(pixel_format) != 4:
             raise SourceError(f'pixel_format is four characters such as "MJPG" or "YUYV", got "{pixel_format}"')
-        if not (math.isfinite(rate_hz) and rate_hz >= 0):
-            raise SourceError(f"rate_hz is {rate_hz}, expected frames per second, or 0 for the source's own")
+        if not (math.isfinite(rate_hz) and (rate_hz == 0 or rate_hz >= MIN_RATE_HZ)):
+            raise SourceError(
+                f"rate_hz is {rate_hz}, expected frames per second, at least {MIN_RATE_HZ}, or 0 for the source's own"
+            )
         self.source = f"/dev/video{source}" if re.fullmatch(r"\d+", source) else source
         if "://" in self.source and not self.source.startswith("file://"):
             self.kind = "stream"

@@ -57,6 +57,9 @@ GAP_SEC = 5.0
 # Silences that are logged one by one; further ones are counted.
 LOGGED_GAPS = 5
 
+# Messages per topic: a day of them at 10 Hz. DDS takes no number above 2³¹.
+MAX_DEPTH = 1_000_000
+
 # Seconds that subscribers get at the end to acknowledge what is still on its way.
 ACKNOWLEDGE_SEC = 10.0
 
@@ -75,7 +78,7 @@ class BagPlayer(Node):
         topics = self._parameter(
             "topics", [""], "Topics to play; empty: what cameras published (images and camera_info, no tokens)."
         )
-        self._rate = self._number("rate", 1.0, "Speed: 2.0 plays twice as fast.", above=0.0)
+        self._rate = self._number("rate", 1.0, "Speed: 2.0 plays twice as fast.", least=0.001)
         self._loop = self._parameter("loop", False, "Start over at the end instead of ending.")
         offset = self._number("start_offset_sec", 0.0, "Seconds of the bag to leave out at its beginning.", least=0.0)
         clock = self._parameter("clock", False, "Publish the bag's time on /clock, for nodes with use_sim_time.")
@@ -95,14 +98,14 @@ class BagPlayer(Node):
 
         if clock and self._restamp:
             raise ValueError("clock and restamp exclude each other: the one is the bag's time, the other the wall's")
-        if depth < 1:
-            raise ValueError(f"queue_depth is {depth}, expected at least 1")
+        if not 1 <= depth <= MAX_DEPTH:
+            raise ValueError(f"queue_depth is {depth}, expected 1 to {MAX_DEPTH}")
         self._bag = Bag(bag)
-        self._topics = self._playable([f"/{t.lstrip('/')}" for t in topics if t] or self._camera_topics())
+        self._topics = self._playable(list(dict.fromkeys(f"/{t.lstrip('/')}" for t in topics if t)) or self._camera_topics())
+        if offset > self._bag.seconds:
+            raise ValueError(f"start_offset_sec is {offset:g}, but {bag} is only {self._bag.seconds:.1f} s long")
         # Without an offset nothing is filtered by time: the times that a bag says of itself may be wrong.
         self._start_ns = self._bag.start_ns + round(offset * 1e9) if offset else None
-        if self._start_ns is not None and self._start_ns > self._bag.end_ns:
-            raise ValueError(f"start_offset_sec is {offset:g}, but {bag} is only {self._bag.seconds:.1f} s long")
         self._stamp_log: TextIO | None = Path(os.path.expanduser(stamp_log)).open("w") if stamp_log else None
 
         qos = QoSProfile(
