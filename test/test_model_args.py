@@ -3,6 +3,8 @@
 import inspect
 import json
 import pickle
+import subprocess
+import sys
 
 import pytest
 
@@ -117,6 +119,35 @@ def test_what_shapes_an_encoder_is_used(tmp_path, arguments):
     with torch.inference_mode():
         (expected,) = model.get_intermediate_layers(pixel_values[0], n={len(model.blocks) - 2})
     torch.testing.assert_close(tokenizer.encode(pixel_values).tokens, expected.flatten(1, -2), rtol=1e-4, atol=1e-4)
+
+
+def in_little_memory(folder):
+    """Loads an encoder in a process that may take 1 GB more; its last line."""
+    code = (
+        "import resource, sys\n"
+        "from vla_perception.tokenizer import CheckpointError, VisualTokenizer\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), -1))\n"
+        "try: VisualTokenizer.load(sys.argv[1], device='cpu')\n"
+        "except CheckpointError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, f"local-dir:{folder}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_a_small_file_does_not_make_a_large_model(tmp_path):
+    """In names that are not timm's own the weights go through timm, which builds what the configuration says."""
+    folder = folder_of(tmp_path, {"depth": 256, "embed_dim": 16384, "num_heads": 64})
+    save_file({"x": torch.zeros(4)}, folder / "model.safetensors")
+    assert "too few for the" in in_little_memory(folder)
+
+
+def test_few_position_embeddings_are_not_spread_over_millions(tmp_path):
+    folder = folder_of(tmp_path, {"depth": 2, "patch_size": 1}, facts={"input_size": [3, 4096, 4096]})
+    small = timm.create_model(ARCHITECTURE, num_classes=0, img_size=4, depth=2, patch_size=1)
+    save_file(small.state_dict(), folder / "model.safetensors")
+    assert "has 16777216 patches" in in_little_memory(folder)
 
 
 @pytest.mark.parametrize("architecture", [

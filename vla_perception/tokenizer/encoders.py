@@ -8,11 +8,13 @@ block and norm (DINOv2), or what the attention-pooling head makes of all patches
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
 from vla_perception.tokenizer.model_args import check_architecture
-from vla_perception.tokenizer.presets import EncoderConfig
+from vla_perception.tokenizer.presets import MAX_PATCHES, EncoderConfig
 from vla_perception.tokenizer.timm_import import VisionTransformer, create_model, timm
 
 
@@ -46,6 +48,11 @@ class PatchEncoder(nn.Module):
             raise ValueError(f"{config.timm_id!r} is a {type(vit).__name__}; only plain vision transformers work here")
         if len(vit.blocks) < 2:
             raise ValueError(f"{config.timm_id!r} has {len(vit.blocks)} blocks; the second-to-last is needed")
+        if math.prod(vit.patch_embed.grid_size) > MAX_PATCHES:
+            raise ValueError(
+                f"{config.timm_id!r} at {config.image_size} pixels has {math.prod(vit.patch_embed.grid_size)} patches; "
+                f"at most {MAX_PATCHES} are encoded"
+            )
         self.layer = len(vit.blocks) - 2
         if not summary:
             vit.blocks = vit.blocks[:-1]

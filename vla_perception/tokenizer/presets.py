@@ -26,6 +26,8 @@ HALF: Triple = (0.5, 0.5, 0.5)
 
 #: Side of a picture in pixels that no vision transformer of today comes near.
 MAX_IMAGE_SIZE = 4096
+#: Patches of an image: every one is as wide as the encoder in each of its steps. 4096 pixels in patches of 14 are 85 264.
+MAX_PATCHES = 1 << 17
 #: Width of a language model that none comes near.
 MAX_WIDTH = 1 << 20
 RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")

@@ -170,6 +170,14 @@ def _through_timm(name: str, native: int, config: EncoderConfig, file: Path | No
         else:
             PickledTensors(file)
         overlay = {"file": str(file)}
+        # What a configuration says is built in memory here: no more of it than the file can fill.
+        with on_meta():
+            empty = create_model(name.split(".")[0], num_classes=0, img_size=native, **config.overrides)
+        count = sum(parameter.numel() for parameter in empty.parameters())
+        if count > file.stat().st_size:
+            raise CheckpointError(
+                f"{file} has {file.stat().st_size} bytes, too few for the {count} numbers of {name} at {native} pixels"
+            )
     try:
         model = timm.create_model(
             name, pretrained=True, num_classes=0, img_size=native, pretrained_cfg_overlay=overlay, **config.overrides
