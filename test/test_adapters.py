@@ -105,6 +105,17 @@ def test_scales(base, tmp_path, settings, expected):
     assert checkpoint.adapters["projector.fc2.weight"].scale == expected
 
 
+@pytest.mark.parametrize("settings, words", [
+    ({"r": 8}, "r is 8, but projector.fc2 has the rank 4"), ({"r": "4"}, "r is '4'"), ({"r": [4]}, "r is"),
+    ({"lora_alpha": 1e308}, "no number that can be used"), ({"lora_alpha": -1e40}, "no number"),
+])  # fmt: skip
+def test_settings_that_the_tensors_contradict(base, tmp_path, settings, words):
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(adapter(tmp_path / "adapter", base, settings))
+    for fitting in ({"r": None}, {"r": 8, "rank_pattern": {"fc2": 4}}):
+        assert open_checkpoint(adapter(tmp_path / str(len(fitting)), base, fitting)).adapters
+
+
 def test_a_merged_directory_may_have_any_adapter_beside_it(base, tmp_path):
     """Beside merged weights it is not added; beside the base model's own it would have to be."""
     for name in ("merged", "unmerged"):

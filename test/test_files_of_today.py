@@ -1,7 +1,9 @@
 """Checkpoints as tools of today write them: transformers 5's processors, new dtypes, names in wrappers; and no home."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -291,6 +293,75 @@ def test_no_home_is_a_sentence(monkeypatch):
         cache_directory()
     with pytest.raises(CheckpointError, match="HOME is not set"):
         hub.fetch("someone/model")
+
+
+@pytest.mark.parametrize("home, given, expected", [
+    ("/home/a", "", "/home/a/.cache"), ("/home/a", "/cache", "/cache"), ("/home/a", "cache", "/home/a/.cache"),
+    ("/home/a", "~/cache", "/home/a/.cache"), ("/home/a", "./", "/home/a/.cache"), ("", "/cache", "/cache"),
+    ("here", "/cache", "/cache"), ("", "", None), ("here", "", None), (".", "cache", None),
+])  # fmt: skip
+def test_a_cache_has_an_absolute_path(monkeypatch, home, given, expected):
+    """The XDG specification: a relative path is to be ignored. Else every folder in which a node starts has a cache."""
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.setenv("XDG_CACHE_HOME", given)
+    if expected is None:
+        with pytest.raises(CheckpointError, match="no absolute path"):
+            cache_directory()
+    else:
+        assert cache_directory() == Path(expected) / "vla_perception"
+
+
+@pytest.mark.parametrize("name", [
+    "config.json", "preprocessor_config.json", "processor_config.json", "model.safetensors.index.json",
+    "model-00001-of-00002.safetensors",
+])  # fmt: skip
+def test_a_pipe_in_place_of_a_file_is_an_error(few, tmp_path, name):
+    """Opening one waits for somebody who writes."""
+    folder = checkpoints.write(tmp_path / "model", few)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    alarm = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+    signal.alarm(20)
+    try:
+        if name in ("processor_config.json", "model.safetensors.index.json"):  # as if it were not there
+            with contextlib.suppress(CheckpointError):
+                open_checkpoint(folder)
+        else:
+            with pytest.raises(CheckpointError, match="not a file|is missing"):
+                open_checkpoint(folder)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, alarm)
+
+
+@pytest.mark.parametrize("file", ["x" * 300, "x" * 5000, "x\0", "\ud800.safetensors", "..", ""])
+def test_files_that_an_index_cannot_mean(few, tmp_path, file):
+    folder = checkpoints.write(tmp_path / "model", few)
+    index = folder / "model.safetensors.index.json"
+    entries = json.loads(index.read_text())
+    entries["weight_map"]["projector.fc1.bias"] = file
+    index.write_text(json.dumps(entries))
+    with pytest.raises(CheckpointError, match="is missing") as caught:
+        open_checkpoint(folder)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("name, shown", [
+    ("\x1b[2Jred", r"\x1b[2Jred"), ("a\n[INFO] [tokens]: all is well", r"a\n[INFO]"), ("\ud800x", r"\ud800x"),
+    ("a\0b", r"a\x00b"), ("\u202egnp", r"\u202egnp"), ("grün", "grün"),
+])  # fmt: skip
+def test_names_in_messages_are_printable(few, tmp_path, name, shown):
+    """rclpy's logger raises for half a surrogate pair; a terminal obeys escapes; a line end begins another entry."""
+    folder = checkpoints.write(tmp_path / "model", few, shards=1)
+    data = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header[name] = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(folder)
+    assert shown in str(caught.value) and str(caught.value).isprintable()
 
 
 @pytest.mark.ros

@@ -110,8 +110,9 @@ def test_every_ros_package_in_use_is_declared():
 @pytest.mark.parametrize(
     "part, forbidden",
     [
-        ("tokenizer", r"vla_perception\.(?!tokenizer\b).*"),
-        ("messages", r"vla_perception\.(?!messages\b).*|rclpy|torchvision|timm"),
+        ("tokenizer", r"vla_perception\.(?!tokenizer\b|printable\b).*"),
+        ("messages", r"vla_perception\.(?!messages\b|printable\b).*|rclpy|torchvision|timm"),
+        ("printable.py", r"vla_perception\..*"),
         ("principal_components.py", r"vla_perception\..*"),
         ("bags.py", r"vla_perception\.(nodes|tokenizer)|rclpy"),
         ("policy.py", r"vla_perception\.nodes|torchvision|timm"),

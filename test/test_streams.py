@@ -514,6 +514,19 @@ def test_a_mosaic_of_an_unknown_pattern_is_refused(kind):
         compressed_to_rgb(Compressed(kind, stream))
 
 
+@pytest.mark.parametrize("text", ["\x1b[2J", "a\nb", "\0", "\u202e", "\x9b31m"])
+def test_what_a_message_says_of_itself_is_printable_in_errors(text):
+    for read, message in (
+        (image_to_rgb, RawImage(4, 4, text, bytes(16))),
+        (image_to_rgb, RawImage(4, 4, f"32FC1{text}", bytes(64))),
+        (compressed_to_rgb, Compressed(text, b"neither")),
+        (compressed_to_rgb, Compressed(f"bayer{text}", cv2.imencode(".png", mosaic("rggb"))[1].tobytes())),
+    ):
+        with pytest.raises(ImageDecodeError) as caught:
+            read(message)
+        assert str(caught.value).isprintable()
+
+
 def test_without_simplejpeg_a_jpeg_says_what_to_install():
     code = (
         "import sys; sys.modules['simplejpeg'] = None\n"

@@ -11,6 +11,8 @@ from urllib.parse import unquote, urlparse
 
 from sensor_msgs.msg import CameraInfo
 
+from vla_perception.printable import printable
+
 # How many distortion coefficients a model takes, as image_geometry and OpenCV read them.
 DISTORTION_MODELS = {"plumb_bob": (4, 5), "rational_polynomial": (8, 12, 14), "equidistant": (4,), "fisheye": (4,)}
 
@@ -25,8 +27,9 @@ class CalibrationError(ValueError):
     """A calibration file that cannot be used. The text names the file and what is wrong in it."""
 
     def __init__(self, text: str) -> None:
-        # It may quote a file of any content, and goes into logs.
-        super().__init__(text if len(text) <= 500 else f"{text[:500]}…")
+        # It may quote a file of any content, and goes into logs; YAML's errors have several lines.
+        text = " ".join(text.split())
+        super().__init__(printable(text if len(text) <= 500 else f"{text[:500]}…"))
 
 
 def uncalibrated(width: int, height: int) -> CameraInfo:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vla_perception.printable import printable
+
 #: Pixels of an image unless another bound is given; the default of the node's parameter max_image_pixels.
 MAX_PIXELS = 64_000_000
 #: Pixels of a side: what JPEG can hold. What goes through images row by row is bounded by this.
@@ -42,6 +44,9 @@ _FILL = re.compile(rb"\xff*")
 
 class ImageDecodeError(ValueError):
     """A camera message that cannot become an RGB picture. The text says why and what to change."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text))  # it quotes what a message says of itself
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:

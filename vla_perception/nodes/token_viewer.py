@@ -26,6 +26,7 @@ from vla_perception.messages.tokens import View, VisualTokens, from_message
 from vla_perception.nodes.parameters import declare, warn_of_ignored
 from vla_perception.nodes.process import Stop, run_node
 from vla_perception.principal_components import PrincipalComponents
+from vla_perception.printable import printable
 from vla_perception.spelling import nearest
 from vla_perception.token_picture import overlay, side_by_side, side_by_side_size
 
@@ -249,7 +250,7 @@ class TokenViewer(Node):
 
     def _complain(self, text: str, log):
         """Now and then, not for every message."""
-        text, now = text if len(text) <= 500 else f"{text[:500]}…", time.monotonic()
+        text, now = printable(text if len(text) <= 500 else f"{text[:500]}…"), time.monotonic()
         if now - self._told.get(text, -REPEAT_SEC) < REPEAT_SEC:
             return
         if len(self._told) >= 32:

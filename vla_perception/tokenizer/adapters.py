@@ -66,6 +66,9 @@ def with_adapter(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
     adapters = {}
     try:
         for name, (module, a, b) in pairs.items():
+            said = None if settings.get("rank_pattern") else settings.get("r")
+            if said is not None and said != a.shape[0]:
+                raise ValueError(f"r is {said!r:.200}, but {module[:200]} has the rank {a.shape[0]}")
             adapters[name] = Adapter(a, b, _scale(settings, module, a.shape[0]))
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, ZeroDivisionError, OverflowError) as error:
         raise CheckpointError(f"{directory / 'adapter_config.json'}: {error!r}") from error
@@ -121,6 +124,6 @@ def _scale(settings: Mapping, module: str, rank: int) -> float:
             alpha = value
             break
     scale = float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-    if not math.isfinite(scale):
+    if not abs(scale) < 1e30:  # it becomes a float32 number
         raise ValueError(f"lora_alpha {alpha!r:.200} is no number that can be used")
     return scale

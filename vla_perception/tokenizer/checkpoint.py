@@ -190,18 +190,24 @@ def fingerprint(weights_digest: str, settings: Mapping[str, object]) -> str:
 
 
 def cache_directory() -> Path:
-    """``$XDG_CACHE_HOME/vla_perception``, ``~/.cache/vla_perception`` by default.
+    """``$XDG_CACHE_HOME/vla_perception``, ``~/.cache/vla_perception`` by default, also where the first is no absolute path.
 
     Raises:
         CheckpointError: there is no home directory (neither HOME nor an entry of the user's), nor XDG_CACHE_HOME.
     """
-    given = os.environ.get("XDG_CACHE_HOME")
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if given.is_absolute():
+        return given / "vla_perception"
     try:
-        return (Path(given) if given else Path.home() / ".cache") / "vla_perception"
+        home = Path.home()
+        if os.environ.get("HOME") == "" or not home.is_absolute():
+            raise RuntimeError("no absolute path")
     except RuntimeError as error:
         raise CheckpointError(
-            "there is no home directory to keep files in: HOME is not set; set it, or XDG_CACHE_HOME and HF_HOME"
+            "there is no home directory to keep files in: HOME is not set, or no absolute path; set it, or XDG_CACHE_HOME "
+            "and HF_HOME"
         ) from error
+    return home / ".cache" / "vla_perception"
 
 
 def listing(title: str, names: list[str]) -> str:

@@ -12,6 +12,7 @@ import math
 import os
 import pickletools
 import re
+import stat
 import struct
 import weakref
 import zipfile
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import torch
+
+from vla_perception.printable import printable
 
 #: safetensors' names of the dtypes that weights may be stored in.
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
@@ -52,6 +55,9 @@ _RECORDS = re.compile(r"data\.pkl|data/[0-9]+|byteorder|version|\.format_version
 
 class CheckpointError(ValueError):
     """The files do not hold a vision part that can be used; the message says what to do."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text))  # it quotes names of any content
 
 
 class TensorSource(Protocol):
@@ -87,8 +93,8 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; the download is incomplete")
+        if not is_file(path):
+            raise CheckpointError(f"{str(path):.500} is missing; the download is incomplete")
         with file_errors(path):
             # Open as long as its tensors are wanted: what takes its place in the folder meanwhile is another file.
             stream = self._stream = open(path, "rb", buffering=0)
@@ -159,8 +165,8 @@ class PickledTensors:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; the download is incomplete")
+        if not is_file(path):
+            raise CheckpointError(f"{str(path):.500} is missing; the download is incomplete")
         try:
             stream = self._stream = open(path, "rb")
             weakref.finalize(self, stream.close)
@@ -241,6 +247,14 @@ def is_directory(path: Path) -> bool:
         return False
 
 
+def is_file(path: Path) -> bool:
+    """As `exists`, for a file: nothing else can be read to its end."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def dtype_name(tensor: torch.Tensor) -> str:
     """safetensors' name of a tensor's dtype, or torch's where weights cannot have it."""
     return _TORCH_DTYPES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
@@ -306,6 +320,8 @@ def parse_json(text: bytes, what: str) -> dict:
 def read_json(file: Path) -> dict:
     """A JSON object from a file; CheckpointError if it is missing or no such thing."""
     try:
+        if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe never ends, or never begins
+            raise CheckpointError(f"{file} is not a file")
         with open(file, "rb") as stream:
             text = stream.read(MAX_HEADER + 1)
     except FileNotFoundError as error:
