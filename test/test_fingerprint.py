@@ -82,6 +82,28 @@ def test_other_statistics_and_resizing_are_found_too():
     assert 'siglip.resize_strategy (expected "resize-crop", got "resize-naive")' in text
 
 
+@pytest.mark.parametrize("change, words", [
+    ({"interpolation": 2}, "siglip.interpolation (expected 2, got 3)"),
+    ({"interpolation": 1}, "dinov2.interpolation (expected 1, got 3)"),
+    ({"resize_strategy": "letterbox", "letterbox_fill": [123, 116, 103]}, 'dinov2.resize_strategy (expected "letterbox"'),
+])  # fmt: skip
+def test_other_interpolations_are_found_too(change, words):
+    got, inputs = made("openvla-7b")
+    other = json.loads(json.dumps(inputs))
+    for encoder in other["settings"]["preprocessing"]:
+        encoder.update(change)
+    assert words in difference(digest(other), None, inputs, got)
+
+
+@pytest.mark.parametrize("mine, theirs", [(1, 1.0), (1, True), (0, False), ([0, 0], [0.0, 0.0]), ({}, None), ({"a": {}}, {})])
+def test_values_that_python_takes_for_equal_are_told_apart(mine, theirs):
+    got, inputs = made("openvla-7b")
+    ours, others = (json.loads(json.dumps(inputs)) for _ in range(2))
+    ours["settings"]["more"], others["settings"]["more"] = mine, theirs
+    text = difference(digest(ours), ours, others, digest(others))
+    assert "more" in text and "the weights are the expected ones" in text
+
+
 def test_other_weights_are_named_with_what_came():
     (expected, wanted), (got, inputs) = made(), made(weights=OTHER, prepare=["lanczos3"])
     text = difference(expected, None, inputs, got)

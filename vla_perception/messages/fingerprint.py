@@ -74,7 +74,7 @@ def difference(expected: str, wanted: Mapping[str, object] | None, found: Mappin
             return "the message does not say what its fingerprint is made of, so what differs is not known"
         if wanted is None and len(_json(found)) <= _MAX_TRIED:
             wanted = next((inputs for inputs in _neighbours(found) if digest(inputs).startswith(expected)), None)
-    except (TypeError, ValueError, RecursionError):
+    except (TypeError, ValueError, OverflowError, RecursionError):
         return "the message is garbled where it says what its fingerprint is made of"
     if wanted is None:
         options = {key: value for key, value in found["settings"].items() if key != "preprocessing"}  # type: ignore[attr-defined]
@@ -87,12 +87,13 @@ def difference(expected: str, wanted: Mapping[str, object] | None, found: Mappin
     if wanted["weights"] != found["weights"]:
         parts.append(f"weights (expected digest {str(wanted['weights'])[:16]}…, got {str(found['weights'])[:16]}…)")
     before, after = _flat(wanted["settings"]), _flat(found["settings"])
-    names = [name for name in sorted({**before, **after}) if before.get(name) != after.get(name)]
+    # As the hash sees them: there 1, 1.0 and true are three values.
+    names = [name for name in sorted({**before, **after}) if _brief(before, name, None) != _brief(after, name, None)]
     parts += [f"{name[:80]} (expected {_brief(before, name)}, got {_brief(after, name)})" for name in names[:_ENTRIES]]
     if len(names) > _ENTRIES:
         parts.append(f"{len(names) - _ENTRIES} more settings")
     same = "; the weights are the expected ones" if wanted["weights"] == found["weights"] else ""
-    return f"what differs: {', '.join(parts)}{same}"
+    return f"what differs: {', '.join(parts) or 'the form of settings'}{same}"
 
 
 def _flat(settings: object, prefix: str = "") -> dict[str, object]:
@@ -103,7 +104,7 @@ def _flat(settings: object, prefix: str = "") -> dict[str, object]:
             for index, encoder in enumerate(value):
                 name = encoder.get("encoder", index) if isinstance(encoder, Mapping) else index
                 result |= _flat(encoder, f"{prefix}{name}.")
-        elif isinstance(value, Mapping):
+        elif isinstance(value, Mapping) and value:
             result |= _flat(value, f"{prefix}{key}.")
         else:
             result[f"{prefix}{key}"] = value
@@ -115,13 +116,13 @@ def _json(inputs: Mapping[str, object]) -> str:
     return json.dumps(entries, sort_keys=True, separators=(",", ":"))
 
 
-def _brief(values: Mapping[str, object], name: str) -> str:
-    return _short(values[name]) if name in values else "none"
+def _brief(values: Mapping[str, object], name: str, length: int | None = 160) -> str:
+    return _short(values[name], length) if name in values else "none"
 
 
-def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=True, default=str)
-    return text if len(text) <= 160 else f"{text[:160]}…"
+def _short(value: object, length: int | None = 160) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, default=str)
+    return text if length is None or len(text) <= length else f"{text[:length]}…"
 
 
 def _neighbours(found: Mapping[str, object]) -> Iterator[dict[str, object]]:
@@ -151,8 +152,12 @@ def _transforms(sizes: set[int]) -> Iterator[list[str]]:
 
 
 def _preprocessings(encoders: Sequence[Mapping]) -> Iterator[list[dict]]:
-    """Another resize strategy, and ImageNet's statistics exact or as they come out of bfloat16."""
+    """Another resize strategy or interpolation, and ImageNet's statistics exact or as they come out of bfloat16."""
     for strategy in ("resize-naive", "resize-crop"):
         yield [{**entry, "resize_strategy": strategy, "letterbox_fill": None} for entry in encoders]
+    fill = [int(255 * value) for value in encoders[0].get("mean", ())] if encoders else []
+    yield [{**entry, "resize_strategy": "letterbox", "letterbox_fill": fill} for entry in encoders]
+    for interpolation in (1, 2, 3):  # lanczos, bilinear, bicubic
+        yield [{**entry, "interpolation": interpolation} for entry in encoders]
     for old, new in ((_IMAGENET, _IMAGENET_BF16), (_IMAGENET_BF16, _IMAGENET)):
         yield [{**entry, **(new if entry.get("mean") == old["mean"] else {})} for entry in encoders]
