@@ -1,6 +1,7 @@
 """What all tests share: markers that say why they skip, and ROS kept to this machine and this run."""
 
 import importlib.util
+import logging
 import os
 import signal
 import sys
@@ -31,6 +32,17 @@ def pytest_configure(config: pytest.Config) -> None:
 def ros_domains():
     with domains_of_a_module():
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_logging():
+    """Commands set up logging for their process; the next test in this one finds it as it was."""
+    loggers = [logging.getLogger(), logging.getLogger("vla_perception")]
+    before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
+    yield
+    for logger, (level, propagate, handlers) in zip(loggers, before):
+        logger.setLevel(level)
+        logger.propagate, logger.handlers[:] = propagate, handlers
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

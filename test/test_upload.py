@@ -1,6 +1,7 @@
 """Images' memory arrives whole and in order, whoever copies which part of it."""
 
 import threading
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -94,6 +95,36 @@ def test_what_fails_in_a_helper_is_raised(many_threads, monkeypatch):
     monkeypatch.setattr(np, "copyto", failing)
     with pytest.raises(MemoryError, match="no page"):
         upload([np.zeros(6000, np.uint8)], Device(6000))
+
+
+@pytest.mark.parametrize(
+    "sizes, threads, helpers",
+    [
+        ([480 * 640 * 3], 16, 0),
+        ([480 * 640 * 3] * 2, 16, 0),
+        ([480 * 640 * 3] * 4, 16, 1),  # of all images together
+        ([1080 * 1920 * 3], 16, 2),
+        ([1080 * 1920 * 3] * 4, 16, 3),
+        ([1080 * 1920 * 3], 2, 1),
+        ([1080 * 1920 * 3], 1, 0),
+    ],
+)
+def test_helpers_are_as_many_as_are_worth_waking(monkeypatch, sizes, threads, helpers):
+    empty, asked = torch.empty, []
+
+    class Pool:
+        def submit(self, function, *arguments):
+            asked.append(function)
+            future = Future()
+            future.set_result(function(*arguments))
+            return future
+
+    monkeypatch.setattr(upload_module, "_pool", Pool)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype, pin_memory: empty(shape, dtype=dtype))
+    device = Device(sum(sizes))
+    upload([np.full(size, 5, np.uint8) for size in sizes], device)
+    assert len(asked) == helpers and bool((device.memory == 5).all())
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

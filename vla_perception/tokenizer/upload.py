@@ -16,8 +16,9 @@ import torch
 
 #: Bytes that are copied at a time.
 _PIECE = 3 << 17
-#: Threads beside the caller's, at most, and the bytes that one must have to do to be worth waking.
-_MAX_HELPERS, _BYTES_PER_HELPER = 3, 1 << 20
+#: Threads beside the caller's, at most, and the bytes that one must have to do to be worth waking. On the host of an H200,
+#: 0.9 MB took 268 µs without helpers and 411 µs with one; 6.2 MB took 1464 µs, 1048 with one, 891 with two, 912 with three.
+_MAX_HELPERS, _BYTES_PER_HELPER = 3, 2 << 20
 
 
 def upload(memories: Sequence[np.ndarray], into: torch.Tensor) -> None:
