@@ -16,7 +16,7 @@ unexport AMENT_PREFIX_PATH COLCON_PREFIX_PATH CMAKE_PREFIX_PATH ROS_DISTRO RMW_I
 export UV_HTTP_TIMEOUT ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ros test-jazzy test-beside lint environments clean
+.PHONY: help demo test test-ros test-jazzy test-rest lint environments clean
 
 help:
 	@echo "make demo    replay the sample bag through the node, print a table, write out/demo/"
@@ -27,24 +27,25 @@ help:
 demo: $(KILTED)
 	.venv/bin/python -m vla_perception.demo
 
-# Every run happens, also after one has failed. Tests that touch ROS wait more than they compute, so those that do not
-# run beside Jazzy's, out of their way; what they print comes in one piece.
+# Every run happens, also after one has failed. Tests that touch ROS wait more than they compute, so the two
+# distributions' run side by side (what Jazzy's print comes in one piece, behind the others); then the rest, a process per
+# core with one thread each.
 test: $(KILTED) $(JAZZY)
 	@code=0; \
-	$(MAKE) --no-print-directory test-ros || code=1; \
-	$(MAKE) --no-print-directory --keep-going --jobs=2 test-jazzy test-beside || code=1; \
+	$(MAKE) --no-print-directory --keep-going --jobs=2 test-ros test-jazzy || code=1; \
+	$(MAKE) --no-print-directory test-rest || code=1; \
 	exit $$code
 
 test-ros: $(KILTED)
 	.venv/bin/python -m pytest -m ros $(PYTEST_ARGS)
 
 test-jazzy: $(JAZZY)
-	.venv-jazzy/bin/python -m pytest -m ros $(PYTEST_ARGS)
-
-test-beside: $(KILTED)
 	@mkdir -p out
-	@nice .venv/bin/python -m pytest -m "not ros" $(PYTEST_ARGS) >out/test-beside.log 2>&1; \
-	code=$$?; cat out/test-beside.log; exit $$code
+	@.venv-jazzy/bin/python -m pytest -m ros $(PYTEST_ARGS) >out/test-jazzy.log 2>&1; \
+	code=$$?; cat out/test-jazzy.log; exit $$code
+
+test-rest: $(KILTED)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not ros" --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
 
 lint: $(KILTED)
 	.venv/bin/ruff check .

@@ -43,6 +43,7 @@ OPENVLA = ["torch>=2.4", "transformers>=4.46"]  # a policy that runs OpenVLA's l
 SIM = ["mujoco>=3.2", OPENCV]
 TEST = [
     "pytest>=8,<10",
+    "pytest-xdist>=3.5",  # tests without ROS in a process per core
     "scikit-image>=0.22",  # photographs
     "rosbags>=0.11",  # writes bags
     "pyyaml",
