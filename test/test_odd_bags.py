@@ -21,6 +21,7 @@ import yaml
 pytest.importorskip("rosbags")
 pytest.importorskip("mcap")
 
+import lz4.frame
 import zstandard
 from mcap.writer import CompressionType, IndexType
 from mcap.writer import Writer as McapWriter
@@ -134,6 +135,31 @@ def test_mcap_as_other_tools_write_it(tmp_path, options):
     with Bag(folder) as bag:
         assert (bag.start_ns, bag.end_ns, bag.topics[TOPIC].messages) == (T0, T0 + 9 * DT, 10)
         assert [m.time_ns for m in bag.messages([TOPIC], start_ns=T0 + 5 * DT)] == [ns for ns, _ in SERIES[5:]]
+
+
+def mcap_of_chunks(path: Path, *chunks: tuple[str, list[bytes]]) -> Path:
+    """An MCAP file record by record, for what the reference library does not write. Chunks: compression, frames."""
+    text = lambda said: struct.pack("<I", len(said)) + said.encode()  # noqa: E731
+    record = lambda opcode, data: struct.pack("<BQ", opcode, len(data)) + data  # noqa: E731
+    content = b"\x89MCAP0\r\n" + record(1, text("ros2") + text("test")) + record(0x90, b"of a later version")
+    content += record(3, struct.pack("<H", 1) + text(COMPRESSED) + text("ros2msg") + bytes(4))
+    content += record(4, struct.pack("<HH", 1, 1) + text(TOPIC) + text("cdr") + bytes(4))
+    decompress = {"": bytes, "zstd": lambda data: zstandard.decompress(data), "lz4": lz4.frame.decompress}
+    for compression, frames in chunks:
+        size, data = sum(len(decompress[compression](frame)) for frame in frames), b"".join(frames)
+        head = struct.pack("<QQQI", 0, 0, size, 0) + text(compression)
+        content += record(6, head + struct.pack("<Q", len(data)) + data)
+    path.write_bytes(content + record(15, bytes(4)) + record(2, bytes(20)) + b"\x89MCAP0\r\n")
+    return path
+
+
+def test_chunks_of_several_frames_and_of_nothing(tmp_path):
+    messages = [struct.pack("<BQHIQQ", 5, len(cdr) + 22, 1, 0, ns, ns) + cdr for ns, cdr in SERIES]
+    parts = [struct.pack("<BQ", 0x95, 3) + b"odd", *(b"".join(messages[i : i + 3]) for i in range(0, 10, 3))]
+    for compression, compress in (("", bytes), ("zstd", zstandard.compress), ("lz4", lz4.frame.compress)):
+        empty, whole = (compression, [compress(b"")]), (compression, [compress(part) for part in parts])
+        assert read(mcap_of_chunks(tmp_path / "x.mcap", empty, (compression, []), whole, empty)) == SERIES
+        assert read(mcap_of_chunks(tmp_path / "x.mcap", (compression, [compress(b"".join(parts))]))) == SERIES
 
 
 def test_messages_that_are_not_cdr_are_named(tmp_path):

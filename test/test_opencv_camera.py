@@ -102,6 +102,16 @@ def test_a_rate_that_is_none_is_refused(video, rate):
         VideoSource(video, rate_hz=rate)
 
 
+@pytest.mark.parametrize("loop", [True, False])
+def test_a_file_without_a_frame_is_an_error(tmp_path, loop):
+    path = str(tmp_path / "empty.avi")
+    cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"MJPG"), 30, (WIDTH, HEIGHT)).release()
+    source = VideoSource(path, loop=loop)
+    with pytest.raises(SourceError, match="holds no frame"):
+        source.open()
+        source.read()
+
+
 def test_a_file_that_cannot_be_rewound_loops(tmp_path):
     """JPEGs one after the other: OpenCV does not seek in it."""
     path = tmp_path / "frames.mjpeg"

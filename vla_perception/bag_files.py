@@ -444,7 +444,12 @@ def expanded(data: bytes, room: int = CHUNK_LIMIT) -> memoryview:
         with zstandard.ZstdDecompressor().stream_reader(chunk.data, read_across_frames=True) as stream:
             content = memoryview(content)[: stream.readinto(content)]
     elif chunk.compression == "lz4":
-        content = memoryview(lz4.frame.LZ4FrameDecompressor().decompress(chunk.data, max_length=size + 1))
+        content, rest = bytearray(), chunk.data
+        while rest and len(content) <= size:  # one frame after the other
+            frame = lz4.frame.LZ4FrameDecompressor()
+            content += frame.decompress(rest, max_length=size + 1 - len(content))
+            rest = frame.unused_data
+        content = memoryview(content)
     elif not chunk.compression:
         content = memoryview(chunk.data)
     else:

@@ -72,6 +72,7 @@ class VideoSource:
         self._capture = None
         self._undecoded = False  # whether it gives JPEG streams, to be decoded here
         self._rate_hz = 0.0  # of a file
+        self._any = False  # whether a file has given a frame since it was opened
         self._due = 0.0  # steady clock: when the next frame of a file is to be shown
 
     @property
@@ -100,7 +101,7 @@ class VideoSource:
         else:
             capture = self._open_file(cv2)
             self._set_pace(capture.get(cv2.CAP_PROP_FPS))
-            self._due = time.monotonic()
+            self._due, self._any = time.monotonic(), False
         self._capture = capture
 
     def read(self) -> Frame | None:
@@ -210,11 +211,13 @@ class VideoSource:
             # Opened anew rather than rewound: many files (MJPEG and H.264 without a container) cannot be.
             self._capture.release()
             self._capture = self._open_file(cv2)
+            self._any = False
             ok, pixels = self._capture.read()
-            if not ok:
-                raise SourceError(f"{self.source} holds no frame that OpenCV can decode")
+        if not ok and not self._any:
+            raise SourceError(f"{self.source} holds no frame that OpenCV can decode")
         if not ok:
             return None
+        self._any = True
         now = time.monotonic()
         time.sleep(max(0.0, self._due - now))
         self._due = max(self._due, now - 1.0) + 1 / self._rate_hz  # a late frame is made up for, a long pause is not
