@@ -323,6 +323,18 @@ def test_what_cannot_become_tokens_is_refused_before_weights_are_fetched(serve, 
     assert server.sent() == 0
 
 
+@pytest.mark.parametrize("prefix", ["model.", "policy.vla.", "base_model.model.model."])
+def test_a_model_within_another_is_refused_before_weights_are_fetched(serve, prefix):
+    """The language model would come, too: nobody knows it under that name."""
+    files = {name: value for name, value in repository(**{"model.safetensors.index.json": None}).items() if "model-" not in name}
+    tensors = {f"{prefix}{name}": value for shard in SHARDS for name, value in shard.items()}
+    tensors[f"{prefix}language_model.embed.weight"] = torch.zeros(2_000_000)
+    server = serve(files | {"model.safetensors": save(tensors)})
+    with pytest.raises(CheckpointError, match=f"begin with the prefix '{prefix}'"):
+        hub.fetch(ID)
+    assert server.sent() < 200_000  # its header
+
+
 def test_prismatic_runs_are_refused_with_what_to_do(serve):
     serve({"prism+7b/config.json": b"{}", "prism+7b/checkpoints/latest-checkpoint.pt": b""})
     with pytest.raises(CheckpointError, match=r"hf download someone/some-vla --include 'prism\+7b/\*'"):

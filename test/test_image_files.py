@@ -137,6 +137,31 @@ def test_other_formats_are_refused(file, format):
         image_files.check(file(data))
 
 
+@pytest.mark.parametrize("kind", [b"P3", b"P4", b"P5", b"P6"])
+def test_a_ppm_of_one_long_comment_is_refused_at_once(file, kind):
+    """Pillow reads it byte by byte, for minutes."""
+    with pytest.raises(ValueError, match="its header has no end"):
+        image_files.check(file(kind + b" #" + b"x" * 200_000_000))
+
+
+@pytest.mark.parametrize("comment", [b"", b"# by a camera\n", b"# a\n# b\n" * 100])
+def test_comments_of_a_ppm_are_read_over(file, comment):
+    path = file(b"P6\n" + comment + b"%d %d\n" % PICTURE.shape[1::-1] + comment + b"255\n" + PICTURE.tobytes())
+    assert np.array_equal(image_files.read(path), PICTURE)
+    bits = file(b"P4\n" + comment + b"8 2\n" + bytes((0xFF, 0)))
+    assert image_files.read(bits)[:, 0, 0].tolist() == [0, 255]
+
+
+def test_a_tiff_of_jpeg_compression_is_refused(file):
+    """Pillow fills a hole in it with grey."""
+    try:
+        data = saved(PICTURE, "TIFF", compression="jpeg")
+    except (OSError, KeyError) as error:
+        pytest.skip(f"this Pillow does not write it: {error}")
+    with pytest.raises(ValueError, match="save it as JPEG or PNG"):
+        image_files.read(file(data))
+
+
 def test_what_is_no_file_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):

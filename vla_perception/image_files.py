@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import stat
 import warnings
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 #: Bytes of a file.
 MAX_BYTES = 1 << 30
+_PPM_HEADER = 1 << 14
 
 
 def check(path: Path, max_pixels: int = MAX_PIXELS) -> None:
@@ -45,6 +47,8 @@ def read(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
                 streams.decode_jpeg(data, max_pixels)
             elif picture.format == "PNG":
                 streams.check_png(data, max_pixels)
+            elif picture.format == "TIFF" and "jpeg" in str(picture.info.get("compression")):
+                raise ValueError("damage in a TIFF of JPEG compression cannot be seen; save it as JPEG or PNG")
             if picture.mode.startswith("I;16"):  # PIL would cut off at 255
                 grey = narrow(np.asarray(picture))
                 return np.broadcast_to(grey[:, :, None], (*grey.shape, 3))
@@ -66,6 +70,10 @@ def _open(path: Path, data: bytes, max_pixels: int) -> PIL.Image.Image:
     """An image of which the header has been read."""
     from PIL import Image, UnidentifiedImageError
 
+    # Pillow reads these byte by byte, comments of any length too.
+    words = re.sub(rb"#[^\n]*\n?", b" ", data[:_PPM_HEADER]).split(None, 3) if re.match(rb"P[1-6]\s", data) else None
+    if words is not None and len(words) < (3 if words[0] in (b"P1", b"P4") else 4):
+        raise ValueError(f"{path} cannot be read: its header has no end within {_PPM_HEADER} bytes")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large images, which are refused below, and of odd headers
         try:

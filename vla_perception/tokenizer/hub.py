@@ -26,7 +26,7 @@ from pathlib import Path
 from vla_perception.tokenizer.checkpoint import cache_directory
 from vla_perception.tokenizer.files import CheckpointError, exists, read_json
 from vla_perception.tokenizer.ranges import LocalFile, RemoteFile, Span, transport_error
-from vla_perception.tokenizer.tensor_names import is_vision
+from vla_perception.tokenizer.tensor_names import is_known, is_vision, refuse_unknown
 
 log = logging.getLogger(__name__)
 
@@ -333,6 +333,8 @@ def _plan(sources: Sequence[LocalFile | RemoteFile], about: Mapping[str, str]) -
             # Wide dtypes first, as safetensors writes them: everything stays aligned.
             width = -_width(entry["dtype"])
             found.append((width, number, entry["data_offsets"][0], name, entry, begin))
+    # Before anything of them is fetched: under another name the language model would come, too.
+    refuse_unknown(about["repository"], (name for name in names if not is_known(name)))
     if not found:
         raise CheckpointError(f"{about['repository']} has no tensor of a vision part; is it a vision-language model?")
     found.sort(key=lambda item: item[:4])

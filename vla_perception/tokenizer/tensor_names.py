@@ -33,6 +33,12 @@ def is_vision(name: str) -> bool:
     return not name.startswith(_LANGUAGE_MODEL_PREFIX) and not is_head(name)
 
 
+def is_known(name: str) -> bool:
+    """Whether a tensor of that name, of those that have to be looked at, can belong to the vision part of a model."""
+    inner = unwrapped(unwrapped(name).removeprefix("base_model.model."))
+    return inner.startswith((*_ENCODER_PREFIXES, _PROJECTOR_PREFIX))
+
+
 def is_head(name: str) -> bool:
     return unwrapped(name).partition(".")[0] in _HEADS
 
