@@ -325,8 +325,8 @@ def agreement(model: str) -> Iterator[Finding]:
                 continue
             distance = float((found - expected).norm() / expected.norm())
             text = f"relative L2 to float32 {distance:.1e}, kernels of {tokenizer.kernels}"
-            if tokenizer.runtime != runtime:
-                cure = f"choose {tokenizer.runtime}, or mend what keeps {runtime} from running"
+            if tokenizer.runtime != runtime or tokenizer.runtime_fallback:
+                cure = f"mend what keeps {runtime} from running, or choose another runtime"
                 yield Finding(subject, "warn", f"{text}; runs {tokenizer.runtime}: {tokenizer.runtime_fallback}", cure)
             elif not torch.isfinite(found).all() or distance > tolerance:
                 yield Finding(subject, "fail", f"{text}, more than {tolerance:g}", "choose another runtime or compute_dtype")

@@ -53,7 +53,7 @@ class Runtime:
 
     Attributes:
         name: what runs, one of `RUNTIMES` without ``auto``.
-        fallback: why that is not what was asked for; empty if it is.
+        fallback: what does not run as was asked for, and why; empty if all does.
         kernels: between the matrix products: ``pytorch``, or ``triton``; the first with a reason where the second was
             wanted.
     """

@@ -291,12 +291,15 @@ class VisualTokenizer:
 
     @property
     def runtime(self) -> str:
-        """How the network runs, one of `runtime.RUNTIMES`; ``eager`` also after a CUDA graph could not be captured."""
+        """How the network runs, one of `runtime.RUNTIMES`; ``eager`` also where no CUDA graph could be captured.
+
+        ``graph`` with a `runtime_fallback`: there is a graph, and what that names runs without one.
+        """
         return self._runtime.name
 
     @property
     def runtime_fallback(self) -> str:
-        """Why `runtime` is not what was asked for; empty if it is."""
+        """What does not run as was asked for, and why: all of it, or some numbers of views or sizes. Empty if all does."""
         return self._runtime.fallback
 
     @property
