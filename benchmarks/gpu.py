@@ -11,7 +11,6 @@ whether a second capture and later replays give the same bits; for one view and 
 ``kernels``: what lies between the products, one by one: PyTorch's beside Triton's, and Triton's block sizes.
 ``products``: the matrix products, one by one.
 ``float8``: the model in `compute_dtype: float8` beside bfloat16, and its products; some 20 s on an H100.
-``gelu``: the layer with GELU behind it, by cuBLAS and a kernel for GELU, and as one Triton kernel, for one view and four.
 
 Device times are CUDA events' around work that was queued before it began, so no launch of the host is in them. What is
 compared is measured in one process on one device. How captures survive others is asked by the tests with the marker gpu.
@@ -29,7 +28,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gpu_float8
@@ -244,21 +243,6 @@ class Kit:
         print(_table(["product", "us", "TFLOP/s"], [[label, *row.values()] for label, row in found.items()]))
         return found
 
-    def gelu(self) -> dict:
-        found: dict[str, float | str] = {}
-        for name, encoder in self.network.encoders.items():
-            rows, columns = encoder.grid
-            for views in gpu_variants.GELU_BLOCKS:
-                tokens = views * (rows * columns + encoder.vit.num_prefix_tokens)
-                for label, action in _gelu_actions(encoder.vit.blocks[0].mlp.fc1, tokens, gpu_variants.GELU_BLOCKS[views]):
-                    label = f"{name} {views} view(s) {label}"
-                    try:
-                        found[label] = graph_us(action)
-                    except Exception as error:
-                        found[label] = _first_line(error)
-        _print_numbers(found, "us")
-        return found
-
     def profile(self) -> dict:
         from torch.profiler import ProfilerActivity
         from torch.profiler import profile as profiler
@@ -337,27 +321,13 @@ def _kernel_actions(block: torch.nn.Module, tokens: int) -> Iterator[tuple[str, 
             yield f"attention: Triton {blocks}", attend
 
 
-def _gelu_actions(
-    layer: torch.nn.Linear, tokens: int, every: Sequence[tuple[int, ...]]
-) -> Iterator[tuple[str, Callable[[], object]]]:
-    from vla_perception.tokenizer import triton_kernels, triton_products
-
-    size = layer.weight.shape
-    weights = [torch.randn(size, device=DEVICE, dtype=DTYPE) for _ in range(max(2, ROTATED_WEIGHTS // layer.weight.numel()))]
-    bias, values = weights[0][:, 0].clone(), torch.randn(tokens, size[1], device=DEVICE, dtype=DTYPE)
-    multiply, turn = _product(values, weights, bias), itertools.cycle(weights)
-    yield "cuBLAS", lambda: triton_kernels.gelu(multiply())
-    for blocks in every:
-        yield f"Triton {blocks}", lambda blocks=blocks: triton_products.product(values, next(turn), bias, blocks, True)
-
-
 def _product(values: torch.Tensor, weights: list[torch.Tensor], bias: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Multiplies by the next of the weights, so that none is in the L2 cache."""
     turn = itertools.cycle(weights)
     return lambda: functional.linear(values, next(turn), bias)
 
 
-QUESTIONS = ("latency", "variants", "preprocess", "profile", "products", "kernels", "gelu", "float8")
+QUESTIONS = ("latency", "variants", "preprocess", "profile", "products", "kernels", "float8")
 
 
 def _versions() -> dict:

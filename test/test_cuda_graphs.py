@@ -13,7 +13,7 @@ pytest.importorskip("timm")
 import fake_cuda  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from vla_perception.tokenizer import VisualTokenizer, cuda_graphs  # noqa: E402
+from vla_perception.tokenizer import VisualTokenizer, cuda_graphs, dependent_launches  # noqa: E402
 from vla_perception.tokenizer.cuda_graphs import CudaGraphs  # noqa: E402
 from vla_perception.tokenizer.device_preprocess import DevicePreprocessor  # noqa: E402
 from vla_perception.tokenizer.fused_blocks import patches_as_products  # noqa: E402
@@ -157,17 +157,6 @@ def test_streams_and_their_workspaces_are_used_again(cuda, graphs):
     assert cuda.order.count(("wait event", id(cuda.current[-1]), id(streams.free))) == 4
 
 
-@pytest.mark.parametrize("share, views, told", [(1.0, 1, []), (0.5, 2, []), (0.5, 1, [66, None] * 4)])
-@torch.inference_mode()
-def test_products_of_branches_are_for_a_share_of_the_device(cuda, graphs, monkeypatch, share, views, told):
-    run, tokenizer = graphs
-    monkeypatch.setattr(cuda_graphs, "PRODUCT_SHARE", share)
-    seen = []
-    monkeypatch.setattr(torch._C, "_set_sm_carveout_experimental", seen.append)
-    agree(run, tokenizer, tokenizer.preprocess(images(views)))
-    assert seen == told  # two branches before the capture and two in it
-
-
 @torch.inference_mode()
 def test_captures_are_made_outside_inference_mode(cuda, graphs):
     run, tokenizer = graphs
@@ -248,6 +237,20 @@ def test_a_capture_that_cannot_be_ended_is_taken_from_the_allocator(cuda, graphs
     fresh = CudaGraphs(tokenizer.network, torch.device("cpu"), torch.float32)
     agree(fresh, tokenizer, pixel_values)
     assert fresh.name == "graph"
+
+
+@pytest.mark.parametrize("failures, name, wanted", [(1, "graph", False), (2, "eager", True)])
+@torch.inference_mode()
+def test_a_capture_that_fails_is_tried_without_dependent_launches(cuda, graphs, monkeypatch, caplog, failures, name, wanted):
+    run, tokenizer = graphs
+    monkeypatch.setattr(dependent_launches, "in_use", lambda: dependent_launches.WANTED)
+    monkeypatch.setattr(dependent_launches, "WANTED", True)
+    cuda.failures = [RuntimeError("CUDA error: operation not supported") for _ in range(failures)]
+    for views in (1, 2):
+        agree(run, tokenizer, tokenizer.preprocess(images(views)))
+        assert run.name == (name if views == 1 else "graph") and dependent_launches.WANTED == wanted
+    assert len(cuda.captures) == 3 and len(caplog.records) == 1
+    assert ("without dependent launches" in caplog.text) == (failures == 1) == (not run.fallback)
 
 
 @torch.inference_mode()
@@ -443,6 +446,18 @@ def test_where_images_cannot_be_captured_the_two_steps_do_it(cuda, in_graph, cap
     assert len(caplog.records) == 1
 
 
+def test_a_graph_of_images_does_not_hide_that_pixel_values_run_eagerly(cuda, in_graph):
+    """`runtime` is graph as soon as there is one; what runs without stays in `runtime_fallback`."""
+    cuda.failures = [RuntimeError("CUDA out of memory")]
+    in_graph.encode(in_graph.preprocess(images(1)))
+    reason = "no CUDA graph for [1, 3, 56, 56] and [1, 3, 64, 64]: RuntimeError: CUDA out of memory"
+    assert (in_graph.runtime, in_graph.runtime_fallback) == ("eager", reason)
+    exact = load(runtime="eager")
+    for seed in range(2):
+        agrees(in_graph, exact, images(1, seed))
+    assert (in_graph.runtime, in_graph.runtime_fallback) == ("graph", reason)
+
+
 def test_without_kernels_preprocessing_is_in_no_graph(cuda, in_graph, monkeypatch):
     plan = in_graph._preprocessor.plan(images(1))
     plan.capturable = False
@@ -496,13 +511,14 @@ def test_a_capture_survives_a_thread_that_synchronizes_the_device():
 def test_a_failed_capture_leaves_the_process_as_it_was():
     broken = load(device="cuda", runtime="graph", compute_dtype="bfloat16")
     failing_at(broken._runtime, 0, cuda_graphs._RUNS_BEFORE_CAPTURE + 1)
-    broken.warm_up(1)
+    broken.encode(broken.preprocess(images(1)))
     assert broken.runtime == "eager" and "OutOfMemoryError" in broken.runtime_fallback
     torch.cuda.empty_cache()
     other = load(device="cuda", runtime="graph", compute_dtype="bfloat16")
     for tokenizer in (broken, other):
         tokenizer.warm_up(2)
         assert tokenizer.runtime == "graph", tokenizer.runtime_fallback
+    assert "OutOfMemoryError" in broken.runtime_fallback and not other.runtime_fallback
     assert torch.equal(broken(images(2)).tokens, other(images(2)).tokens)
 
 

@@ -17,7 +17,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from vla_perception.tokenizer import VisualTokenizer, fused_blocks, triton_kernels, triton_products  # noqa: E402
+from vla_perception.tokenizer import VisualTokenizer, dependent_launches, fused_blocks, triton_kernels  # noqa: E402
 from vla_perception.tokenizer.fused_blocks import FusedBlock, fuse_blocks  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,45 +74,6 @@ def test_gelu(dtype, shape):
     assert relative(found, exact) < ROUNDING[dtype]
     odd = torch.tensor([float("inf"), float("nan"), -20.0, 0.0], device=DEVICE, dtype=dtype)
     assert torch.equal(torch.isnan(triton_kernels.gelu(odd)), torch.tensor([False, True, False, False], device=DEVICE))
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("gelu", [False, True])
-@pytest.mark.parametrize("rows, columns, depth", [(70, 88, 72), (16, 32, 32), (1, 8, 104), (129, 40, 16)])
-@torch.inference_mode()
-def test_linear_layers_in_blocks(monkeypatch, dtype, gelu, rows, columns, depth):
-    """Of whole blocks and not, beside the same in float64."""
-    monkeypatch.setattr(triton_products, "BLOCKS_OF_FEW_ROWS", {"fc1": (32, 32, 32, 4, 3)})
-    monkeypatch.setattr(triton_products, "MAX_WASTE", 31.0)
-    layer = nn.Linear(depth, columns, device=DEVICE, dtype=dtype)
-    values = noise(1, rows, depth, dtype=dtype) * 3
-    found = triton_products.linear(values, layer, "fc1", gelu)
-    exact = functional.linear(values.double(), layer.weight.double(), layer.bias.double())
-    assert found.shape == exact.shape
-    assert relative(found, functional.gelu(exact) if gelu else exact) < ROUNDING[dtype]
-
-
-@torch.inference_mode()
-def test_linear_layers_that_blocks_cannot_do_are_pytorchs(monkeypatch):
-    monkeypatch.setattr(triton_products, "product", None)
-    monkeypatch.setattr(triton_products, "BLOCKS_OF_FEW_ROWS", {"qkv": (16, 16, 16, 1, 1), "proj": None})
-    for name, channels, dtype, rows in (
-        ("qkv", 100, torch.float16, 16), ("qkv", 64, torch.float32, 16), ("proj", 64, torch.float16, 16),
-        ("qkv", 64, torch.float16, 33),  # 48 in blocks
-    ):  # fmt: skip
-        layer, values = nn.Linear(channels, 64, device=DEVICE, dtype=dtype), noise(1, rows, channels, dtype=dtype)
-        assert torch.equal(triton_products.linear(values, layer, name), layer(values))
-
-
-@torch.inference_mode()
-def test_blocks_of_few_and_of_many_rows(monkeypatch):
-    few, many = (16, 16, 16, 1, 1), (32, 16, 16, 1, 1)
-    monkeypatch.setattr(triton_products, "BLOCKS_OF_FEW_ROWS", {"fc2": few})
-    monkeypatch.setattr(triton_products, "BLOCKS_OF_MANY_ROWS", {"fc2": many})
-    monkeypatch.setattr(triton_products, "product", lambda values, weight, bias, blocks, gelu: blocks)
-    layer = nn.Linear(16, 16, device=DEVICE, dtype=torch.float16)
-    for views, blocks in ((1, few), (2, few), (3, many)):
-        assert triton_products.linear(noise(views, 256, 16, dtype=torch.float16), layer, "fc2") == blocks
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -181,6 +142,22 @@ def test_encoders_keep_their_blocks_where_the_kernels_fail(monkeypatch):
     tokenizer.warm_up()
 
 
+def test_kernels_are_used_without_dependent_launches_where_these_fail(monkeypatch, caplog):
+    def fails():
+        if dependent_launches.WANTED:
+            raise RuntimeError("Triton Error [CUDA]: operation not supported")
+        return {"dependent": False}
+
+    monkeypatch.setattr(dependent_launches, "in_use", lambda: dependent_launches.WANTED)
+    monkeypatch.setattr(dependent_launches, "WANTED", True)
+    if DEVICE == "cuda":  # Triton's interpreter cannot wait by itself
+        monkeypatch.setattr(triton_kernels, "launch_options", fails)
+    tokenizer = load(encoders=["siglip"], image_size=64)
+    assert fuse_blocks(tokenizer.network, torch.float32) == ""
+    assert not dependent_launches.WANTED and "without dependent launches" in caplog.text and len(caplog.records) == 1
+    tokenizer.warm_up()
+
+
 def test_kernels_that_compute_something_else_are_not_used(monkeypatch):
     tokenizer = load(encoders=["siglip"], image_size=64)
     monkeypatch.setattr(triton_kernels, "gelu", functional.relu)
@@ -233,28 +210,29 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vla_perception.tokenizer import triton_kernels as kernels, triton_products as products
+from vla_perception.tokenizer import triton_kernels as kernels
 
 dependent = bool(int(sys.argv[1]))
+if not dependent:  # as in a Triton that does not know it
+    del triton.language.extra.cuda.gdc_wait
 rows, keys, warps, stages = kernels.ATTENTION_BLOCKS
 for kernel, constants, options in (
     (kernels._add_layer_norm_kernel, dict(channels=1152, has_delta=True, has_gamma=True, block=2048), {}),
     (kernels._gelu_kernel, dict(block=1024), {}),
     (kernels._attention_kernel, dict(heads=16, width=72, padded=128, rows=rows, keys=keys),
      dict(num_warps=warps, num_stages=stages)),
-    (products._linear_kernel, dict(with_gelu=True, block_rows=128, block_columns=128, block_depth=64),
-     dict(num_warps=8, num_stages=4)),
 ):
     constants["dependent"] = dependent
-    kinds = {"epsilon": "fp32", "scale": "fp32"} | dict.fromkeys(("tokens", "length", "rows", "columns", "depth"), "i32")
-    if kernel is products._linear_kernel:
-        kinds |= dict.fromkeys(("values", "weight"), "tensordesc<bf16[128,64]>") | {"result": "tensordesc<bf16[128,128]>"}
+    kinds = {"epsilon": "fp32", "scale": "fp32"} | {"tokens": "i32", "length": "i32"}
     kinds = {name: "constexpr" if name in constants else kinds.get(name, "*bf16") for name in kernel.arg_names}
     source = ASTSource(kernel, kinds, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options | dict(launch_pdl=dependent))
-    assert compiled.asm["cubin"] and ("griddepcontrol.wait" in compiled.asm["ptx"]) == dependent
-    if kernel is products._linear_kernel:
-        assert "wgmma" in compiled.asm["ptx"] and "cp.async.bulk.tensor" in compiled.asm["ptx"]
+    options |= dict(launch_pdl=True) if dependent else {}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    before, *after = compiled.asm["ptx"].split("griddepcontrol.wait")
+    assert compiled.asm["cubin"] and len(after) == dependent and "griddepcontrol.launch" not in before + "".join(after)
+    if dependent:  # before that only the weights of the layer norm are read, and nothing is written
+        assert "st." not in before and "cp.async" not in before
+        assert ("ld.global" in before) == (kernel is kernels._add_layer_norm_kernel)
 """
 
 

@@ -15,13 +15,14 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch.nn import functional
 
+from vla_perception.tokenizer.dependent_launches import attempt
 from vla_perception.tokenizer.device_preprocess import PreprocessPlan
 from vla_perception.tokenizer.runtime import Network, Runtime
 
@@ -33,10 +34,6 @@ _RUNS_BEFORE_CAPTURE = 3
 _RETRY_AFTER_SEC = (0.01, 0.03, 0.1, 0.3)
 #: Graphs that are kept, the least recently used goes first. A robot's cameras need one.
 _MAX_GRAPHS = 8
-#: The share of the device's multiprocessors that cuBLAS chooses a branch's kernels for, up to so many views. Branches
-#: run side by side: kernels for all of it stand in each other's way.
-PRODUCT_SHARE, PRODUCT_SHARE_VIEWS = 1.0, 1
-
 #: CUDA captures one graph at a time in a process.
 _capturing = threading.Lock()
 
@@ -95,20 +92,6 @@ def _streams(owner: object, device: torch.device, sides: int) -> _Streams:
         streams = _Streams(main, others)
     weakref.finalize(owner, spare.append, streams).atexit = False
     return streams
-
-
-@contextlib.contextmanager
-def _products_for(share: float, device: torch.device) -> Iterator[None]:
-    """cuBLAS chooses kernels for this share of the multiprocessors, in the whole process."""
-    if share == 1.0:
-        yield
-        return
-    count = torch.cuda.get_device_properties(device).multi_processor_count
-    torch._C._set_sm_carveout_experimental(count - round(share * count))
-    try:
-        yield
-    finally:
-        torch._C._set_sm_carveout_experimental(None)
 
 
 class CudaGraphs(Runtime):
@@ -220,7 +203,7 @@ class CudaGraphs(Runtime):
             # The first capture of a process makes tensors that outlive it, CUDA's generator's; made in inference mode
             # they would break other people's captures.
             with torch.inference_mode(False), torch.no_grad():
-                captured = capture()
+                captured = capture() if self.name == "compile" else attempt(capture)
         except Exception as error:
             if self.name == "compile":
                 self._report(f"not compiled: {_reason(error)}", "runs without torch.compile")
@@ -247,7 +230,7 @@ class CudaGraphs(Runtime):
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(self._streams.free)
         for _ in range(_RUNS_BEFORE_CAPTURE):
-            self._join([self._run_branch(index, pixels) for index, pixels in enumerate(prepare())])
+            self._join([branch(pixels) for branch, pixels in zip(self._branches, prepare())])
         self._streams.hold_workspaces(self._device, self._dtype)
         stream.synchronize()
         for pause in (*_RETRY_AFTER_SEC, None):
@@ -280,12 +263,6 @@ class CudaGraphs(Runtime):
                 raise
         return _Captured(graph, inputs, features, tokens, prepare)
 
-    def _run_branch(self, index: int, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """One branch, for a capture."""
-        share = PRODUCT_SHARE if len(pixels) <= PRODUCT_SHARE_VIEWS and self._streams.sides else 1.0
-        with _products_for(share, self._device):
-            return self._branches[index](pixels)
-
     def _run_side_by_side(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The branches on a stream each: forked from the current stream, and joined to it again."""
         main = torch.cuda.current_stream(self._device)
@@ -296,8 +273,8 @@ class CudaGraphs(Runtime):
                 side.wait_stream(main)
                 forked.append(side)
                 with torch.cuda.stream(side):
-                    parts[index] = self._run_branch(index, inputs[index])
-            parts[0] = self._run_branch(0, inputs[0])
+                    parts[index] = self._branches[index](inputs[index])
+            parts[0] = self._branches[0](inputs[0])
         except BaseException:
             # A capture can only end where all that was forked is joined again.
             for side in forked:

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import nn
 
+from vla_perception.tokenizer.dependent_launches import attempt
 from vla_perception.tokenizer.encoders import PatchEncoder
 from vla_perception.tokenizer.fused_blocks import FusedBlock, _gamma, _is_plain, _on, _Pending, _sum
 
@@ -131,6 +132,6 @@ def _replace(encoder: PatchEncoder, last: set[int]) -> float:
     for index, block in enumerate(blocks):
         with torch.inference_mode(False):  # weights are ordinary tensors, also within the caller's own graphs
             blocks[index] = Float8Block(block, hand_on=index not in last)
-    found = blocks[0](noise)
+    found = attempt(lambda: blocks[0](noise))
     found = (_sum(found) if isinstance(found, _Pending) else found).double()
     return float((found - expected).norm() / expected.norm())

@@ -6,6 +6,7 @@ The names in the state dict stay the same.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from vla_perception.tokenizer.dependent_launches import attempt
 from vla_perception.tokenizer.encoders import PatchEncoder
 from vla_perception.tokenizer.timm_import import GELU, Attention, Block, LayerScale, Mlp
 
@@ -47,24 +49,21 @@ class FusedBlock(nn.Module):
     def forward(self, values: torch.Tensor | _Pending) -> torch.Tensor | _Pending:
         """[views, tokens, channels] → the same."""
         from vla_perception.tokenizer import triton_kernels
-        from vla_perception.tokenizer.triton_products import linear
 
         pending = values if isinstance(values, _Pending) else _Pending(values, None, None)
         values, normal = triton_kernels.add_layer_norm(*pending, self.norm1)
         values, normal = triton_kernels.add_layer_norm(values, self._attend(normal), _gamma(self.ls1), self.norm2)
-        delta = linear(linear(normal, self.mlp.fc1, "fc1", gelu=True), self.mlp.fc2, "fc2")
+        delta = self.mlp.fc2(triton_kernels.gelu(self.mlp.fc1(normal)))
         pending = _Pending(values, delta, _gamma(self.ls2))
         return pending if self._hand_on else _sum(pending)
 
     def _attend(self, values: torch.Tensor) -> torch.Tensor:
         from vla_perception.tokenizer import triton_kernels
-        from vla_perception.tokenizer.triton_products import linear
 
         if values.dtype == torch.float32:  # tensor cores would round to TF32
             return self.attn(values)
-        projected = linear(values, self.attn.qkv, "qkv")
-        attended = triton_kernels.attention(projected, self.attn.num_heads, self.attn.scale)
-        return linear(attended, self.attn.proj, "proj")
+        attended = triton_kernels.attention(self.attn.qkv(values), self.attn.num_heads, self.attn.scale)
+        return self.attn.proj(attended)
 
 
 def _gamma(scale: nn.Module) -> torch.Tensor | None:
@@ -145,7 +144,7 @@ def fuse_blocks(network: nn.Module, dtype: torch.dtype) -> str:
             continue
         try:
             with _on(blocks[0].norm1.weight.device):
-                _try(blocks[0], encoder, dtype)
+                attempt(functools.partial(_try, blocks[0], encoder, dtype))
         except Exception as error:  # whatever a compiler may raise
             text = next(iter(str(error).splitlines()), "")
             reasons.append(f"{encoder.config.name}: {type(error).__name__}: {text[:300]}")

@@ -7,11 +7,11 @@ only where Triton is installed; ``TRITON_INTERPRET=1`` runs the kernels on a CPU
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
+
+from vla_perception.tokenizer.dependent_launches import launch_options
 
 #: Elements of a row per warp of `add_layer_norm`.
 ELEMENTS_PER_WARP = 256
@@ -19,25 +19,6 @@ ELEMENTS_PER_WARP = 256
 _GELU_BLOCK = 1024
 #: Queries and keys that a program of `attention` holds at a time, warps, and stages of loads that run ahead.
 ATTENTION_BLOCKS = (64, 64, 4, 3)
-#: Whether kernels are launched before the ones in front of them have ended, and wait for their results by themselves
-#: (CUDA's programmatic dependent launch). From Hopper on; elsewhere it does nothing.
-DEPENDENT_LAUNCHES = False
-
-
-def dependent_launches() -> bool:
-    """Whether kernels are launched so: wanted, and known to the device and to Triton."""
-    return DEPENDENT_LAUNCHES and _knows_dependent_launches()
-
-
-@functools.cache
-def _knows_dependent_launches() -> bool:
-    knows = torch.cuda.is_available() and torch.version.cuda and hasattr(tl.extra.cuda, "gdc_wait")
-    return bool(knows) and torch.cuda.get_device_capability() >= (9, 0)
-
-
-def launch_options() -> dict[str, bool]:
-    """To be given with every launch of a kernel that waits."""
-    return {"launch_pdl": True} if dependent_launches() else {}
 
 
 @triton.jit
@@ -52,7 +33,7 @@ def _add_layer_norm_kernel(
     shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     if has_gamma:
         factor = tl.load(gamma + columns, mask=inside, other=0.0).to(tl.float32)
-    if dependent:  # all above are weights, which no kernel in front of this one writes
+    if dependent:  # all above are weights, which the kernel right in front of this one does not write
         tl.extra.cuda.gdc_wait()
     at = tl.program_id(0).to(tl.int64) * channels + columns
     row = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
@@ -81,7 +62,7 @@ def add_layer_norm(
     Args:
         values, delta: [..., channels]; without `delta` the sum is `values`.
         gamma: [channels]; None for 1.
-        norm: with weight and bias.
+        norm: with weight and bias. Neither these nor `gamma` may be what the kernel right in front has written.
     """
     values = values.contiguous()
     channels = values.shape[-1]
@@ -91,7 +72,7 @@ def add_layer_norm(
     block = triton.next_power_of_2(channels)
     _add_layer_norm_kernel[(values.numel() // channels,)](
         values, delta, values if gamma is None else gamma, norm.weight, norm.bias, total, normal,
-        norm.eps, channels, total is not values, gamma is not None, block, dependent_launches(),
+        norm.eps, channels, total is not values, gamma is not None, block,
         num_warps=max(1, min(8, block // ELEMENTS_PER_WARP)), **launch_options(),
     )  # fmt: skip
     return total, normal
@@ -114,7 +95,7 @@ def gelu(values: torch.Tensor) -> torch.Tensor:
     result = torch.empty_like(values)
     length = values.numel()
     grid = (triton.cdiv(length, _GELU_BLOCK),)
-    _gelu_kernel[grid](values, result, length, _GELU_BLOCK, dependent_launches(), **launch_options())
+    _gelu_kernel[grid](values, result, length, _GELU_BLOCK, **launch_options())
     return result
 
 
@@ -175,6 +156,6 @@ def attention(projected: torch.Tensor, heads: int, scale: float) -> torch.Tensor
     _attention_kernel[(triton.cdiv(tokens, rows), views * heads)](
         projected, result, tokens, scale * 1.4426950408889634,  # exp2 is what the hardware has
         heads, width, max(16, triton.next_power_of_2(width)), rows, keys,
-        dependent_launches(), num_warps=warps, num_stages=stages, **launch_options(),
+        num_warps=warps, num_stages=stages, **launch_options(),
     )  # fmt: skip
     return result
