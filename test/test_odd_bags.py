@@ -413,6 +413,14 @@ def test_topics_of_the_metadata_that_are_not_there(tmp_path, caplog, said, warni
     assert (warning in caplog.text) if warning else not caplog.records
 
 
+@pytest.mark.parametrize("name", ["/a\n[INFO] all is well", "/\x1b[2J", "/\u202e", "/\x85"])
+def test_names_in_errors_are_printable(tmp_path, name):
+    with pytest.raises(BagError) as caught:
+        with Bag(mcap(tmp_path / "x.mcap", topic=name)) as bag:
+            list(bag.messages([f"{name}x"]))
+    assert str(caught.value).isprintable()
+
+
 def test_a_metadata_file_that_says_nothing(tmp_path):
     mcap(tmp_path / "x_0.mcap")
     for text in ("", "[]", "a: 1", "rosbag2_bagfile_information: 3", "rosbag2_bagfile_information: [", "\0", "[" * 5000):

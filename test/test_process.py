@@ -1,6 +1,8 @@
 """How a node's callbacks are run."""
 
+import logging
 import signal
+import sys
 import threading
 
 import pytest
@@ -38,6 +40,25 @@ def run(monkeypatch):
     yield run
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def test_what_is_logged_is_printable(capfd):
+    """Names of files and messages come with it: rclpy raises TypeError for half a surrogate pair."""
+    with in_domain(free_domain()):
+        process.rclpy.init()
+        try:
+            handler = process.RosLogHandler(process.rclpy.logging.get_logger("printable"))
+            for level in (logging.INFO, logging.WARNING, logging.ERROR):
+                handler.emit(logging.LogRecord("x", level, "", 0, "a %s", ("\ud800\n[FATAL] \x1b[2J",), None))
+            try:
+                raise ValueError("\x1b[2J")
+            except ValueError:
+                handler.emit(logging.LogRecord("x", logging.ERROR, "", 0, "b", (), sys.exc_info()))
+        finally:
+            process.rclpy.shutdown()
+    lines = capfd.readouterr().err.splitlines()
+    assert sum(line.endswith(r"a \ud800\n[FATAL] \x1b[2J") for line in lines) == 3
+    assert r"ValueError: \x1b[2J" in lines and "Traceback (most recent call last):" in lines
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -25,6 +25,8 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from vla_perception.printable import printable
+
 IMAGE = "sensor_msgs/msg/Image"
 COMPRESSED_IMAGE = "sensor_msgs/msg/CompressedImage"
 CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
@@ -51,6 +53,9 @@ _log = logging.getLogger(__name__)
 
 class BagError(ValueError):
     """The path is no bag that can be read, or the bag lacks what was asked for; the text says what to do."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text))  # it quotes names of any content
 
 
 class _NothingThere(BagError):

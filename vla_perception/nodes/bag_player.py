@@ -42,6 +42,7 @@ from vla_perception.bags import (
 )
 from vla_perception.nodes.parameters import warn_of_ignored
 from vla_perception.nodes.process import Stop, run_node
+from vla_perception.printable import printable
 
 CLOCK_HZ = 50.0
 
@@ -119,7 +120,7 @@ class BagPlayer(Node):
             try:
                 self._outlets[topic] = self._outlet(topic, qos)
             except (NameValidationException, RuntimeError) as error:  # RuntimeError: of DDS, where it is too long
-                self.get_logger().warning(f"Left out, for its name: {topic[:300]} ({' '.join(str(error).split())[:300]})")
+                self.get_logger().warning(f"Left out, for its name: {printable(topic[:300])} ({printable(' '.join(str(error).split())[:300])})")
         self._topics = list(self._outlets)
         if not self._topics:
             raise ValueError(f"nothing to play: {bag} has no topic with a name that can be published")
@@ -162,7 +163,7 @@ class BagPlayer(Node):
         images = [topic for topic in self._bag.topics.values() if topic.type in (IMAGE, COMPRESSED_IMAGE)]
         others = [topic.name for topic in images if topic.messages and topic.name not in cameras]
         if others:
-            self.get_logger().info(f"Left out, as their encoding is no camera's: {', '.join(others)} (`topics` plays them)")
+            self.get_logger().info(f"Left out, as their encoding is no camera's: {printable(', '.join(others))} (`topics` plays them)")
         return cameras
 
     def _playable(self, topics: list[str]) -> list[str]:
@@ -180,7 +181,7 @@ class BagPlayer(Node):
         if not playable:
             raise ValueError(f"nothing to play: no Python package for the message type of {listing}")
         if unknown:
-            self.get_logger().warning(f"Left out, for want of their message type's Python package: {listing}")
+            self.get_logger().warning(f"Left out, for want of their message type's Python package: {printable(listing)}")
         return playable
 
     def _outlet(self, topic: str, qos: QoSProfile) -> Outlet:
@@ -194,7 +195,7 @@ class BagPlayer(Node):
         try:
             code = self._play()
         except Exception as error:
-            self.get_logger().error(f"Replay stopped: {error}")
+            self.get_logger().error(f"Replay stopped: {printable(str(error))}")
             code = 1
         if not self._ending.is_set():
             self._end_process(code)

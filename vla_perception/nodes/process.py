@@ -31,6 +31,7 @@ from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 
 from vla_perception.nodes.executables import on_signal
+from vla_perception.printable import printable
 
 Stop = Callable[[int], None]
 """Ends the process with an exit code: `stop(0)`. From any thread, any number of times; the first one counts."""
@@ -51,13 +52,16 @@ class RosLogHandler(logging.Handler):
         self._logger = logger
 
     def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        # It may quote names of files and messages. A traceback keeps its lines.
+        text = "\n".join(map(printable, text.splitlines())) if record.exc_info else printable(text)
         # A call for each: rclpy does not let one line of code log at two severities.
         if record.levelno >= logging.ERROR:
-            self._logger.error(self.format(record))
+            self._logger.error(text)
         elif record.levelno >= logging.WARNING:
-            self._logger.warning(self.format(record))
+            self._logger.warning(text)
         else:
-            self._logger.info(self.format(record))
+            self._logger.info(text)
 
 
 def run_node(make_node: Callable[[Stop], Node], args: Sequence[str] | None = None, *, threads: int = 1) -> int:
