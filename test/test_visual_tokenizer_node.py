@@ -644,7 +644,7 @@ def test_model_and_timing_are_told(robot):
 
 
 def test_a_locked_model_is_settled_for_the_process():
-    from vla_perception.nodes.visual_tokenizer import MODEL, SETTINGS, VisualTokenizerNode
+    from vla_perception.nodes.visual_tokenizer import LOCKED, SETTINGS, VisualTokenizerNode
 
     domain, context = free_domain(), rclpy.Context()
     with in_domain(domain):
@@ -653,7 +653,7 @@ def test_a_locked_model_is_settled_for_the_process():
     try:
         for configured in (False, True, False):
             node._configured = configured
-            for name in MODEL:
+            for name in LOCKED:
                 (result,) = node.set_parameters([Parameter(name, value=SETTINGS[name].default)])
                 assert not result.successful and f"{name} keeps the value" in result.reason
                 assert "model_locked is true" in result.reason

@@ -62,11 +62,13 @@ TRIGGERS = ("continuous", "on_request")
 # What the tokenizer knows by these names, written again here: importing it would import torch (test_choices.py compares).
 DTYPES = ("float32", "bfloat16", "float16")
 RUNTIMES = ("auto", "eager", "onednn", "graph", "compile")
-#: What decides which model is loaded and how it runs: settled for the life of the process where model_locked is true.
+#: What decides which model is loaded and how it runs.
 MODEL = (
     "model", "adapter", "encoders", "image_size", "prepare", "token_strategy", "projector", "pool", "device",
     "compute_dtype", "runtime",
 )  # fmt: skip
+#: Settled for the life of the process where model_locked is true: that, and what an image may take.
+LOCKED = (*MODEL, "max_image_pixels")
 #: Cameras, and characters of a camera's name: more is a mistake, and a peer must not make the node warm up for it.
 MAX_CAMERAS = 64
 MAX_CAMERA_NAME = 200
@@ -503,7 +505,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             setting = SETTINGS.get(parameter.name)
             if setting is None:
                 continue
-            if self._model_locked and parameter.name in MODEL:
+            if self._model_locked and parameter.name in LOCKED:
                 return SetParametersResult(
                     successful=False,
                     reason=f"{parameter.name} keeps the value that the process was started with, because model_locked is "
