@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import mmap
 import os
 import pickletools
 import re
@@ -122,14 +123,19 @@ class SafetensorsFile:
         stored, (start, length) = self.tensors[name], self._spans[name]
         if stored.dtype not in _STORED:
             raise CheckpointError(f"{self.path}: {name[:200]!r} is stored as {stored.dtype}, which is not read")
-        data = torch.empty(length, dtype=torch.uint8)
-        view, at = memoryview(data.numpy()), 0
+        # Of its own pages, which go back to the system at once: freed blocks of malloc between the copies that stay
+        # would remain, some hundred MB of them.
+        buffer = mmap.mmap(-1, max(length, 1))
+        view, at = memoryview(buffer)[:length], 0
         with file_errors(self.path):
             while at < length:
                 count = os.preadv(self._stream.fileno(), [view[at : at + _CHUNK]], start + at)
                 if count == 0:
                     raise CheckpointError(_changed(self.path))
                 at += count
+        if not length:
+            return torch.empty(stored.shape, dtype=_STORED[stored.dtype])
+        data = torch.frombuffer(buffer, dtype=torch.uint8, count=length)
         return data.view(_STORED[stored.dtype]).reshape(stored.shape)
 
     def check_unchanged(self) -> None:
