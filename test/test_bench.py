@@ -38,7 +38,6 @@ def test_json_holds_what_was_measured(tmp_path, capsys):
         assert list(stages) == list(result["baseline_stages_ms"]) == whole
         for values in stages.values():
             assert 0 < values["p50"] <= values["p95"] <= values["p99"]
-        assert stages["end_to_end"]["p99"] > stages["encode_and_project"]["p50"]
         assert result["ratio_to_baseline"] > 0 and result["end_to_end_ratio"] > 0
         assert result["preprocess"]["identical"] is True
         assert result["agreement"]["relative_l2"] < 1e-4 and result["agreement"]["cosine"] > 0.9999
