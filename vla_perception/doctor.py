@@ -22,15 +22,11 @@ from importlib import metadata
 from pathlib import Path
 
 import vla_perception
+from vla_perception.fast_dds import OLD_PROFILE_DISTROS, PROFILE_VARIABLES
 
 MIB = 1 << 20
 #: Bytes of /dev/shm that some processes with config/fastdds.xml take.
 _SHM_BYTES = 256 * MIB
-_PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
-#: These read the second one alone.
-_OLD_PROFILE_DISTROS = ("humble", "iron", "jazzy")
-#: Relative L2 distance from float32 that rounding accounts for (docs/performance.md).
-_TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "float8": 1.4e-1}
 #: Distributions that encoding takes: the lowest version, and the first that is too new (setup.py has the reasons).
 _PACKAGES = {
     "torch": ("2.4", ""), "torchvision": ("0.19", ""), "timm": ("1.0.26", "2"), "huggingface_hub": ("1.0", "3"),
@@ -222,15 +218,15 @@ def _why_rclpy_fails(probe: subprocess.CompletedProcess[str], environment: Mappi
 
 def fastdds_profile(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     cure = "export both FASTDDS_ and FASTRTPS_DEFAULT_PROFILES_FILE with config/fastdds.xml, or use the launch files"
-    given = {name: environment[name] for name in _PROFILE_VARIABLES if environment.get(name)}
+    given = {name: environment[name] for name in PROFILE_VARIABLES if environment.get(name)}
     if "fastrtps" not in environment.get("RMW_IMPLEMENTATION", "rmw_fastrtps_cpp"):
         yield Finding("Fast DDS profile", "ok", f"not needed: RMW_IMPLEMENTATION={environment['RMW_IMPLEMENTATION']}")
     elif not given:
         text = "none in this shell: raw images of best-effort cameras are lost, tokens take longer (docs/transport.md)"
         yield Finding("Fast DDS profile", "warn", text, cure)
     distribution = environment.get("ROS_DISTRO", "")
-    if distribution in _OLD_PROFILE_DISTROS and set(given) == {_PROFILE_VARIABLES[0]}:
-        yield Finding("Fast DDS profile", "warn", f"{distribution} does not read {_PROFILE_VARIABLES[0]}", cure)
+    if distribution in OLD_PROFILE_DISTROS and set(given) == {PROFILE_VARIABLES[0]}:
+        yield Finding("Fast DDS profile", "warn", f"{distribution} does not read {PROFILE_VARIABLES[0]}", cure)
         return
     for name, file in given.items():
         if not Path(file).is_file():
@@ -303,6 +299,7 @@ def agreement(model: str) -> Iterator[Finding]:
     import numpy as np
     import torch
 
+    from vla_perception.bench import TOLERANCES
     from vla_perception.tokenizer import VisualTokenizer
     from vla_perception.tokenizer.devices import float8_unavailable_reason, place
 
@@ -313,7 +310,7 @@ def agreement(model: str) -> Iterator[Finding]:
     expected = VisualTokenizer.load(model, device="cpu", compute_dtype="float32", runtime="eager")(pictures)
     expected = expected.tokens.double()
     for runtime in runtimes:
-        for dtype, tolerance in _TOLERANCES.items():
+        for dtype, tolerance in TOLERANCES.items():
             if dtype == "float8" and without_float8:  # a choice for some GPUs, and not a fault of the others
                 continue
             subject = f"{runtime} in {dtype} on {kind.device}"

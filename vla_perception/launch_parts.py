@@ -28,15 +28,12 @@ from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
 from launch import LaunchContext
+from vla_perception.fast_dds import OLD_PROFILE_DISTROS, PROFILE_VARIABLES
 from vla_perception.spelling import nearest
 
 BOOLEANS = ["true", "false"]
 #: Arguments of `ros2 launch` itself, which it hands on among the others.
 LAUNCH_OPTIONS = ("launch-prefix", "launch-prefix-filter")
-#: Later distributions read the first one, and warn in every process where they find the second one.
-PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
-#: These read the second one. So may a distribution whose name is not known.
-OLD_PROFILE_DISTROS = ("humble", "iron", "jazzy", "")
 
 
 def share(*parts: str) -> Path:
@@ -202,7 +199,7 @@ def fastdds_profile(context: LaunchContext) -> list:
     if not is_true(context, "fastdds_profile"):
         return []
     distro = context.environment.get("ROS_DISTRO", "")
-    old = distro in OLD_PROFILE_DISTROS
+    old = not distro or distro in OLD_PROFILE_DISTROS  # one whose name is not known may be old
     later, earlier = PROFILE_VARIABLES
     for name in PROFILE_VARIABLES:
         if own := context.environment.get(name):
