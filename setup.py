@@ -15,7 +15,7 @@ TOKENIZER = [
     "torchvision>=0.19",
     "timm>=1.0.26,<2",  # before, files are unpickled; another major version may name or compute something differently
     "huggingface_hub>=1.0,<3",  # timm brings it; range requests are made with its client, which changed with 1.0
-    "pillow>=10.1,<13",  # 13 resizes tall pictures in another order than models saw: 15 % of pixels differ
+    "pillow>=10.1,<13",  # 13 resizes tall images in another order than models saw: 15 % of pixels differ
     # Refuses damaged JPEG, which Pillow and OpenCV fill with grey, and decodes as TensorFlow does where told to.
     "simplejpeg>=1.7",
     OPENCV,
@@ -79,7 +79,7 @@ setup(
     maintainer=manifest.findtext("maintainer"),
     maintainer_email=manifest.find("maintainer").get("email"),
     packages=find_packages(include=[NAME, f"{NAME}.*"]),
-    package_data={NAME: ["scenes/*.xml"]},
+    package_data={NAME: ["sources/scenes/*.xml"]},
     data_files=[(folder, files) for folder, files in data_files if files],
     zip_safe=False,
     python_requires=">=3.10",

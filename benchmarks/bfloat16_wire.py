@@ -2,7 +2,7 @@
 
     python benchmarks/bfloat16_wire.py --frames 300
 
-Frames are crops of the sample bag's pictures. Each goes through the miniature OpenVLA of the tests (random weights)
+Frames are crops of the sample bag's images. Each goes through the miniature OpenVLA of the tests (random weights)
 in float32 twice: with tokens carried as float32, and carried as bfloat16. The seven action steps are compared on the
 same prefix, the tokens that float32 chose, so that one difference is not counted seven times. With random weights a
 flipped token alone means nothing: it is set beside the margin between the two best tokens.
@@ -21,14 +21,14 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "test"), str(ROOT / "examples")]
+sys.path[:0] = [str(ROOT), str(ROOT / "test" / "support"), str(ROOT / "examples")]
 
 from miniature_openvla import Miniature  # noqa: E402
 from openvla_policy import LanguageModel  # noqa: E402
 
-from vla_perception.messages.tokens import VisualTokens  # noqa: E402
-from vla_perception.policy import tokenize  # noqa: E402
 from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
+from vla_perception.tokens.subscriber import tokenize  # noqa: E402
+from vla_perception.tokens.visual_tokens import VisualTokens  # noqa: E402
 
 INSTRUCTION = "put the cup on the plate"
 
@@ -37,17 +37,17 @@ def frames(count: int):
     """RGB crops of random place and size from the sample bag's two cameras."""
     from rosbags.highlevel import AnyReader
 
-    random, pictures = np.random.default_rng(0), []
+    random, images = np.random.default_rng(0), []
     with AnyReader([ROOT / "examples" / "sample_bag"]) as reader:
         for connection, _, raw in reader.messages():
             if connection.topic.endswith("/compressed"):
                 data = bytes(reader.deserialize(raw, connection.msgtype).data)
-                pictures.append(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+                images.append(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
     for index in range(count):
-        picture = pictures[index % len(pictures)]
-        side = int(random.integers(200, min(picture.shape[:2])))
-        top, left = (int(random.integers(0, length - side + 1)) for length in picture.shape[:2])
-        yield picture[top : top + side, left : left + side]
+        image = images[index % len(images)]
+        side = int(random.integers(200, min(image.shape[:2])))
+        top, left = (int(random.integers(0, length - side + 1)) for length in image.shape[:2])
+        yield image[top : top + side, left : left + side]
 
 
 @torch.inference_mode()
@@ -71,10 +71,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Miniature().write(Path(folder))
         tokenizer, model = VisualTokenizer.load(path), LanguageModel(path, dtype=torch.float32)
-    errors, margins, flips, near, pictures = [], [], [], [], []
-    for picture in frames(options.frames):
-        exact = tokenize(tokenizer, {"front": picture})
-        words = VisualTokens.from_bytes(tokenize(tokenizer, {"front": picture}, token_dtype="bfloat16").to_bytes())
+    errors, margins, flips, near, images = [], [], [], [], []
+    for image in frames(options.frames):
+        exact = tokenize(tokenizer, {"front": image})
+        words = VisualTokens.from_bytes(tokenize(tokenizer, {"front": image}, token_dtype="bfloat16").to_bytes())
         expected, said = logits(model, exact)
         found, _ = logits(model, words, said)
         best = expected.topk(2, dim=-1)
@@ -82,9 +82,9 @@ def main() -> None:
         margins.append((best.values[:, 0] - best.values[:, 1]) / expected.abs().amax(-1))
         flips.append(found.argmax(-1) != best.indices[:, 0])
         near.append(margins[-1] < 2 * errors[-1])
-        pictures.append(expected[0])
+        images.append(expected[0])
     errors, margins, flips, near = (torch.cat(values).numpy() for values in (errors, margins, flips, near))
-    spread = torch.stack(pictures)
+    spread = torch.stack(images)
     between = ((spread - spread.roll(1, 0)).abs().amax(-1) / spread.abs().amax(-1)).median().item()
 
     def row(name, values):
@@ -96,7 +96,7 @@ def main() -> None:
     print(row("margin between the two best tokens", margins))
     print(f"\nsteps whose margin is below twice the error, where the choice may change: {near.sum()} of {near.size}")
     print(f"steps where it did: {flips.sum()}; of these with a larger margin: {(flips & ~near).sum()}")
-    print(f"for comparison, another picture changes the first step's logits by {between:.1e} (median)")
+    print(f"for comparison, another image changes the first step's logits by {between:.1e} (median)")
 
 
 if __name__ == "__main__":

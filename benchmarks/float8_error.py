@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from vla_perception.tokenizer import VisualTokenizer
-from vla_perception.tokenizer.encoders import PatchEncoder
+from vla_perception.tokenizer.encoder import PatchEncoder
 from vla_perception.tokenizer.float8 import quantize_rows
 
 
@@ -68,8 +68,11 @@ def main() -> None:
         if label != "float32":
             for what, found, expected in zip(("tokens", "features"), results[label], results["float32"]):
                 difference, cosine = distance(found, expected)
-                print(f"{tokenizer.model} ({tokenizer.weights} weights), {label}, {what}: relative L2 {difference:.2e}, "
-                      f"lowest cosine of a token {cosine:.5f}", flush=True)  # fmt: skip
+                print(
+                    f"{tokenizer.model} ({tokenizer.weights} weights), {label}, {what}: relative L2 {difference:.2e}, "
+                    f"lowest cosine of a token {cosine:.5f}",
+                    flush=True,
+                )
         del tokenizer
 
 

@@ -39,7 +39,7 @@ import torch
 from torch.nn import functional
 
 from vla_perception import __version__
-from vla_perception.bench import PlainModel
+from vla_perception.bench import ReferenceModel
 from vla_perception.tokenizer import VisualTokenizer
 from vla_perception.tokenizer.cuda_graphs import CudaGraphs
 
@@ -113,10 +113,13 @@ class Kit:
         self.network = self.tokenizer.network
         self.weight_bytes = sum(value.nbytes for value in self.network.state_dict().values())
         self.answers["start"] = {
-            "model": self.tokenizer.model, "load_s": loaded - begun, "warm_up_s": time.perf_counter() - loaded,
-            "runtime": self.tokenizer.runtime, "runtime_fallback": self.tokenizer.runtime_fallback,
+            "model": self.tokenizer.model,
+            "load_s": loaded - begun,
+            "warm_up_s": time.perf_counter() - loaded,
+            "runtime": self.tokenizer.runtime,
+            "runtime_fallback": self.tokenizer.runtime_fallback,
             "kernels": self.tokenizer.kernels,
-        }  # fmt: skip
+        }
 
     # --- questions
 
@@ -147,23 +150,41 @@ class Kit:
                 )
             p50, p95, p99 = np.percentile(np.array(rows[unwarmed:]) * 1e3, (50, 95, 99), axis=0)
             found[f"{views} view(s) of {width} x {height}"] = {
-                "end_to_end_ms": {"p50": p50[0], "p95": p95[0], "p99": p99[0]}, "end_to_end_host_ms": p50[1],
-                "preprocess_alone_ms": p50[2], "preprocess_host_ms": p50[3],
-                "encode_alone_ms": p50[4], "encode_host_ms": p50[5],
-            }  # fmt: skip
+                "end_to_end_ms": {"p50": p50[0], "p95": p95[0], "p99": p99[0]},
+                "end_to_end_host_ms": p50[1],
+                "preprocess_alone_ms": p50[2],
+                "preprocess_host_ms": p50[3],
+                "encode_alone_ms": p50[4],
+                "encode_host_ms": p50[5],
+            }
         for size, row in found.items():
-            print(f"{size:>24}: end to end p50 {row['end_to_end_ms']['p50']:.3f} p95 {row['end_to_end_ms']['p95']:.3f} "
-                  f"p99 {row['end_to_end_ms']['p99']:.3f} ms (host {row['end_to_end_host_ms']:.3f}); alone: preprocess "
-                  f"{row['preprocess_alone_ms']:.3f} (host {row['preprocess_host_ms']:.3f}), encode "
-                  f"{row['encode_alone_ms']:.3f} (host {row['encode_host_ms']:.3f})")  # fmt: skip
-        print(_table(["uint8 on the host → tokens on the device", "p50", "p95", "p99", "host", "preprocess", "encode"], [
-            [size, *row["end_to_end_ms"].values(), row["end_to_end_host_ms"], row["preprocess_alone_ms"], row["encode_alone_ms"]]
-            for size, row in found.items()
-        ]))  # fmt: skip
+            print(
+                f"{size:>24}: end to end p50 {row['end_to_end_ms']['p50']:.3f} p95 {row['end_to_end_ms']['p95']:.3f} "
+                f"p99 {row['end_to_end_ms']['p99']:.3f} ms (host {row['end_to_end_host_ms']:.3f}); alone: preprocess "
+                f"{row['preprocess_alone_ms']:.3f} (host {row['preprocess_host_ms']:.3f}), encode "
+                f"{row['encode_alone_ms']:.3f} (host {row['encode_host_ms']:.3f})"
+            )
+        print(
+            _table(
+                ["uint8 on the host → tokens on the device", "p50", "p95", "p99", "host", "preprocess", "encode"],
+                [
+                    [
+                        size,
+                        *row["end_to_end_ms"].values(),
+                        row["end_to_end_host_ms"],
+                        row["preprocess_alone_ms"],
+                        row["encode_alone_ms"],
+                    ]
+                    for size, row in found.items()
+                ],
+            )
+        )
         found["beyond_weights_mib"] = (torch.cuda.memory_reserved(DEVICE) - self.weight_bytes) / 2**20
         found["tokens_to_host_ms"] = self._tokens_to_host()
-        print(f"memory beyond the weights {found['beyond_weights_mib']:.0f} MiB; tokens to the host, pageable and pinned: "
-              f"{found['tokens_to_host_ms']}")  # fmt: skip
+        print(
+            f"memory beyond the weights {found['beyond_weights_mib']:.0f} MiB; tokens to the host, pageable and pinned: "
+            f"{found['tokens_to_host_ms']}"
+        )
         return found
 
     def preprocess(self) -> dict:
@@ -187,16 +208,25 @@ class Kit:
                         row, tokens = self._variant(pixel_values)
                     base = tokens if base is None else base
                     row |= {"relative_l2": relative(tokens, exact), "bits_of_as_it_is": torch.equal(tokens, base)}
-                    print(f"{views} view(s), {label:>42}: {row['replay_us']:7.1f} us, relative L2 {row['relative_l2']:.2e}, "
-                          f"same bits again {row['same_bits']}, as it is {row['bits_of_as_it_is']} {row['fallback']}",
-                          flush=True)  # fmt: skip
+                    print(
+                        f"{views} view(s), {label:>42}: {row['replay_us']:7.1f} us, relative L2 {row['relative_l2']:.2e}, "
+                        f"same bits again {row['same_bits']}, as it is {row['bits_of_as_it_is']} {row['fallback']}",
+                        flush=True,
+                    )
                 except Exception as error:  # a variant that fails is an answer, too
                     row = {"error": _first_line(error)}
                     print(f"{views} view(s), {label:>42}: {row['error']}", flush=True)
                 found[f"{views} view(s), {label}"] = row
-        print(_table(["variant", "replay, ms", "relative L2"], [
-            [label, row["replay_us"] / 1e3, f"{row['relative_l2']:.2e}"] for label, row in found.items() if "error" not in row
-        ]))  # fmt: skip
+        print(
+            _table(
+                ["variant", "replay, ms", "relative L2"],
+                [
+                    [label, row["replay_us"] / 1e3, f"{row['relative_l2']:.2e}"]
+                    for label, row in found.items()
+                    if "error" not in row
+                ],
+            )
+        )
         return found
 
     def _variant(self, pixel_values: list[torch.Tensor]) -> tuple[dict, torch.Tensor]:
@@ -250,9 +280,10 @@ class Kit:
         images, found = random_images(1), {}
         pixel_values = self.tokenizer.preprocess(images)
         for label, action in (
-            ("encode", lambda: self.tokenizer.encode(pixel_values)), ("preprocess", lambda: self.tokenizer.preprocess(images)),
+            ("encode", lambda: self.tokenizer.encode(pixel_values)),
+            ("preprocess", lambda: self.tokenizer.preprocess(images)),
             ("end to end", lambda: self.tokenizer(images)),
-        ):  # fmt: skip
+        ):
             with profiler(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
                 for _ in range(10):
                     action()
@@ -269,13 +300,19 @@ class Kit:
 
     def float8(self) -> dict:
         return gpu_float8.measure(
-            lambda dtype: load(self._model, dtype), self.tokenizer, self._plain().encode, random_images, device_us, graph_us, ROUNDS
+            lambda dtype: load(self._model, dtype),
+            self.tokenizer,
+            self._plain().encode,
+            random_images,
+            device_us,
+            graph_us,
+            ROUNDS,
         )
 
     # --- parts
 
-    def _plain(self) -> PlainModel:
-        return PlainModel(self.tokenizer, torch.float32, exact=True)
+    def _plain(self) -> ReferenceModel:
+        return ReferenceModel(self.tokenizer, torch.float32, exact=True)
 
     def _tokens_to_host(self) -> dict[str, float]:
         tokens = self.tokenizer(random_images(1)).tokens
@@ -335,10 +372,17 @@ def _versions() -> dict:
     import timm
 
     found = {
-        "device": torch.cuda.get_device_name(DEVICE), "vla_perception": __version__, "python": platform.python_version(),
-        "torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
-        "timm": timm.__version__, "pillow": PIL.__version__, "numpy": np.__version__, "cpus": os.cpu_count(),
-    }  # fmt: skip
+        "device": torch.cuda.get_device_name(DEVICE),
+        "vla_perception": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "timm": timm.__version__,
+        "pillow": PIL.__version__,
+        "numpy": np.__version__,
+        "cpus": os.cpu_count(),
+    }
     with contextlib.suppress(ImportError):
         import triton
 

@@ -20,9 +20,14 @@ Timer = Callable[[Callable[[], object]], float]
 
 
 def measure(
-    load: Callable[[str], VisualTokenizer], bfloat16: VisualTokenizer, exact: Callable, images: Callable[[int], list],
-    device_us: Timer, graph_us: Timer, rounds: int,
-) -> dict:  # fmt: skip
+    load: Callable[[str], VisualTokenizer],
+    bfloat16: VisualTokenizer,
+    exact: Callable,
+    images: Callable[[int], list],
+    device_us: Timer,
+    graph_us: Timer,
+    rounds: int,
+) -> dict:
     """Prints and returns figures; errors of `load` are the caller's.
 
     Args:
@@ -42,15 +47,21 @@ def measure(
             tokens = each.encode(pixel_values).tokens
             difference, cosine = distance(tokens, expected)
             row = {
-                "replay_us": replay_us(each, views, device_us), "end_to_end_ms": _end_to_end_ms(each, images(views), rounds),
-                "relative_l2": difference, "lowest_cosine": cosine,
+                "replay_us": replay_us(each, views, device_us),
+                "end_to_end_ms": _end_to_end_ms(each, images(views), rounds),
+                "relative_l2": difference,
+                "lowest_cosine": cosine,
                 "same_bits": torch.equal(tokens, each.encode(pixel_values).tokens),
-                "runtime": each.runtime, "fallback": each.runtime_fallback,
-            }  # fmt: skip
+                "runtime": each.runtime,
+                "fallback": each.runtime_fallback,
+            }
             found[f"{name}, {views} view(s)"] = row
-            print(f"{name:>10}, {views} view(s): replay {row['replay_us']:7.1f} us, end to end p50 "
-                  f"{row['end_to_end_ms']:.3f} ms, relative L2 {difference:.2e}, lowest cosine of a token {cosine:.5f}, "
-                  f"same bits {row['same_bits']} {row['fallback']}", flush=True)  # fmt: skip
+            print(
+                f"{name:>10}, {views} view(s): replay {row['replay_us']:7.1f} us, end to end p50 "
+                f"{row['end_to_end_ms']:.3f} ms, relative L2 {difference:.2e}, lowest cosine of a token {cosine:.5f}, "
+                f"same bits {row['same_bits']} {row['fallback']}",
+                flush=True,
+            )
     for label, action in _products(tokenizer):
         try:
             found[label] = graph_us(action)
@@ -64,7 +75,9 @@ def measure(
 def replay_us(tokenizer: VisualTokenizer, views: int, device_us: Timer) -> float:
     """Of the graph for pixel values of that many views, which has been captured."""
     graphs = tokenizer._runtime._captured
-    keys = [key for key, captured in graphs.items() if captured and isinstance(key[0], torch.Size) and key[0][0] == views]
+    keys = [
+        key for key, captured in graphs.items() if captured and isinstance(key[0], torch.Size) and key[0][0] == views
+    ]
     return device_us(graphs[keys[0]].graph.replay) if keys else float("nan")
 
 

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from vla_perception.tokenizer import upload
-from vla_perception.tokenizer.device_preprocess import DevicePreprocessor, PreprocessPlan
-from vla_perception.tokenizer.prepare import Prepare, Step
+from vla_perception.tokenizer.image_transforms import Prepare, Step
 from vla_perception.tokenizer.preprocess import Preprocessor
+from vla_perception.tokenizer.preprocess_gpu import DevicePreprocessor, PreprocessPlan
 from vla_perception.tokenizer.presets import PRESETS, EncoderConfig
 
 LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -202,8 +202,17 @@ def _graph(call: Callable[[], object], rounds: int, repeats: int = 20) -> float:
 
 
 COLUMNS = (
-    "size", "views", "encoding", "equal", "plan_us", "upload_us", "kernels_us", "along_rows_us", "along_columns_us", "torch_us",
-)  # fmt: skip
+    "size",
+    "views",
+    "encoding",
+    "equal",
+    "plan_us",
+    "upload_us",
+    "kernels_us",
+    "along_rows_us",
+    "along_columns_us",
+    "torch_us",
+)
 
 
 def table(rows: Sequence[dict]) -> str:

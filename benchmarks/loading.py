@@ -65,7 +65,9 @@ def main() -> None:
 
     def in_a_process(way: str) -> dict[str, float]:
         command = [sys.executable, __file__, *sys.argv[1:], "--measure", way]
-        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+        return json.loads(
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+        )
 
     in_a_process("load")
     rounds = [in_a_process("read") | in_a_process("load") for _ in range(options.rounds)]

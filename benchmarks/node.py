@@ -1,13 +1,13 @@
-"""Pictures published → tokens at a policy, through the real node, each in a process of its own; and what receiving costs.
+"""Images published → tokens at a policy, through the real node, each in a process of its own; and what receiving costs.
 
     python benchmarks/node.py --json node.json                                # two 640 × 480 cameras
     python benchmarks/node.py --sizes 1920x1080 --encodings rgb8 jpeg --views 1 2 --rates 2 --seconds 20
-    python benchmarks/node.py --reception --json reception.json               # a picture as message, raw bytes, JPEG
+    python benchmarks/node.py --reception --json reception.json               # an image as message, raw bytes, JPEG
 
-The node runs the preset `small` (random weights), where device and compute_dtype `auto` put it. Pictures are
+The node runs the preset `tiny-random` (random weights), where device and compute_dtype `auto` put it. Images are
 noise-free gradients with the sensor's noise on top, stamped with the monotonic clock, which the processes of one
-machine share: age is from just before a set's first picture is published until `TokenSubscriber.wait` returns its
-tokens. Stages are the node's own figures, from /diagnostics; `overhead` is from the callback of the set's last picture
+machine share: age is from just before a set's first image is published until `TokenSubscriber.wait` returns its
+tokens. Stages are the node's own figures, from /diagnostics; `overhead` is from the callback of the set's last image
 until it is published, less what the tokenizer takes (preprocess and encode). Where encoding takes longer than the
 cameras' period, sets wait for it, which is overhead, too: ask for a rate that the machine keeps up with. Everything
 runs with config/fastdds.xml. The first --warm-up sets count for nothing, but for the stages' medians.
@@ -33,7 +33,7 @@ from typing import IO
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "test"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "test" / "support"), str(ROOT / "benchmarks")]
 
 from ros_domain import free_domain, ros_environment  # noqa: E402
 from transport import PROFILE, PROFILE_VARIABLES, percentile, processor  # noqa: E402
@@ -99,15 +99,29 @@ def run(size: str, encoding: str, views: int, rate: float, transport: str, optio
     with stack:
         policy = start(domain, [*inner, "policy"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         processes.append(policy)
-        node = ["-m", "vla_perception.nodes.visual_tokenizer", "--ros-args", *words]
+        node = ["-m", "vla_perception.nodes.visual_tokenizer.node", "--ros-args", *words]
         log = None if options.verbose else stack.enter_context(tempfile.TemporaryFile("w+"))
         processes.append(start(domain, node, stderr=log))
         camera = start(
             domain,
-            [*inner, "camera", "--sizes", size, "--encodings", encoding, "--views", str(views), "--rates", str(rate),
-             "--seconds", str(options.seconds), "--warm-up", str(options.warm_up)],
+            [
+                *inner,
+                "camera",
+                "--sizes",
+                size,
+                "--encodings",
+                encoding,
+                "--views",
+                str(views),
+                "--rates",
+                str(rate),
+                "--seconds",
+                str(options.seconds),
+                "--warm-up",
+                str(options.warm_up),
+            ],
             stdout=subprocess.PIPE,
-        )  # fmt: skip
+        )
         processes.append(camera)
         first = answer(camera, processes, options.start_sec, log)["first"]  # stamp of the first set that counts
         published = answer(camera, processes, options.seconds + 30, log)["published"]
@@ -118,7 +132,7 @@ def run(size: str, encoding: str, views: int, rate: float, transport: str, optio
     return case | {"sets_published": published} | found
 
 
-def pictures(size: str, count: int = 8) -> list[np.ndarray]:
+def images(size: str, count: int = 8) -> list[np.ndarray]:
     """uint8 [height, width, 3], as compressible as a camera's."""
     width, height = map(int, size.split("x"))
     random, y, x = np.random.default_rng(0), *np.mgrid[:height, :width]
@@ -131,23 +145,23 @@ def to_messages(size: str, encoding: str) -> list:
     from sensor_msgs.msg import CompressedImage, Image
 
     messages = []
-    for picture in pictures(size):
-        height, width = picture.shape[:2]
+    for image in images(size):
+        height, width = image.shape[:2]
         if encoding == "jpeg":
             import cv2
 
-            data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+            data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
             messages.append(CompressedImage(format="bgr8; jpeg compressed bgr8", data=array.array("B", data)))
             continue
-        pixels = {"mono8": picture[..., :1], "yuv422_yuy2": picture[..., :2]}.get(encoding, picture)
+        pixels = {"mono8": image[..., :1], "yuv422_yuy2": image[..., :2]}.get(encoding, image)
         data = array.array("B", np.ascontiguousarray(pixels).tobytes())
         step = width * pixels.shape[2]
         messages.append(Image(height=height, width=width, step=step, encoding=encoding, data=data))
     return messages
 
 
-def publish_pictures(options: argparse.Namespace) -> None:
-    """One camera process for all views: a set's pictures share a stamp."""
+def publish_images(options: argparse.Namespace) -> None:
+    """One camera process for all views: a set's images share a stamp."""
     import rclpy
 
     rclpy.init()
@@ -156,7 +170,8 @@ def publish_pictures(options: argparse.Namespace) -> None:
     messages = to_messages(options.sizes[0], encoding)
     suffix = "/compressed" if encoding == "jpeg" else ""
     publishers = [
-        node.create_publisher(type(messages[0]), f"{camera}/image_raw{suffix}", 10) for camera in CAMERAS[: options.views[0]]
+        node.create_publisher(type(messages[0]), f"{camera}/image_raw{suffix}", 10)
+        for camera in CAMERAS[: options.views[0]]
     ]
     while not all(publisher.get_subscription_count() for publisher in publishers):
         time.sleep(0.05)
@@ -179,7 +194,7 @@ def receive_tokens(_options: argparse.Namespace) -> None:
     from diagnostic_msgs.msg import DiagnosticArray
     from rclpy.executors import SingleThreadedExecutor
 
-    from vla_perception.policy import TokenSubscriber
+    from vla_perception.tokens.subscriber import TokenSubscriber
 
     rclpy.init()
     node, said, last = rclpy.create_node("policy"), [], {}
@@ -212,10 +227,12 @@ def receive_tokens(_options: argparse.Namespace) -> None:
             "frames_replaced": [int(camera["replaced"]) for camera in cameras],
             "age_p50_ms": percentile(counted, 50),
             "age_p99_ms": percentile(counted, 99),
-            **{f"{stage}_p50_ms": float(timing[f"{stage}_p50_ms"])
-               for stage in ("decode", "preprocess", "encode", "publish", "overhead")},
+            **{
+                f"{stage}_p50_ms": float(timing[f"{stage}_p50_ms"])
+                for stage in ("decode", "preprocess", "encode", "publish", "overhead")
+            },
             "transport_in_use": tokens.transport,
-        }  # fmt: skip
+        }
     watching.join()
     executor.shutdown()
     print(json.dumps(result), flush=True)
@@ -240,18 +257,23 @@ def image_from_cdr(data: bytes):
     is_bigendian, at = data[at], aligned(at + 1)
     step, length = struct.unpack_from("<II", data, at)
     return SimpleNamespace(
-        stamp_ns=seconds * 10**9 + nanoseconds, height=height, width=width, encoding=encoding, step=step,
-        is_bigendian=is_bigendian, data=memoryview(data)[at + 8 : at + 8 + length],
-    )  # fmt: skip
+        stamp_ns=seconds * 10**9 + nanoseconds,
+        height=height,
+        width=width,
+        encoding=encoding,
+        step=step,
+        is_bigendian=is_bigendian,
+        data=memoryview(data)[at + 8 : at + 8 + length],
+    )
 
 
-def receive_pictures(options: argparse.Namespace) -> None:
+def receive_images(options: argparse.Namespace) -> None:
     """What the node does with a frame up to its RGB array, by kind of subscription."""
     import rclpy
     from rclpy.executors import SingleThreadedExecutor
     from sensor_msgs.msg import CompressedImage, Image
 
-    from vla_perception.messages.images import compressed_to_rgb, image_to_rgb
+    from vla_perception.images.decode import compressed_to_rgb, image_to_rgb
 
     rclpy.init()
     node, ages, kind = rclpy.create_node("receiver"), [], options.kind
@@ -262,8 +284,8 @@ def receive_pictures(options: argparse.Namespace) -> None:
             stamp = message.stamp_ns
         else:
             stamp = message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
-        picture = compressed_to_rgb(message) if kind == "jpeg" else image_to_rgb(message)
-        assert picture.ndim == 3
+        image = compressed_to_rgb(message) if kind == "jpeg" else image_to_rgb(message)
+        assert image.ndim == 3
         ages.append((time.monotonic_ns() - stamp) / 1e6)
 
     topic = "front/image_raw" + ("/compressed" if kind == "jpeg" else "")
@@ -280,19 +302,34 @@ def receive_pictures(options: argparse.Namespace) -> None:
             begun = time.process_time()
     cpu = 1e3 * (time.process_time() - begun) / max(len(ages), 1)
     result = {"received": len(ages), "age_p50_ms": percentile(ages, 50), "age_p99_ms": percentile(ages, 99)}
-    print(json.dumps(result | {"cpu_ms_per_picture": round(cpu, 2)}), flush=True)
+    print(json.dumps(result | {"cpu_ms_per_image": round(cpu, 2)}), flush=True)
 
 
 def reception(size: str, kind: str, rate: float, options: argparse.Namespace) -> dict:
     domain, inner = free_domain(), [str(Path(__file__).resolve()), "--role"]
     warm_up = ["--warm-up", str(options.warm_up)]
-    receiver = start(domain, [*inner, "pictures", "--kind", kind, *warm_up], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    receiver = start(
+        domain, [*inner, "images", "--kind", kind, *warm_up], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     camera = start(
         domain,
-        [*inner, "camera", "--sizes", size, "--encodings", "jpeg" if kind == "jpeg" else "rgb8", "--views", "1",
-         "--rates", str(rate), "--seconds", str(options.seconds), *warm_up],
+        [
+            *inner,
+            "camera",
+            "--sizes",
+            size,
+            "--encodings",
+            "jpeg" if kind == "jpeg" else "rgb8",
+            "--views",
+            "1",
+            "--rates",
+            str(rate),
+            "--seconds",
+            str(options.seconds),
+            *warm_up,
+        ],
         stdout=subprocess.PIPE,
-    )  # fmt: skip
+    )
     camera.stdout.readline()
     published = json.loads(camera.stdout.readline())["published"]
     camera.wait(60)
@@ -308,19 +345,21 @@ def main() -> None:
     parser.add_argument("--encodings", nargs="+", default=["rgb8"], choices=ENCODINGS)
     parser.add_argument("--views", nargs="+", type=int, default=[2], choices=range(1, len(CAMERAS) + 1))
     parser.add_argument("--rates", nargs="+", type=float, default=[2.0], help="sets per second")
-    parser.add_argument("--transports", nargs="+", default=["topic", "shared_memory"], choices=("topic", "shared_memory"))
-    parser.add_argument("--model", default="small")
+    parser.add_argument(
+        "--transports", nargs="+", default=["topic", "shared_memory"], choices=("topic", "shared_memory")
+    )
+    parser.add_argument("--model", default="tiny-random")
     add_placement(parser)
     parser.add_argument("--seconds", type=float, default=10.0, help="per case")
     parser.add_argument("--start-sec", type=float, default=120.0, help="the node may take so long until it subscribes")
     parser.add_argument("--warm-up", type=int, default=5, help="sets before those that count")
-    parser.add_argument("--reception", action="store_true", help="measure subscriptions to pictures, without the node")
+    parser.add_argument("--reception", action="store_true", help="measure subscriptions to images, without the node")
     parser.add_argument("--verbose", action="store_true", help="show what the node logs")
     parser.add_argument("--json", type=Path, help="write the result here as well")
-    parser.add_argument("--role", choices=("camera", "policy", "pictures"), help=argparse.SUPPRESS)
+    parser.add_argument("--role", choices=("camera", "policy", "images"), help=argparse.SUPPRESS)
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    roles = {"camera": publish_pictures, "policy": receive_tokens, "pictures": receive_pictures}
+    roles = {"camera": publish_images, "policy": receive_tokens, "images": receive_images}
     if options.role:
         return roles[options.role](options)
     if options.reception:

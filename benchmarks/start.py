@@ -23,14 +23,23 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "test")]
+sys.path[:0] = [str(ROOT / "test" / "support")]
 
 from ros_domain import free_domain, ros_environment  # noqa: E402
 
 COMMANDS = {
-    "node": ["-m", "vla_perception.nodes.visual_tokenizer", "--ros-args", "-p", "autostart:=true"],
-    "describe": ["-m", "vla_perception.cli", "describe", "small"],
-    "missing file": ["-m", "vla_perception.cli", "tokenize", "missing.png", "--model", "small", "--out", "tokens"],
+    "node": ["-m", "vla_perception.nodes.visual_tokenizer.node", "--ros-args", "-p", "autostart:=true"],
+    "describe": ["-m", "vla_perception.cli", "describe", "tiny-random"],
+    "missing file": [
+        "-m",
+        "vla_perception.cli",
+        "tokenize",
+        "missing.png",
+        "--model",
+        "tiny-random",
+        "--out",
+        "tokens",
+    ],
 }
 
 
@@ -41,9 +50,13 @@ def start(name: str, checkout: Path) -> dict[str, object]:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     begun = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, *COMMANDS[name]], cwd=checkout, env=environment, text=True, stdout=subprocess.PIPE,
+        [sys.executable, *COMMANDS[name]],
+        cwd=checkout,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    )
     phases: dict[str, float] = {}
     lines = []
     for line in process.stdout:

@@ -1,11 +1,11 @@
 """What a choice of tokens keeps: how exactly a linear layer reads an object's position from them, and what a projector mixes.
 
-    python benchmarks/token_choices.py                                  # the preset `small`, random weights
+    python benchmarks/token_choices.py                                  # the preset `tiny-random`, random weights
     python benchmarks/token_choices.py --model openvla/openvla-7b
     python benchmarks/token_choices.py --figure docs/images/choices.png
 
-A disc lies at random places on a photograph. From the tokens of one part of the pictures a ridge regression learns
-where it is, and tells it for the other part; the error is in pixels of a 224 × 224 picture. With random weights this
+A disc lies at random places on a photograph. From the tokens of one part of the images a ridge regression learns
+where it is, and tells it for the other part; the error is in pixels of a 224 × 224 image. With random weights this
 says what the architecture lets through, and nothing of what training adds.
 """
 
@@ -31,7 +31,7 @@ from vla_perception.tokenizer.tokenizer import random_weight  # noqa: E402
 SIDE, RADIUS, MARGIN = 224, 13, 20
 
 
-def picture(x: float, y: float, brightness: float = 1.0) -> np.ndarray:
+def image(x: float, y: float, brightness: float = 1.0) -> np.ndarray:
     """uint8 [224, 224, 3]: a blue disc around (x, y) on a photograph."""
     table = Image.fromarray(skimage.data.coffee()[40:360, 140:460]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     ImageDraw.Draw(table).ellipse((x - RADIUS, y - RADIUS, x + RADIUS, y + RADIUS), fill=(36, 92, 200))
@@ -39,7 +39,7 @@ def picture(x: float, y: float, brightness: float = 1.0) -> np.ndarray:
 
 
 def read_out(train: np.ndarray, places: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Ridge regression in its dual form, its strength chosen by leaving one out: float [pictures, 2] for `test`."""
+    """Ridge regression in its dual form, its strength chosen by leaving one out: float [images, 2] for `test`."""
     centre, mean = train.mean(0), places.mean(0)
     train, test = train - centre, test - centre
     gram = train @ train.T
@@ -55,7 +55,7 @@ def read_out(train: np.ndarray, places: np.ndarray, test: np.ndarray) -> np.ndar
 
 
 def pooled(patches: np.ndarray, grid: tuple[int, int], k: int) -> np.ndarray:
-    """[pictures, tokens, channels] → k × k neighbours averaged."""
+    """[images, tokens, channels] → k × k neighbours averaged."""
     rows, columns = grid
     split = patches.reshape(len(patches), rows // k, k, columns // k, k, -1)
     return split.mean((2, 4)).reshape(len(patches), rows // k * (columns // k), -1)
@@ -65,7 +65,7 @@ def mixing(kind: str, first: np.ndarray, second: np.ndarray, split: int) -> floa
     """How much of a change of tokens is owed to both encoders together, and not to one plus the other.
 
     Args:
-        first, second: [tokens, channels] features of two pictures; the first `split` channels are one encoder's.
+        first, second: [tokens, channels] features of two images; the first `split` channels are one encoder's.
     """
     projector = Projector(kind, first.shape[1], first.shape[1]).eval()
     shapes = {name: tuple(value.shape) for name, value in projector.state_dict().items()}
@@ -82,12 +82,12 @@ def mixing(kind: str, first: np.ndarray, second: np.ndarray, split: int) -> floa
 
 
 def figure(path: Path, encode, grid: tuple[int, int]) -> None:
-    """Two pictures that differ in where the disc is, and how much every token changed."""
-    pictures = [picture(70, 90), picture(150, 150)]
-    before, after = encode(pictures)
+    """Two images that differ in where the disc is, and how much every token changed."""
+    images = [image(70, 90), image(150, 150)]
+    before, after = encode(images)
     cells: list[tuple[str, Image.Image]] = [
-        ("before", Image.fromarray(pictures[0])),
-        ("after", Image.fromarray(pictures[1])),
+        ("before", Image.fromarray(images[0])),
+        ("after", Image.fromarray(images[1])),
     ]
     for k in (1, 2, 7):
         change = np.linalg.norm(pooled(after[None, 1:] - before[None, 1:], grid, k)[0], axis=-1)
@@ -105,37 +105,40 @@ def figure(path: Path, encode, grid: tuple[int, int]) -> None:
 
 def _heat(change: np.ndarray, side: int) -> Image.Image:
     share = (change / change.max()).reshape(side, side, 1)
-    colours = (1 - share) * np.array([247, 247, 250]) + share * np.array([178, 24, 43])
-    return Image.fromarray(colours.astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+    colors = (1 - share) * np.array([247, 247, 250]) + share * np.array([178, 24, 43])
+    return Image.fromarray(colors.astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.NEAREST)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="small")
+    parser.add_argument("--model", default="tiny-random")
     add_placement(parser)
-    parser.add_argument("--pictures", type=int, default=1000, help="a quarter of them is told, not learned")
+    parser.add_argument("--images", type=int, default=1000, help="a quarter of them is told, not learned")
     parser.add_argument("--figure", type=Path, metavar="PNG", help="draw what changes when the disc moves, and end")
     options = parser.parse_args()
 
     tokenizer = VisualTokenizer.load(
-        options.model, device=options.device, compute_dtype=options.compute_dtype, projector="none",
+        options.model,
+        device=options.device,
+        compute_dtype=options.compute_dtype,
+        projector="none",
         token_strategy="cls+patch",
-    )  # fmt: skip
+    )
     encoders, grid = tokenizer.metadata()["encoders"], tokenizer.grid
 
-    def encode(pictures) -> np.ndarray:
-        parts = [tokenizer(pictures[start : start + 16]).tokens for start in range(0, len(pictures), 16)]
+    def encode(images) -> np.ndarray:
+        parts = [tokenizer(images[start : start + 16]).tokens for start in range(0, len(images), 16)]
         return torch.cat(parts).float().cpu().numpy()
 
     if options.figure:
         return figure(options.figure, encode, grid)
     random = np.random.default_rng(0)
-    places = random.uniform(MARGIN, SIDE - MARGIN, (options.pictures, 2))
-    tokens = encode([picture(x, y, random.uniform(0.8, 1.1)) for x, y in places])
-    learned = options.pictures * 3 // 4
+    places = random.uniform(MARGIN, SIDE - MARGIN, (options.images, 2))
+    tokens = encode([image(x, y, random.uniform(0.8, 1.1)) for x, y in places])
+    learned = options.images * 3 // 4
 
     print(
-        f"{tokenizer.model}, {tokenizer.weights} weights; {learned} pictures learned, {options.pictures - learned} told\n"
+        f"{tokenizer.model}, {tokenizer.weights} weights; {learned} images learned, {options.images - learned} told\n"
     )
     print("| encoders | tokens | numbers | error, median | error, 90 % |\n| --- | --- | ---: | ---: | ---: |")
     channels = {"+".join(encoder["name"] for encoder in encoders): (0, tokens.shape[-1])}

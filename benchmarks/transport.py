@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "test")]
+sys.path[:0] = [str(ROOT), str(ROOT / "test" / "support")]
 
 from ros_domain import free_domain, ros_environment  # noqa: E402
 
@@ -56,8 +56,11 @@ class Worker:
         inner = ["--role", role, "--transport", transport, "--mib", str(options.mib), "--rate", str(options.rate)]
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), *inner],
-            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         os.sched_setaffinity(self.process.pid, cores)
 
     def tell(self, *words: object) -> None:
@@ -104,7 +107,7 @@ def publish(options: argparse.Namespace) -> None:
     import rclpy
     from fake_tokenizer import make_tokens
 
-    from vla_perception.nodes.token_publisher import TokenPublisher
+    from vla_perception.nodes.visual_tokenizer.token_publisher import TokenPublisher
 
     rclpy.init()
     publisher = TokenPublisher(rclpy.create_node("tokens"))
@@ -146,7 +149,7 @@ def subscribe(options: argparse.Namespace) -> None:
 
     import rclpy
 
-    from vla_perception.policy import TokenSubscriber
+    from vla_perception.tokens.subscriber import TokenSubscriber
 
     rclpy.init()
     words, commands = random_words(options.mib), []
@@ -173,7 +176,7 @@ def subscribe(options: argparse.Namespace) -> None:
                     "arrived": arrived,
                     "received": tokens.received - received,
                     "lost": tokens.lost - lost,
-                    "passed_over": tokens.received - received - len(arrived),
+                    "skipped": tokens.received - received - len(arrived),
                     "subscriber_cpu_ms": round(1e3 * (time.process_time() - cpu) / max(len(arrived), 1), 3),
                 }
                 print(json.dumps(report), flush=True)

@@ -1,7 +1,7 @@
 """Visual tokens from one host to another: two network namespaces joined by a veth pair. Needs root and `ip`.
 
     sudo $(which python) benchmarks/two_hosts.py --seconds 60                    # OpenVLA's tokens of two cameras, 10 Hz
-    sudo $(which python) benchmarks/two_hosts.py --seconds 60 --node             # the real node, with the small preset
+    sudo $(which python) benchmarks/two_hosts.py --seconds 60 --node             # the real node, with tiny-random
     sudo $(which python) benchmarks/two_hosts.py --transports LARGE_DATA --mbit 1000
 
 The namespaces have their own network, /dev/shm, IPC and host name, so nothing but the veth pair joins them; its byte
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "test")]
+sys.path[:0] = [str(ROOT), str(ROOT / "test" / "support")]
 CAMERAS = ("front", "wrist")
 HOSTS = {"robot": "10.77.0.1", "policy": "10.77.0.2"}
 WARM_UP = 10
@@ -58,8 +58,9 @@ def open_host(host: str) -> subprocess.Popen:
     setup = 'mount -t tmpfs tmpfs /dev/shm && hostname "$0" && echo ready && exec sleep infinity'
     holder = subprocess.Popen(
         ["ip", "netns", "exec", name(host), "unshare", "--mount", "--ipc", "--uts", "sh", "-c", setup, host],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     if holder.stdout.readline().strip() != "ready":
         raise SystemExit("two_hosts.py needs root, and ip, unshare and nsenter")
     return holder
@@ -90,8 +91,12 @@ def run(options: argparse.Namespace) -> None:
         receiver = start(policy, [*inner, "--role", "receive"], options.transports)
         processes.append(receiver)
         if options.node:
-            arguments = ["-m", "vla_perception.nodes.visual_tokenizer", "--ros-args", "-p", "autostart:=true"]
-            settings = ["model:=small", f"cameras:=[{','.join(CAMERAS)}]", "qos_overrides./tokens.publisher.depth:=20"]
+            arguments = ["-m", "vla_perception.nodes.visual_tokenizer.node", "--ros-args", "-p", "autostart:=true"]
+            settings = [
+                "model:=tiny-random",
+                f"cameras:=[{','.join(CAMERAS)}]",
+                "qos_overrides./tokens.publisher.depth:=20",
+            ]
             arguments += [word for setting in settings for word in ("-p", setting)]
             processes.append(start(robot, arguments, options.transports))
         sender = start(robot, [*inner, "--role", "images" if options.node else "tokens"], options.transports)
@@ -133,7 +138,7 @@ def send_tokens(options: argparse.Namespace) -> None:
     from fake_tokenizer import make_tokens
     from sensor_msgs.msg import CompressedImage
 
-    from vla_perception.messages.tokens import to_message
+    from vla_perception.tokens.visual_tokens import to_message
 
     node, _stop = make_node("tokens")
     publisher = node.create_publisher(CompressedImage, "tokens", 20)
@@ -163,7 +168,7 @@ def send_images(options: argparse.Namespace) -> None:
     while not all(publisher.get_subscription_count() for publisher in publishers):
         time.sleep(0.1)
     time.sleep(1.0)
-    picture = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8).tobytes()
+    image = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8).tobytes()
     count = WARM_UP + int(options.seconds * options.rate)
     for _ in paced(count, options.rate):
         stamp = divmod(time.time_ns(), 10**9)
@@ -171,14 +176,14 @@ def send_images(options: argparse.Namespace) -> None:
             message = Image(height=480, width=640, step=1920, encoding="rgb8")
             message.header.stamp.sec, message.header.stamp.nanosec = stamp
             message.header.frame_id = camera
-            message.data.frombytes(picture) if hasattr(message.data, "frombytes") else setattr(message, "data", picture)
+            message.data.frombytes(image) if hasattr(message.data, "frombytes") else setattr(message, "data", image)
             publisher.publish(message)
     time.sleep(2.0)
-    print(json.dumps({"pictures_per_camera": count}))
+    print(json.dumps({"images_per_camera": count}))
 
 
 def receive() -> None:
-    from vla_perception.policy import TokenSubscriber
+    from vla_perception.tokens.subscriber import TokenSubscriber
 
     node, stop = make_node("policy")
     ages, arrivals, visual = [], [], None

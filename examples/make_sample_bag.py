@@ -6,7 +6,7 @@ The scene is a handful of textured rectangles in space: a table top, a wall, and
 hang on the other or stand upright like cards. `front` looks at it from across the table and sways, `wrist` flies
 over the table as a camera on a gripper does. Both are pinhole cameras without distortion; their `camera_info`
 follows from the field of view that renders them. Arrival times jitter by seeded noise. The same seed gives the
-same pictures (the JPEG bytes depend on OpenCV's libjpeg).
+same images (the JPEG bytes depend on OpenCV's libjpeg).
 
 Needs numpy, opencv, scikit-image (photographs that ship in its wheel) and rosbags; no ROS.
 """
@@ -44,7 +44,7 @@ class Rectangle:
 
 @dataclass(frozen=True)
 class Camera:
-    """A pinhole camera: picture size in pixels and horizontal field of view in degrees."""
+    """A pinhole camera: image size in pixels and horizontal field of view in degrees."""
 
     name: str
     width: int
@@ -57,7 +57,7 @@ class Camera:
 
     @property
     def matrix(self) -> np.ndarray:
-        """float64 [3, 3]: square pixels, principal point in the middle of the picture (pixel centres at integers)."""
+        """float64 [3, 3]: square pixels, principal point in the middle of the image (pixel centres at integers)."""
         focal = self.width / 2 / np.tan(np.radians(self.fov_deg) / 2)
         return np.array([[focal, 0, (self.width - 1) / 2], [0, focal, (self.height - 1) / 2], [0, 0, 1]])
 
@@ -66,7 +66,7 @@ CAMERAS = (Camera("front", 640, 480, 62.0), Camera("wrist", 640, 480, 75.0))
 
 
 def tiled(grey: np.ndarray, repeats: tuple[int, int], tint: tuple[int, int, int], contrast: float) -> np.ndarray:
-    """A grey texture repeated down and across, softened and coloured about `tint`: uint8 RGB."""
+    """A grey texture repeated down and across, softened and colored about `tint`: uint8 RGB."""
     soft = (cv2.GaussianBlur(grey, (0, 0), 1.5) - grey.mean()) / grey.std() * contrast + 1
     # Every other copy is mirrored, so that no seams show.
     mirrored = np.block([[soft, soft[:, ::-1]], [soft[::-1], soft[::-1, ::-1]]])
@@ -149,7 +149,7 @@ def render(scene: list[Rectangle], camera: Camera, seconds: float) -> np.ndarray
     u, v = np.meshgrid(columns, rows)
     rays = np.stack([u, v, np.ones_like(u)], axis=-1) @ (axes @ np.linalg.inv(camera.matrix)).T
 
-    picture = np.zeros((*u.shape, 3), np.uint8)
+    image = np.zeros((*u.shape, 3), np.uint8)
     nearest = np.full(u.shape, np.inf)
     for shape in scene:
         normal = np.cross(shape.right, shape.down)
@@ -168,9 +168,9 @@ def render(scene: list[Rectangle], camera: Camera, seconds: float) -> np.ndarray
             cv2.INTER_LINEAR,
             borderMode=cv2.BORDER_REPLICATE,
         )
-        picture[seen] = sampled[seen]
+        image[seen] = sampled[seen]
         nearest[seen] = distance[seen]
-    return cv2.resize(picture, (camera.width, camera.height), interpolation=cv2.INTER_AREA)
+    return cv2.resize(image, (camera.width, camera.height), interpolation=cv2.INTER_AREA)
 
 
 def schedule(seed: int) -> list[tuple[int, int, Camera]]:
@@ -201,22 +201,22 @@ def write_bag(out: Path, seed: int) -> None:
 
     scene = table_top()
     with Writer(out, version=9, storage_plugin=StoragePlugin.MCAP) as bag:
-        pictures, infos = {}, {}
+        images, infos = {}, {}
         for camera in CAMERAS:
-            pictures[camera] = bag.add_connection(
+            images[camera] = bag.add_connection(
                 f"/{camera.name}/image_raw/compressed", CompressedImage.__msgtype__, typestore=types
             )
             infos[camera] = bag.add_connection(f"/{camera.name}/camera_info", CameraInfo.__msgtype__, typestore=types)
         for arrival, exposure, camera in schedule(seed):
-            picture = render(scene, camera, (exposure - START_NS) / 1e9)
+            image = render(scene, camera, (exposure - START_NS) / 1e9)
             ok, jpeg = cv2.imencode(
-                ".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
+                ".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
             )
             if not ok:
                 raise RuntimeError("OpenCV could not encode a JPEG")
             header = Header(stamp=Time(*divmod(exposure, 1_000_000_000)), frame_id=camera.frame_id)
             message = CompressedImage(header=header, format="jpeg", data=jpeg.reshape(-1))
-            bag.write(pictures[camera], arrival, types.serialize_cdr(message, message.__msgtype__))
+            bag.write(images[camera], arrival, types.serialize_cdr(message, message.__msgtype__))
             matrix = camera.matrix
             info = CameraInfo(
                 header=header,

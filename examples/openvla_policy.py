@@ -6,7 +6,7 @@
 The other half is the node `visual_tokenizer` with the same checkpoint. Of the checkpoint directory only the tensors
 `language_model.*`, `config.json` and `tokenizer.json` are read here. Needs torch and transformers.
 
-Publishes `action` (sensor_msgs/JointState): stamp and frame of the picture that was acted on, names x, y, z, roll,
+Publishes `action` (sensor_msgs/JointState): stamp and frame of the image that was acted on, names x, y, z, roll,
 pitch, yaw, gripper, and the de-normalised values as positions, in the units of the data set that the statistics are of.
 """
 
@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbedding
 
-from vla_perception.policy import FingerprintMismatch, TokenFormatError, TokenSubscriber, VisualTokens
+from vla_perception.tokens.subscriber import FingerprintMismatchError, TokenFormatError, TokenSubscriber, VisualTokens
 
 PROMPT = "In: What action should the robot take to {}?\nOut:"
 #: What Llama's tokenizer makes of the space between "Out:" and the first action in training.
@@ -34,11 +34,27 @@ EMPTY_TOKEN = 29871
 PREFIX = "language_model."
 #: Entries of `text_config` that decide what the language model computes.
 LLAMA_SHAPE = {
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
-    "attention_bias", "mlp_bias", "tie_word_embeddings", "initializer_range", "pad_token_id", "bos_token_id",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "attention_bias",
+    "mlp_bias",
+    "tie_word_embeddings",
+    "initializer_range",
+    "pad_token_id",
+    "bos_token_id",
     "eos_token_id",
-}  # fmt: skip
+}
 #: Its name in transformers 5, and before.
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 AXES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
@@ -170,7 +186,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--views", type=int, default=1, help="cameras that the model was trained with")
     parser.add_argument("--expect-fingerprint", help="refuse tokens of any other tokenizer")
-    parser.add_argument("--max-age", type=float, default=1.0, help="seconds; no action on older pictures")
+    parser.add_argument("--max-age", type=float, default=1.0, help="seconds; no action on older images")
     parser.add_argument("--request", action="store_true", help="for a tokenizer with trigger: on_request")
     import rclpy
     from rclpy.executors import ExternalShutdownException
@@ -192,7 +208,7 @@ def main() -> int:
                 # Whatever is wrong with the tokens, the answer is no action: the robot's controller must hold.
                 try:
                     visual = source.request() if options.request else source.wait(5.0)
-                except FingerprintMismatch as error:
+                except FingerprintMismatchError as error:
                     log.fatal(str(error))
                     return 1
                 except (TimeoutError, TokenFormatError, RuntimeError) as error:
@@ -202,7 +218,7 @@ def main() -> int:
                     log.error(f"no action: views {visual.cameras}, valid {visual.valid}, wanted {options.views}")
                     continue
                 if not -0.1 <= (age := source.age(visual)) <= options.max_age:
-                    log.error(f"no action: the picture is {age:.2f} s old (--max-age {options.max_age})")
+                    log.error(f"no action: the image is {age:.2f} s old (--max-age {options.max_age})")
                     continue
                 action = model.act(visual, options.instruction)
                 if not all(map(model.is_action, action.token_ids)):

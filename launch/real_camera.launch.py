@@ -8,7 +8,7 @@ ros2 launch vla_perception real_camera.launch.py driver:=realsense2_camera camer
 from launch.actions import OpaqueFunction
 
 from launch import LaunchDescription
-from vla_perception.launch_parts import (
+from vla_perception.launch_utils import (
     argument,
     check_arguments,
     declare,
@@ -43,7 +43,7 @@ ARGUMENTS = dict(
         ),
         declare("width", default_value="0", description="Pixels; 0: the driver's own."),
         declare("height", default_value="0", description="Pixels; 0: the driver's own."),
-        declare("rate_hz", default_value="0.0", description="Pictures per second; 0: the driver's own."),
+        declare("rate_hz", default_value="0.0", description="Images per second; 0: the driver's own."),
         declare(
             "camera_params_file",
             default_value="",
@@ -57,7 +57,7 @@ def declared():
     return ARGUMENTS | tokenizer_arguments(cameras=None, use_sim_time=None)
 
 
-# Per driver: package, executable, node name, parameters, and the topic within the camera's namespace. Pictures keep
+# Per driver: package, executable, node name, parameters, and the topic within the camera's namespace. Images keep
 # the driver's own topic, and the tokenizer is remapped: that moves the compressed topic as well, with any driver.
 
 

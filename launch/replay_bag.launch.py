@@ -9,7 +9,7 @@ import re
 from launch.actions import LogInfo, OpaqueFunction, TimerAction
 
 from launch import LaunchDescription
-from vla_perception.launch_parts import (
+from vla_perception.launch_utils import (
     BOOLEANS,
     argument,
     bag_camera_topics,
@@ -28,7 +28,7 @@ from vla_perception.launch_parts import (
 
 IMAGES = {"sensor_msgs/msg/Image": "raw", "sensor_msgs/msg/CompressedImage": "compressed"}
 #: What other image transports send as CompressedImage.
-NO_PICTURES = ("/compressedDepth", "/zstd")
+NO_IMAGES = ("/compressedDepth", "/zstd")
 #: Words in the names of topics whose images have a camera's encoding, and are not what a policy sees.
 NOT_COLOR = re.compile(
     r"(?<![a-z])(depth|disparity|infra(red)?|ir|thermal|confidence|labels?|mask|seg|segmentation|semantic)(?![a-z])"
@@ -85,15 +85,19 @@ def find_cameras(bag, wanted):
     found = {}
     topics = bag_camera_topics(bag)
     for topic, kind in topics.items():
-        if kind in IMAGES and not topic.endswith(NO_PICTURES):
+        if kind in IMAGES and not topic.endswith(NO_IMAGES):
             base = topic.removesuffix("/compressed") if IMAGES[kind] == "compressed" else topic
             found.setdefault(base, {})[IMAGES[kind]] = topic
     if not found:
-        raise ValueError(f"bag:={bag} has no image topic with a camera's encoding (16UC1, 32FC1 and the like are depth)")
+        raise ValueError(
+            f"bag:={bag} has no image topic with a camera's encoding (16UC1, 32FC1 and the like are depth)"
+        )
     if not wanted:
         wanted = {}
         for base in sorted(found):
-            name = re.sub(r"\W", "_", re.sub(r"/image(_raw|_color|_rect|_rect_color)?$", "", base).strip("/")) or "camera"
+            name = (
+                re.sub(r"\W", "_", re.sub(r"/image(_raw|_color|_rect|_rect_color)?$", "", base).strip("/")) or "camera"
+            )
             if not NOT_COLOR.search(base) and name not in wanted:
                 wanted[name if not name[0].isdigit() else f"camera_{name}"] = base
         if not wanted:

@@ -12,7 +12,7 @@ from launch.actions import IncludeLaunchDescription, OpaqueFunction
 from launch.launch_description_sources import PythonLaunchDescriptionSource
 
 from launch import LaunchDescription
-from vla_perception.launch_parts import (
+from vla_perception.launch_utils import (
     BOOLEANS,
     argument,
     check_arguments,
@@ -51,9 +51,9 @@ ARGUMENTS = dict(
             description="Names of the scene's cameras, comma-separated, in the order of the views. With gazebo their "
             "sensors' topics are <name>/image_raw and <name>/camera_info.",
         ),
-        declare("width", default_value="320", description="Of every picture, in pixels (mujoco)."),
-        declare("height", default_value="240", description="Of every picture, in pixels (mujoco)."),
-        declare("rate_hz", default_value="10.0", description="Pictures per simulated second (mujoco)."),
+        declare("width", default_value="320", description="Of every image, in pixels (mujoco)."),
+        declare("height", default_value="240", description="Of every image, in pixels (mujoco)."),
+        declare("rate_hz", default_value="10.0", description="Images per simulated second (mujoco)."),
         declare(
             "real_time_factor",
             default_value="1.0",
@@ -107,7 +107,9 @@ def gazebo(context, cameras):
         bridged.append(f"/{name}/image_raw@sensor_msgs/msg/Image[gz.msgs.Image")
         bridged.append(f"/{name}/camera_info@sensor_msgs/msg/CameraInfo[gz.msgs.CameraInfo")
         if namespace:
-            remappings += [(f"/{name}/{topic}", f"/{namespace}/{name}/{topic}") for topic in ("image_raw", "camera_info")]
+            remappings += [
+                (f"/{name}/{topic}", f"/{namespace}/{name}/{topic}") for topic in ("image_raw", "camera_info")
+            ]
     return [
         IncludeLaunchDescription(
             PythonLaunchDescriptionSource(str(simulator)),

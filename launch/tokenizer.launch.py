@@ -7,7 +7,7 @@ ros2 launch vla_perception tokenizer.launch.py cameras:=front=/camera/camera/col
 from launch.actions import OpaqueFunction
 
 from launch import LaunchDescription
-from vla_perception.launch_parts import (
+from vla_perception.launch_utils import (
     argument,
     check_arguments,
     fastdds_profile,

@@ -109,7 +109,7 @@ def ros():
             return self.node("publisher").create_publisher(CompressedImage, topic, 20)
 
         def fake(self, *arguments):
-            return RosProcess([str(ROOT / "test" / "fake_tokenizer.py"), *map(str, arguments)], self.domain)
+            return RosProcess([str(ROOT / "test" / "support" / "fake_tokenizer.py"), *map(str, arguments)], self.domain)
 
     ros = Ros()
     with in_domain(ros.domain):

@@ -76,8 +76,10 @@ def imported_at_once(path: Path) -> set[str]:
 
 def test_what_a_board_may_lack_is_imported_within_functions_alone():
     """Triton has modules of its own, which are imported within functions, or by each other."""
-    paths = {f"vla_perception.{'.'.join(p.relative_to(ROOT / 'vla_perception').with_suffix('').parts)}": p
-             for p in (ROOT / "vla_perception").rglob("*.py")}  # fmt: skip
+    paths = {
+        f"vla_perception.{'.'.join(p.relative_to(ROOT / 'vla_perception').with_suffix('').parts)}": p
+        for p in (ROOT / "vla_perception").rglob("*.py")
+    }
     imports = {module: imported_at_once(path) for module, path in paths.items()}
     for module, names in imports.items():
         assert not {name.split(".")[0] for name in names} & (X86_ONLY | {"simplejpeg", "cv_bridge", "cv2"}), module
@@ -85,7 +87,9 @@ def test_what_a_board_may_lack_is_imported_within_functions_alone():
     assert "vla_perception.tokenizer.triton_kernels" in need_triton
     while more := {module for module, names in imports.items() if names & need_triton} - need_triton:
         need_triton |= more
-    assert all("kernels" in module or "triton" in module or "device_prepare" in module for module in need_triton), need_triton
+    assert all(
+        "kernel" in module or "triton" in module or "image_transforms_gpu" in module for module in need_triton
+    ), need_triton
 
 
 def test_without_triton_pytorchs_kernels_do_it(monkeypatch):
@@ -93,14 +97,18 @@ def test_without_triton_pytorchs_kernels_do_it(monkeypatch):
     pytest.importorskip("timm")
     from vla_perception import tokenizer as package
     from vla_perception.tokenizer import VisualTokenizer
-    from vla_perception.tokenizer.device_preprocess import DevicePreprocessor
     from vla_perception.tokenizer.fused_blocks import fuse_blocks
+    from vla_perception.tokenizer.preprocess_gpu import DevicePreprocessor
 
-    for name in [name for name in sys.modules if re.match(r"triton\b|vla_perception\.tokenizer\..*(kernels|triton|device_prepare)", name)]:
+    for name in [
+        name
+        for name in sys.modules
+        if re.match(r"triton\b|vla_perception\.tokenizer\..*(kernels?|triton|image_transforms_gpu)", name)
+    ]:
         monkeypatch.delitem(sys.modules, name)
         monkeypatch.delattr(package, name.rpartition(".")[2], raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
-    made = VisualTokenizer.load("small", device="cpu", compute_dtype="bfloat16", runtime="eager")
+    made = VisualTokenizer.load("tiny-random", device="cpu", compute_dtype="bfloat16", runtime="eager")
     on_device = DevicePreprocessor(made.config.encoders, torch.device("cpu"))
     on_device._use_kernels()
     assert "triton" in on_device.fallback and not on_device.does_steps
@@ -112,7 +120,7 @@ def test_without_triton_pytorchs_kernels_do_it(monkeypatch):
 
 
 def test_shared_memory_without_iceoryx2_is_a_reason_and_no_error(monkeypatch):
-    from vla_perception.messages import shared_memory
+    from vla_perception.tokens import shared_memory
 
     monkeypatch.setitem(sys.modules, "iceoryx2", None)
     assert "iceoryx2" in shared_memory.missing()
@@ -128,7 +136,9 @@ def test_a_processor_that_is_not_of_x86(tmp_path, monkeypatch):
     file = tmp_path / "cpuinfo"
     file.write_text(CPUINFO)
     real = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda self, **given: real(file if str(self) == "/proc/cpuinfo" else self, **given))
+    monkeypatch.setattr(
+        Path, "read_text", lambda self, **given: real(file if str(self) == "/proc/cpuinfo" else self, **given)
+    )
     assert runtime._processor_vendor() == ""
     for capability, dtype in itertools.product(("DEFAULT", "SVE256"), (torch.float32, torch.bfloat16, torch.float16)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)

@@ -26,7 +26,18 @@ def quick(monkeypatch):
 
 def test_json_holds_what_was_measured(tmp_path, capsys):
     file = tmp_path / "bench.json"
-    arguments = ["bench", "--model", "small", "--views", "2,1", "--baseline", "--seconds", "0", "--json", str(file)]
+    arguments = [
+        "bench",
+        "--model",
+        "tiny-random",
+        "--views",
+        "2,1",
+        "--baseline",
+        "--seconds",
+        "0",
+        "--json",
+        str(file),
+    ]
     assert cli.main(arguments) == 0
     report = json.loads(file.read_text())
     assert report["views"] == 2 and set(report["by_views"]) == {"1", "2"}
@@ -49,7 +60,7 @@ def test_json_holds_what_was_measured(tmp_path, capsys):
 
 
 def test_work_is_counted_as_published():
-    """405 GFLOP and 759 million weights for one picture: DINOv2 158, SigLIP 211, projector 36."""
+    """405 GFLOP and 759 million weights for one image: DINOv2 158, SigLIP 211, projector 36."""
 
     class Whole:
         config, compute_dtype = PRESETS["openvla-7b"], "bfloat16"
@@ -63,34 +74,34 @@ def test_the_plain_way_is_what_prismatic_computes(tmp_path):
     models, weights = checkpoints.towers(), checkpoints.projector(384 + 96)
     path = checkpoints.write(tmp_path / "model", checkpoints.openvla_tensors(models, weights))
     for exact in (False, True):
-        plain = bench.PlainModel(VisualTokenizer.load(path), torch.float32, exact=exact)
-        pixel_values = plain.preprocess([checkpoints.picture(), checkpoints.picture(1)])
+        plain = bench.ReferenceModel(VisualTokenizer.load(path), torch.float32, exact=exact)
+        pixel_values = plain.preprocess([checkpoints.image(), checkpoints.image(1)])
         assert [len(tower.blocks) for tower in plain._towers] == [len(model.blocks) for model in models]
         expected = checkpoints.reference(models, weights, pixel_values)[1]
         torch.testing.assert_close(plain.encode(pixel_values), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_tokens_that_differ_are_an_error(tmp_path, capsys, monkeypatch):
-    exact = bench.TunedModel.encode
+    exact = bench.OptimizedModel.encode
 
     def slightly_off(self, pixel_values, mark=None):
         return exact(self, pixel_values, mark) * 1.001
 
-    monkeypatch.setattr(bench.TunedModel, "encode", slightly_off)
+    monkeypatch.setattr(bench.OptimizedModel, "encode", slightly_off)
     file = tmp_path / "bench.json"
-    assert cli.main(["bench", "--model", "small", "--seconds", "0", "--json", str(file)]) == 1
+    assert cli.main(["bench", "--model", "tiny-random", "--seconds", "0", "--json", str(file)]) == 1
     agreement = json.loads(file.read_text())["agreement"]
     assert agreement["within_tolerance"] is False and agreement["relative_l2"] == pytest.approx(1e-3, rel=0.01)
-    assert "not those of the plain way" in capsys.readouterr().err
+    assert "not those of the baseline" in capsys.readouterr().err
 
 
 def test_pixel_values_that_differ_are_an_error(capsys, monkeypatch):
     exact = bench._torchvision_pixels
-    monkeypatch.setattr(bench, "_torchvision_pixels", lambda *arguments: exact(*arguments).index_fill_(
-        2, torch.tensor([0]), 0.5
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        bench, "_torchvision_pixels", lambda *arguments: exact(*arguments).index_fill_(2, torch.tensor([0]), 0.5)
+    )
     monkeypatch.setitem(bench.TOLERANCES, "float32", 10.0)
-    assert cli.main(["bench", "--model", "small", "--seconds", "0", "--baseline"]) == 1
+    assert cli.main(["bench", "--model", "tiny-random", "--seconds", "0", "--baseline"]) == 1
     assert "not those of PIL and torchvision" in capsys.readouterr().err
 
 
@@ -104,7 +115,7 @@ def test_distance_is_relative_and_finds_the_worst_token():
 @pytest.mark.parametrize("views", ["0", "one", "1,-2"])
 def test_numbers_of_views_that_cannot_be(views, capsys):
     with pytest.raises(SystemExit):
-        cli.main(["bench", "--model", "small", "--views", views])
+        cli.main(["bench", "--model", "tiny-random", "--views", views])
     assert "--views" in capsys.readouterr().err
 
 
@@ -112,7 +123,7 @@ def test_numbers_of_views_that_cannot_be(views, capsys):
 def test_device_events_and_graphs_on_a_gpu(tmp_path):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    report = bench.run("small", device="cuda", views=[1, 2], baseline=True, seconds=0)
+    report = bench.run("tiny-random", device="cuda", views=[1, 2], baseline=True, seconds=0)
     assert report["runtime"] == "graph" and report["compute_dtype"] == "bfloat16"
     assert report["preprocess"]["identical"] and report["agreement"]["within_tolerance"]
     assert list(report["stages_ms"]) == ["preprocess", "encode_and_project", "end_to_end"]

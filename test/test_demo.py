@@ -1,4 +1,4 @@
-"""`make demo`, run whole: its report accounts for every frame, its picture is what it says, it ends cleanly."""
+"""`make demo`, run whole: its report accounts for every frame, its image is what it says, it ends cleanly."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from PIL import Image
 from ros_domain import ROOT
 from rosbags.typesys import Stores, get_typestore
 
-from vla_perception import demo, demo_picture
-from vla_perception.bags import Bag
-from vla_perception.messages.images import compressed_to_rgb
+from vla_perception import demo, demo_image
+from vla_perception.images.decode import compressed_to_rgb
+from vla_perception.sources.bags import Bag
 
 pytestmark = pytest.mark.ros
 
@@ -71,9 +71,20 @@ def whole(tmp_path_factory, refused) -> tuple[Path, str]:
 def test_every_frame_is_accounted_for(whole):
     report = json.loads((whole[0] / "report.json").read_text())
     assert set(report) == {
-        "rmw", "model", "weights", "fingerprint", "frames_in", "token_messages", "views", "tokens_per_view",
-        "channels", "dtype", "dropped", "accounting", "latency_ms",
-    }  # fmt: skip
+        "rmw",
+        "model",
+        "weights",
+        "fingerprint",
+        "frames_in",
+        "token_messages",
+        "views",
+        "tokens_per_view",
+        "channels",
+        "dtype",
+        "dropped",
+        "accounting",
+        "latency_ms",
+    }
     with Bag(ROOT / "examples" / "sample_bag") as bag:
         recorded = {camera: bag.topics[f"/{camera}/image_raw/compressed"].messages for camera in CAMERAS}
     assert set(report["accounting"]) == set(report["frames_in"]) == set(report["dropped"]) == set(CAMERAS)
@@ -84,7 +95,7 @@ def test_every_frame_is_accounted_for(whole):
         assert count["encoded"] == report["token_messages"] > 0
         assert count["replaced"] + count["unmatched"] + count["undecodable"] == report["dropped"][camera]
     assert report["rmw"].startswith("rmw_")
-    assert (report["model"], report["weights"]) == ("small", "random")
+    assert (report["model"], report["weights"]) == ("tiny-random", "random")
     assert len(report["fingerprint"]) == 64 and int(report["fingerprint"], 16)
     assert (report["views"], report["tokens_per_view"], report["channels"]) == (2, 196, 256)
     assert report["dtype"] in ("bfloat16", "float16", "float32")
@@ -110,14 +121,14 @@ def test_latencies(whole):
 
 def test_the_table(whole):
     printed = whole[1]
-    for text in ("small, random weights", "image to policy", "p99", "undecodable", "report.json", "tokens.png"):
+    for text in ("tiny-random, random weights", "image to policy", "p99", "undecodable", "report.json", "tokens.png"):
         assert text in printed
 
 
-def test_the_picture(whole):
-    """The camera pictures are those that the tokens came from; the other cells are 14 × 14 patches of one colour."""
+def test_the_image(whole):
+    """The camera images are those that the tokens came from; the other cells are 14 × 14 patches of one color."""
     sheet = np.asarray(Image.open(whole[0] / "tokens.png").convert("RGB")).astype(int)
-    cell, gap = demo_picture.CELL_WIDTH, demo_picture.GAP
+    cell, gap = demo_image.CELL_WIDTH, demo_image.GAP
     height = cell * 480 // 640
     assert sheet.shape[1] == gap + 4 * (cell + gap)
     # Rows of cells: where the second column holds no background.
@@ -128,23 +139,23 @@ def test_the_picture(whole):
     messages = json.loads((whole[0] / "report.json").read_text())["token_messages"]
     assert left_over == 0 and min(messages, 2) <= moments <= demo.MOMENTS
 
-    pictures = {}
+    images = {}
     with Bag(ROOT / "examples" / "sample_bag") as bag:
         for camera in CAMERAS:
             messages = bag.messages([f"/{camera}/image_raw/compressed"])
             decoded = [compressed_to_rgb(TYPES.deserialize_cdr(m.cdr, m.type)) for m in messages]
-            pictures[camera] = [Image.fromarray(picture).resize((cell, height), 3) for picture in decoded]
+            images[camera] = [Image.fromarray(image).resize((cell, height), 3) for image in decoded]
     places = []
     for row, top in enumerate(tops):
         shown = sheet[top : top + height, gap : gap + cell]
-        differences = [np.abs(np.asarray(p).astype(int) - shown).mean() for p in pictures[CAMERAS[row % 2]]]
-        assert min(differences) < 4  # the moment is one of this camera's pictures
+        differences = [np.abs(np.asarray(p).astype(int) - shown).mean() for p in images[CAMERAS[row % 2]]]
+        assert min(differences) < 4  # the moment is one of this camera's images
         places.append(int(np.argmin(differences)))
     assert places[::2] == sorted(set(places[::2])) and places[1::2] == sorted(set(places[1::2]))
     assert all(abs(front - wrist) <= 1 for front, wrist in zip(places[::2], places[1::2]))
 
     for column in (1, 2, 3):
-        colours = set()
+        colors = set()
         for top in tops:
             left = gap + column * (cell + gap)
             block = sheet[top : top + height, left : left + cell]
@@ -153,8 +164,8 @@ def test_the_picture(whole):
                     patch = block[int(r * height / 14) + 2 : int((r + 1) * height / 14) - 1]
                     patch = patch[:, int(c * cell / 14) + 2 : int((c + 1) * cell / 14) - 1]
                     assert (patch == patch[0, 0]).all()
-                    colours.add(tuple(patch[0, 0]))
-        assert len(colours) > 100
+                    colors.add(tuple(patch[0, 0]))
+        assert len(colors) > 100
 
 
 def test_ctrl_c_leaves_nobody_behind(tmp_path):
@@ -204,11 +215,18 @@ def unbalanced(**changes: int) -> list[str]:
     }
     messages = [
         {
-            "sequence": i, "stamp_ns": i, "arrival_ns": 5_000_000 + i, "views": [{"camera": "eye", "stamp_ns": i}],
-            "shape": [1, 4, 8], "dtype": "float32", "model": "m", "weights": "random", "fingerprint": "f",
+            "sequence": i,
+            "stamp_ns": i,
+            "arrival_ns": 5_000_000 + i,
+            "views": [{"camera": "eye", "stamp_ns": i}],
+            "shape": [1, 4, 8],
+            "dtype": "float32",
+            "model": "m",
+            "weights": "random",
+            "fingerprint": "f",
         }
         for i in range(10)
-    ]  # fmt: skip
+    ]
     published = {"/eye/image_raw": {i: i for i in range(10)}}
     cameras = demo.Cameras(("eye",), "raw", {"eye": "/eye/image_raw"})
     report, problems = demo.make_report(events, messages, published, cameras)

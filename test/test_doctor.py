@@ -39,9 +39,14 @@ def installed(monkeypatch):
 
 #: As they are called today, and by NVIDIA for Jetson.
 GOOD = {
-    "torch": "2.5.0a0+872d972e41.nv24.8", "torchvision": "0.20.0a0+afc54f7", "timm": "1.0.26", "huggingface_hub": "1.0",
-    "pillow": "12.0.0", "numpy": "1.26.4", "simplejpeg": "1.9.0",
-}  # fmt: skip
+    "torch": "2.5.0a0+872d972e41.nv24.8",
+    "torchvision": "0.20.0a0+afc54f7",
+    "timm": "1.0.26",
+    "huggingface_hub": "1.0",
+    "pillow": "12.0.0",
+    "numpy": "1.26.4",
+    "simplejpeg": "1.9.0",
+}
 
 
 def test_packages(installed, monkeypatch):
@@ -52,7 +57,12 @@ def test_packages(installed, monkeypatch):
         assert (name, "fail") in states(doctor.packages())
     installed(**GOOD | {"simplejpeg": "", "pillow": "13.0.0"})
     assert {("simplejpeg", "warn"), ("pillow", "fail")} <= set(states(doctor.packages()))
-    for name, version in {"timm": "1.0.25", "torch": "2.3.1+cu121", "huggingface_hub": "3.0.0", "pillow": "9.5"}.items():
+    for name, version in {
+        "timm": "1.0.25",
+        "torch": "2.3.1+cu121",
+        "huggingface_hub": "3.0.0",
+        "pillow": "9.5",
+    }.items():
         installed(**GOOD | {name: version})
         assert [line for line in states(doctor.packages()) if line[1] != "ok"] == [(name, "warn")]
     real = doctor.importlib.import_module
@@ -82,7 +92,9 @@ def test_the_device_that_auto_takes(monkeypatch):
     pytest.importorskip("timm")
     from vla_perception.tokenizer import devices
 
-    chip = devices.Placement(torch.device("cuda", 0), "bfloat16", "A chip, compute capability 9.0, a CUDA device that works")
+    chip = devices.Placement(
+        torch.device("cuda", 0), "bfloat16", "A chip, compute capability 9.0, a CUDA device that works"
+    )
     monkeypatch.setattr(devices, "place", lambda: chip)
     (finding,) = [finding for finding in doctor.device() if finding.subject == "device auto"]
     assert finding.state == "ok" and "cuda:0 in bfloat16: A chip" in finding.text and "runtime graph" in finding.text
@@ -188,7 +200,11 @@ def test_ros(rclpy, monkeypatch):
     [
         ("raise ImportError('libfoo.so: cannot open shared object file')", "libfoo.so", "one ROS 2"),
         ("raise RuntimeError('ROS_DOMAIN_ID is not an integral number')", "not an integral", "ROS_DOMAIN_ID"),
-        ("sys.exit('Expected RMW implementation identifier of rmw_x')", "identifier of rmw_x", "unset RMW_IMPLEMENTATION"),
+        (
+            "sys.exit('Expected RMW implementation identifier of rmw_x')",
+            "identifier of rmw_x",
+            "unset RMW_IMPLEMENTATION",
+        ),
         ("os._exit(102)", "102", "one ROS 2"),
         ("os.kill(os.getpid(), 7)", "SIGBUS", "/dev/shm"),
     ],
@@ -217,8 +233,11 @@ def test_fastdds_profile(tmp_path):
     assert state(RMW_IMPLEMENTATION="rmw_fastrtps_cpp") == ["warn"]
     assert state(FASTDDS_DEFAULT_PROFILES_FILE=str(good), FASTRTPS_DEFAULT_PROFILES_FILE=str(good)) == ["ok", "ok"]
     for variable, distribution, expected in (
-        ("FASTDDS", "jazzy", "warn"), ("FASTRTPS", "jazzy", "ok"), ("FASTDDS", "kilted", "ok"), ("FASTRTPS", "kilted", "ok"),
-    ):  # fmt: skip
+        ("FASTDDS", "jazzy", "warn"),
+        ("FASTRTPS", "jazzy", "ok"),
+        ("FASTDDS", "kilted", "ok"),
+        ("FASTRTPS", "kilted", "ok"),
+    ):
         assert state(**{f"{variable}_DEFAULT_PROFILES_FILE": str(good), "ROS_DISTRO": distribution}) == [expected]
     assert state(FASTDDS_DEFAULT_PROFILES_FILE=str(small)) == ["warn"]
     assert state(FASTDDS_DEFAULT_PROFILES_FILE=str(tmp_path / "none.xml")) == ["fail"]
@@ -235,7 +254,7 @@ def test_shared_memory(tmp_path, monkeypatch):
 
 
 def test_iceoryx2(tmp_path, monkeypatch):
-    from vla_perception.messages import shared_memory, shared_memory_services
+    from vla_perception.tokens import shared_memory, shared_memory_services
 
     monkeypatch.setattr(shared_memory, "missing", lambda: "No module named 'iceoryx2'")
     assert states(doctor.iceoryx2()) == [("iceoryx2", "warn")]
@@ -273,23 +292,23 @@ def test_models(tmp_path):
     pytest.importorskip("timm")
     (finding,) = doctor.checkpoint(str(tmp_path / "none"))
     assert finding.state == "fail" and "no checkpoint directory" in finding.text
-    (finding,) = doctor.checkpoint("small")
+    (finding,) = doctor.checkpoint("tiny-random")
     from vla_perception.tokenizer import VisualTokenizer
 
-    assert finding.state == "warn" and VisualTokenizer.load("small").fingerprint in finding.text
+    assert finding.state == "warn" and VisualTokenizer.load("tiny-random").fingerprint in finding.text
 
 
 def test_agreement_of_every_runtime_and_precision(monkeypatch):
     """They agree here; and one that does not fails."""
     pytest.importorskip("timm")
-    found = {finding.subject: finding for finding in doctor.agreement("small")}
+    found = {finding.subject: finding for finding in doctor.agreement("tiny-random")}
     assert {subject.split(" on ")[0] for subject in found} >= {
         f"eager in {dtype}" for dtype in ("float32", "bfloat16", "float16")
     }
     for subject, finding in found.items():  # few processors have oneDNN's float16
         assert finding.state == "ok" or (finding.state == "warn" and "onednn in float16" in subject), finding
     monkeypatch.setattr("vla_perception.bench.TOLERANCES", {"bfloat16": 1e-6})
-    assert "fail" in {finding.state for finding in doctor.agreement("small")}
+    assert "fail" in {finding.state for finding in doctor.agreement("tiny-random")}
 
 
 def test_this_machine(capsys):

@@ -39,14 +39,22 @@ def test_the_policy_of_sros2_names_the_nodes_topics():
 @pytest.mark.ros
 def test_the_wheels_refuse_sros2(tmp_path):
     """They are built without Fast DDS's security plugins: no node starts, rather than an unprotected one."""
-    for name in ("enclaves/x/key.pem", "cert.pem", "identity_ca.cert.pem", "permissions_ca.cert.pem", "governance.p7s",
-                 "permissions.p7s"):  # fmt: skip
+    for name in (
+        "enclaves/x/key.pem",
+        "cert.pem",
+        "identity_ca.cert.pem",
+        "permissions_ca.cert.pem",
+        "governance.p7s",
+        "permissions.p7s",
+    ):
         file = tmp_path / "enclaves" / "x" / os.path.basename(name)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
     environment = ros_environment(free_domain()) | {
-        "ROS_SECURITY_KEYSTORE": str(tmp_path), "ROS_SECURITY_ENABLE": "true", "ROS_SECURITY_STRATEGY": "Enforce",
-    }  # fmt: skip
+        "ROS_SECURITY_KEYSTORE": str(tmp_path),
+        "ROS_SECURITY_ENABLE": "true",
+        "ROS_SECURITY_STRATEGY": "Enforce",
+    }
     code = "import rclpy; rclpy.init(args=['--ros-args', '--enclave', '/x']); rclpy.create_node('x')"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0

@@ -23,14 +23,22 @@ def kit(monkeypatch):
     import gpu
 
     def load(model, dtype=None):
-        tokenizer = VisualTokenizer.load(model, device="cpu", compute_dtype="float32", image_size=[28, 32], runtime="eager")
+        tokenizer = VisualTokenizer.load(
+            model, device="cpu", compute_dtype="float32", image_size=[28, 32], runtime="eager"
+        )
         tokenizer._runtime = CudaGraphs(tokenizer.network, torch.device("cpu"), torch.float32)
         return tokenizer
 
     for name, value in {
-        "DEVICE": torch.device("cpu"), "DTYPE": torch.float32, "ROUNDS": 1, "REPEAT": 1, "load": load,
-        "SIZES": ((2, 48, 64),), "VARIANT_VIEWS": (1,), "ROTATED_WEIGHTS": 1000,
-    }.items():  # fmt: skip
+        "DEVICE": torch.device("cpu"),
+        "DTYPE": torch.float32,
+        "ROUNDS": 1,
+        "REPEAT": 1,
+        "load": load,
+        "SIZES": ((2, 48, 64),),
+        "VARIANT_VIEWS": (1,),
+        "ROTATED_WEIGHTS": 1000,
+    }.items():
         monkeypatch.setattr(gpu, name, value)
     monkeypatch.setattr(gpu.gpu_preprocess, "SIZES", ((48, 64), (64, 96)))
     monkeypatch.setattr(gpu.gpu_preprocess, "LIBERO_SIZES", ((32, 32), (48, 64)))
@@ -51,30 +59,39 @@ def test_every_question_is_answered(kit, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(kit, "graph_us", timed)
     file = tmp_path / "gpu.json"
-    kit.main(["--model", "small", "--json", str(file)])
+    kit.main(["--model", "tiny-random", "--json", str(file)])
     answers, printed = json.loads(file.read_text()), capsys.readouterr()
     assert not printed.err
     assert "| 2 view(s) of 64 x 48 | " in printed.out and "| 1 view(s), one stream | " in printed.out
     assert list(answers) == ["versions", "start", *kit.QUESTIONS]
-    assert not [label for rows in answers.values() for label, row in rows.items() if "error" in str(row).lower()], answers
+    assert not [label for rows in answers.values() for label, row in rows.items() if "error" in str(row).lower()], (
+        answers
+    )
     assert set(answers["latency"]) >= {"2 view(s) of 64 x 48"}
     assert all(0 < row["end_to_end_ms"]["p50"] for size, row in answers["latency"].items() if "view" in size)
     assert len(answers["preprocess"]) == 14 and all(row.get("equal", True) for row in answers["preprocess"].values())
     as_it_is = answers["variants"]["1 view(s), as it is"]
     assert as_it_is["replay_us"] > 0 and as_it_is["relative_l2"] < 1e-5 and as_it_is["same_bits"]
     assert all(not row["fallback"] for row in answers["variants"].values())
-    assert {answers["variants"][f"1 view(s), {label}"]["bits_of_as_it_is"] for label in ("as it is", "one stream")} == {True}
+    assert {answers["variants"][f"1 view(s), {label}"]["bits_of_as_it_is"] for label in ("as it is", "one stream")} == {
+        True
+    }
     assert answers["kernels"] and all(isinstance(value, float) for value in answers["kernels"].values())
     assert {"patch K=592", "dinov2 mlp.fc2", "projector fc1"} <= answers["products"].keys()
-    assert {f"{dtype}, {views} view(s)" for dtype in ("bfloat16", "float8") for views in (1, 4)} < answers["float8"].keys()
-    assert answers["float8"]["float8, 4 view(s)"]["relative_l2"] < 1e-5 and answers["float8"]["float8, 4 view(s)"]["replay_us"] > 0
-    assert answers["start"]["model"] == "small" and answers["versions"]["device"] == "a fake"
+    assert {f"{dtype}, {views} view(s)" for dtype in ("bfloat16", "float8") for views in (1, 4)} < answers[
+        "float8"
+    ].keys()
+    assert (
+        answers["float8"]["float8, 4 view(s)"]["relative_l2"] < 1e-5
+        and answers["float8"]["float8, 4 view(s)"]["replay_us"] > 0
+    )
+    assert answers["start"]["model"] == "tiny-random" and answers["versions"]["device"] == "a fake"
 
 
 def test_a_question_that_fails_is_told_and_the_others_are_asked(kit, tmp_path, capsys, monkeypatch):
     file = tmp_path / "gpu.json"
     monkeypatch.setattr(kit.Kit, "products", lambda self: 1 / 0)
-    kit.main(["--model", "small", "--json", str(file), "products", "profile", "--seconds", "900"])
+    kit.main(["--model", "tiny-random", "--json", str(file), "products", "profile", "--seconds", "900"])
     answers = json.loads(file.read_text())
     assert answers["products"] == {"error": "ZeroDivisionError: division by zero"}
     assert "error" not in answers["profile"]

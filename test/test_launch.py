@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from node_sources import node_source
 from ros_domain import RosProcess, free_domain, in_domain, ros_environment, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,15 +66,20 @@ class ParameterValue(Recorded):
 MODULES = {
     "launch": ["LaunchContext", "LaunchDescription"],
     "launch.actions": [
-        "DeclareLaunchArgument", "IncludeLaunchDescription", "LogInfo", "OpaqueFunction", "SetEnvironmentVariable",
-        "Shutdown", "TimerAction",
+        "DeclareLaunchArgument",
+        "IncludeLaunchDescription",
+        "LogInfo",
+        "OpaqueFunction",
+        "SetEnvironmentVariable",
+        "Shutdown",
+        "TimerAction",
     ],
     "launch.substitutions": [LaunchConfiguration],
     "launch.launch_description_sources": ["PythonLaunchDescriptionSource"],
     "launch_ros": [],
     "launch_ros.actions": ["Node"],
     "launch_ros.parameter_descriptions": [ParameterValue],
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -86,8 +92,8 @@ def launch_file(monkeypatch, tmp_path):
             kind = type(member, (Recorded,), {}) if isinstance(member, str) else member
             setattr(module, kind.__name__, kind)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "vla_perception.launch_parts", raising=False)
-    parts = importlib.import_module("vla_perception.launch_parts")
+    monkeypatch.delitem(sys.modules, "vla_perception.launch_utils", raising=False)
+    parts = importlib.import_module("vla_perception.launch_utils")
     monkeypatch.setattr(parts, "share", lambda *path: ROOT.joinpath(*path))
     monkeypatch.setattr(parts.shutil, "which", lambda _: sys.executable)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -117,7 +123,7 @@ def launch_file(monkeypatch, tmp_path):
         return module
 
     yield load
-    sys.modules.pop("vla_perception.launch_parts", None)
+    sys.modules.pop("vla_perception.launch_utils", None)
 
 
 def kinds(actions, kind: str) -> list:
@@ -132,10 +138,10 @@ def parameters_of(node) -> dict:
     return values
 
 
-def node_source(executable: str) -> str:
+def executable_source(executable: str) -> str:
     entry = f'"{executable} = {{NAME}}.nodes.executables:{executable}"'  # each takes the module of its own name
     assert entry in (ROOT / "setup.py").read_text(), f"{executable} is not a console script"
-    return (ROOT / f"vla_perception/nodes/{executable}.py").read_text()
+    return node_source(executable).read_text()
 
 
 def check_nodes(actions) -> list[str]:
@@ -145,7 +151,7 @@ def check_nodes(actions) -> list[str]:
         started.append(node.executable)
         if node.package != "vla_perception":
             continue
-        source = node_source(node.executable)
+        source = executable_source(node.executable)
         for name in parameters_of(node):
             assert name == "use_sim_time" or f'"{name}"' in source, f"{node.executable} has no parameter {name}"
         for entry in node.kwargs["parameters"]:
@@ -262,9 +268,9 @@ visual_tokenizer()
 
 @pytest.mark.ros
 def test_what_is_launched_on_a_gpu_computes_there_in_bfloat16_by_itself(launch_file, tmp_path):
-    """`tokenizer.launch.py cameras:=front model:=small`, and nothing about a device or a precision."""
+    """`tokenizer.launch.py cameras:=front model:=tiny-random`, and nothing about a device or a precision."""
     pytest.importorskip("timm")
-    (node,) = kinds(launch_file("tokenizer.launch.py").run(cameras="front", model="small"), "Node")
+    (node,) = kinds(launch_file("tokenizer.launch.py").run(cameras="front", model="tiny-random"), "Node")
     given = tmp_path / "given.yaml"
     given.write_text(yaml.safe_dump({"/**": {"ros__parameters": parameters_of(node)}}))
     program = tmp_path / "node_on_a_gpu.py"
@@ -303,12 +309,14 @@ def test_arguments_that_do_not_exist_are_refused(launch_file, monkeypatch, name)
         monkeypatch.setattr(sys, "argv", command)
         for wrong, advice in MISTAKES:
             with pytest.raises(ValueError, match=re.escape(f"{name} has no argument {wrong}:= ({advice}")):
-                module.run(argv=["model:=small", f"{wrong}:=3"], **given)
+                module.run(argv=["model:=tiny-random", f"{wrong}:=3"], **given)
         with pytest.raises(ValueError, match="no argument camera:=.*; xyz:="):
             module.run(argv=["camera:=2", "xyz:=1", "camera:=3"], **given)
-        with pytest.raises(ValueError, match=re.escape("model:= is there several times (small, base)")):
-            module.run(argv=["model:=small", "model:=base", "model:=small"], **given)
-        module.run(argv=[*(f"{known}:=x" for known in module.arguments), "launch-prefix:=gdb", "odd", "model:=x"], **given)
+        with pytest.raises(ValueError, match=re.escape("model:= is there several times (tiny-random, base)")):
+            module.run(argv=["model:=tiny-random", "model:=base", "model:=tiny-random"], **given)
+        module.run(
+            argv=[*(f"{known}:=x" for known in module.arguments), "launch-prefix:=gdb", "odd", "model:=x"], **given
+        )
 
 
 def test_arguments_of_a_launch_file_that_includes_ours(launch_file, monkeypatch):
@@ -364,7 +372,11 @@ def test_real_cameras(launch_file, monkeypatch):
             node.on_exit(failed, None)
 
     monkeypatch.setattr(module, "require_package", lambda *_: None)
-    for driver, topic in (("v4l2_camera", None), ("usb_cam", None), ("realsense2_camera", "front/camera/color/image_raw")):
+    for driver, topic in (
+        ("v4l2_camera", None),
+        ("usb_cam", None),
+        ("realsense2_camera", "front/camera/color/image_raw"),
+    ):
         actions = module.run(driver=driver, cameras="front=/dev/video0", width="640", height="480", rate_hz="30")
         camera, tokenizer = kinds(actions, "Node")
         assert camera.package == driver and tokenizer.remappings == ([("front/image_raw", topic)] if topic else [])
@@ -396,8 +408,11 @@ def test_bag_topics(launch_file):
     module = launch_file("replay_bag.launch.py")
     player, tokenizer = kinds(module.run(bag=str(BAG), use_sim_time="true"), "Node")
     assert set(parameters_of(player)["topics"]) == {
-        "/front/image_raw/compressed", "/wrist/image_raw/compressed", "/front/camera_info", "/wrist/camera_info",
-    }  # fmt: skip
+        "/front/image_raw/compressed",
+        "/wrist/image_raw/compressed",
+        "/front/camera_info",
+        "/wrist/camera_info",
+    }
     assert parameters_of(player)["clock"] is True
     assert parameters_of(tokenizer)["image_transport"] == "compressed"
     assert parameters_of(tokenizer)["cameras"] == ["front", "wrist"]
@@ -447,9 +462,10 @@ def test_a_namespace_moves_what_the_bag_has(launch_file):
         published[robot] = [moved[topic] for topic in [*parameters_of(player)["topics"], "/clock"]]
         assert all(topic.startswith(f"{above}/") for topic in published[robot])
         assert dict(tokenizer.remappings) == {
-            "front/image_raw": f"{above}/front/image_raw", "wrist/image_raw": f"{above}/wrist/image_raw",
+            "front/image_raw": f"{above}/front/image_raw",
+            "wrist/image_raw": f"{above}/wrist/image_raw",
             "/clock": f"{above}/clock",
-        }  # fmt: skip
+        }
     assert not set(published["robot1"]) & set(published["/lab/robot2/"])
     module.bag_camera_topics = lambda _: {"/cam/jpeg": "sensor_msgs/msg/CompressedImage"}
     player, tokenizer = kinds(module.run(bag="others", namespace="arm"), "Node")
@@ -463,9 +479,18 @@ def test_cameras_of_a_bag_by_encoding_and_name(launch_file):
     module = launch_file("replay_bag.launch.py")
     image = "sensor_msgs/msg/Image"
     cameras = ["/oak/rgb/image_raw", "/irving/image_raw", "/left/image_raw", "/masked_man/image", "/segway/image_raw"]
-    others = ["/camera/infra1/image_rect_raw", "/ir/image_raw", "/zed/depth_registered/image", "/flir/thermal/image_raw",
-              "/zed/confidence/image", "/seg/labels/image", "/sam/mask/image_raw", "/camera/aligned_depth_to_color/image_raw",
-              "/robot/IR/image_raw", "/stereo/disparity/image"]  # fmt: skip
+    others = [
+        "/camera/infra1/image_rect_raw",
+        "/ir/image_raw",
+        "/zed/depth_registered/image",
+        "/flir/thermal/image_raw",
+        "/zed/confidence/image",
+        "/seg/labels/image",
+        "/sam/mask/image_raw",
+        "/camera/aligned_depth_to_color/image_raw",
+        "/robot/IR/image_raw",
+        "/stereo/disparity/image",
+    ]
     module.bag_camera_topics = lambda _: dict.fromkeys([*cameras, *others], image)
     found, _ = module.find_cameras("bag", {})
     assert sorted(base for base, _ in found.values()) == sorted(cameras)
@@ -488,7 +513,7 @@ def test_bags_need_mcap(launch_file, tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.yaml")), ids=lambda path: path.name)
 def test_parameter_files_name_parameters_that_exist(path):
     pytest.importorskip("rclpy")
-    from vla_perception.nodes import visual_tokenizer
+    from vla_perception.nodes.visual_tokenizer import node as visual_tokenizer
 
     content = yaml.safe_load(path.read_text())
     assert "/**/visual_tokenizer" in content
@@ -500,7 +525,7 @@ def test_parameter_files_name_parameters_that_exist(path):
             if path.name == "visual_tokenizer.yaml":  # the defaults, all of them
                 assert values == {name: setting.default for name, setting in visual_tokenizer.SETTINGS.items()}
         else:
-            source = node_source(node.removeprefix("/**/"))
+            source = executable_source(node.removeprefix("/**/"))
             assert all(f'"{name}"' in source for name in values)
 
 
@@ -540,7 +565,7 @@ def launched(ros2: str, arguments: list[str], nodes: int, messages: int = 3) -> 
     import rclpy
     from sensor_msgs.msg import CompressedImage
 
-    from vla_perception.messages.tokens import from_message
+    from vla_perception.tokens.visual_tokens import from_message
 
     domain = free_domain()
     process = subprocess.Popen(
@@ -617,7 +642,10 @@ def test_sim_camera(ros2):
 def test_a_model_that_is_not_there_ends_everything(ros2):
     result = subprocess.run(
         [ros2, "launch", "vla_perception", "tokenizer.launch.py", "model:=/nowhere"],
-        capture_output=True, text=True, timeout=90, env=ros_environment(free_domain()),
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=90,
+        env=ros_environment(free_domain()),
+    )
     assert re.search("configure failed: .*/nowhere", result.stdout), result.stdout + result.stderr
     assert result.returncode == 1  # for a service manager that restarts what failed

@@ -24,7 +24,9 @@ PACKAGE = ROOT / "vla_perception"
 MANIFEST = ElementTree.parse(ROOT / "package.xml").getroot()
 VERSION = MANIFEST.findtext("version")
 #: Python modules of ROS packages, which are called as the packages are.
-ROS_MODULES = re.compile(r"rclpy|rcl_interfaces|builtin_interfaces|cv_bridge|ament_index_python|launch\w*|\w+_(msgs|srvs)")
+ROS_MODULES = re.compile(
+    r"rclpy|rcl_interfaces|builtin_interfaces|cv_bridge|ament_index_python|launch\w*|\w+_(msgs|srvs)"
+)
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -111,18 +113,18 @@ def test_every_ros_package_in_use_is_declared():
     "part, forbidden",
     [
         ("tokenizer", r"vla_perception\.(?!tokenizer\b|printable\b).*"),
-        ("messages", r"vla_perception\.(?!messages\b|printable\b).*|rclpy|torchvision|timm"),
+        ("images", r"vla_perception\.(?!images\b|printable\b).*|rclpy|torchvision|timm"),
+        ("sources", r"vla_perception\.(?!sources\b|images\b|printable\b).*|rclpy"),
+        ("tokens", r"vla_perception\.(?!tokens\b|tokenizer\b|printable\b).*|torchvision|timm"),
+        ("visualization", r"vla_perception\.(?!tokens\b|visualization\b).*|rclpy|torch"),
         ("printable.py", r"vla_perception\..*"),
-        ("principal_components.py", r"vla_perception\..*"),
-        ("bags.py", r"vla_perception\.(nodes|tokenizer)|rclpy"),
-        ("policy.py", r"vla_perception\.nodes|torchvision|timm"),
         ("cli.py", r"rclpy"),
     ],
 )
 def test_imports_point_one_way(part, forbidden):
     for path in sources(part):
         names = imported_modules(path)
-        if part in ("tokenizer", "principal_components.py"):
+        if part in ("tokenizer", "visualization"):
             assert not [name for name in names if ROS_MODULES.fullmatch(name.split(".")[0])], path
         wrong = sorted(name for name in names if re.match(rf"(?:{forbidden})(?:\.|$)", name))
         assert not wrong, f"{path} imports {wrong}"
@@ -154,9 +156,9 @@ def test_tokens_are_read_with_numpy_alone():
     run_without(
         rf"{HEAVY}|rclpy|\w+_msgs",
         """
-        import vla_perception.messages.images
-        import vla_perception.messages.tokens
-        import vla_perception.principal_components
+        import vla_perception.images.decode
+        import vla_perception.tokens.visual_tokens
+        import vla_perception.visualization.principal_components
         """,
     )
 
@@ -164,7 +166,7 @@ def test_tokens_are_read_with_numpy_alone():
 @pytest.mark.ros
 def test_the_node_starts_without_torch():
     """So it is up at once, and can say that torch is missing."""
-    run_without("torch|torchvision|timm", "import vla_perception.nodes.visual_tokenizer")
+    run_without("torch|torchvision|timm", "import vla_perception.nodes.visual_tokenizer.node")
 
 
 def test_the_command_says_what_is_missing():
@@ -276,8 +278,11 @@ def test_the_node_starts_from_a_colcon_install(install_space, number, tmp_path):
     environment = fresh_shell() | {name: environment[name] for name in environment if name.startswith("ROS_")}
     where = subprocess.run(
         in_install_space(install_space, "python3 -c 'import vla_perception; print(vla_perception.__file__)'"),
-        env=environment, cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert where.stdout.startswith(str(install_space)), where.stdout + where.stderr
 
     executable = install_space / "vla_perception/lib/vla_perception/visual_tokenizer"
@@ -285,8 +290,11 @@ def test_the_node_starts_from_a_colcon_install(install_space, number, tmp_path):
     with log.open("w") as output:
         process = subprocess.Popen(
             in_install_space(install_space, str(executable)),
-            env=environment, cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            env=environment,
+            cwd=tmp_path,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
     context = Context()
     try:
         with in_domain(domain):
@@ -294,8 +302,9 @@ def test_the_node_starts_from_a_colcon_install(install_space, number, tmp_path):
             node = rclpy.create_node("observer", context=context)
         wait_until(
             lambda: "visual_tokenizer" in node.get_node_names() or process.poll() is not None,
-            60, "visual_tokenizer in the graph",
-        )  # fmt: skip
+            60,
+            "visual_tokenizer in the graph",
+        )
         assert process.poll() is None, log.read_text()
         process.send_signal(number)
         assert process.wait(30) == 0, log.read_text()
@@ -311,8 +320,10 @@ def test_a_wheel_has_what_pip_needs(source, tmp_path):
     copy = shutil.copytree(source, tmp_path / "source", ignore=shutil.ignore_patterns("*.egg-info"))
     result = subprocess.run(
         [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(tmp_path)],
-        cwd=copy, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=copy,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name == f"vla_perception-{VERSION}-py3-none-any.whl"

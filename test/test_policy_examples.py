@@ -14,16 +14,23 @@ import pytest
 from fake_tokenizer import MODEL, make_tokens
 from ros_domain import ROOT, RosProcess, free_domain, ros_environment, wait_until
 
-from vla_perception.messages.tokens import VisualTokens
+from vla_perception.tokens.visual_tokens import VisualTokens
 
 LINE = re.compile(r"\('front', 'wrist'\) \(2, 196, 256\) bfloat16 [\d.]+ Hz, -?\d+ ms old, 0 lost")
 FAKE = ["--rate", "20", "--cameras", "front", "wrist", "--grid", "14", "14", "--channels", "256", "--dtype", "bfloat16"]
 #: What pip and uv say when no index answers, and only then.
-NO_INDEX = ("Failed to fetch", "Request failed", "NewConnectionError", "Network is unreachable", "ReadTimeout", "ProxyError")
+NO_INDEX = (
+    "Failed to fetch",
+    "Request failed",
+    "NewConnectionError",
+    "Network is unreachable",
+    "ReadTimeout",
+    "ProxyError",
+)
 
 
 def fake_tokenizer(domain: int) -> RosProcess:
-    return RosProcess([str(ROOT / "test" / "fake_tokenizer.py"), *FAKE], domain)
+    return RosProcess([str(ROOT / "test" / "support" / "fake_tokenizer.py"), *FAKE], domain)
 
 
 @pytest.mark.ros
@@ -54,7 +61,7 @@ def cpp_reader(tmp_path_factory) -> Path:
 
 
 def stored(dtype: str) -> VisualTokens:
-    """Random tokens of two cameras, one without a picture, with a name that JSON has to escape."""
+    """Random tokens of two cameras, one without an image, with a name that JSON has to escape."""
     values = np.random.default_rng(0).standard_normal((2, 12, 6)).astype(np.float32)
     values[0, 0, :3] = (6e-8, -3e-5, 60000.0)  # halves: denormal, smallest, largest
     words = {"float32": values, "float16": values.astype(np.float16)}
@@ -83,11 +90,19 @@ def test_cpp_reader_reads_what_python_wrote(cpp_reader, tmp_path, dtype):
 def test_cpp_reader_refuses_what_is_damaged_and_never_crashes(cpp_reader, tmp_path):
     data = stored("bfloat16").to_bytes()
     random = np.random.default_rng(0)
-    spoilt = [b"", data[:5], data[:-1], data[:300], data.replace(b"vla_tokens/1", b"vla_tokens/2"),
-              data.replace(b"[2,12,6]", b"[2,12,9]"), (2**63).to_bytes(8, "little") + data[8:], data + b"more",
-              data.replace(b'"data_offsets":[0,288]', b'"data_offsets":[2,290]') + b"\0\0",
-              data.replace(b'"dtype":"BF16","shape"', b'"dtype":"BF16","dtype":"F16","shape"'),
-              (10**5).to_bytes(8, "little") + b"[" * 10**5]  # fmt: skip
+    spoilt = [
+        b"",
+        data[:5],
+        data[:-1],
+        data[:300],
+        data.replace(b"vla_tokens/1", b"vla_tokens/2"),
+        data.replace(b"[2,12,6]", b"[2,12,9]"),
+        (2**63).to_bytes(8, "little") + data[8:],
+        data + b"more",
+        data.replace(b'"data_offsets":[0,288]', b'"data_offsets":[2,290]') + b"\0\0",
+        data.replace(b'"dtype":"BF16","shape"', b'"dtype":"BF16","dtype":"F16","shape"'),
+        (10**5).to_bytes(8, "little") + b"[" * 10**5,
+    ]
     for index, wrong in enumerate(spoilt):
         (tmp_path / "message").write_bytes(wrong)
         done = subprocess.run([str(cpp_reader), str(tmp_path / "message")], capture_output=True, text=True)
@@ -133,9 +148,13 @@ def test_a_venv_with_nothing_but_the_ros_extra_receives_tokens(tmp_path):
     settings = {k: ros_environment(domain)[k] for k in ("ROS_DOMAIN_ID", "ROS_AUTOMATIC_DISCOVERY_RANGE")}
     with fake_tokenizer(domain):
         policy = subprocess.Popen(
-            [python, "-u", str(ROOT / "examples" / "minimal_policy.py")], cwd=tmp_path,
-            env=environment | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            [python, "-u", str(ROOT / "examples" / "minimal_policy.py")],
+            cwd=tmp_path,
+            env=environment | settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         try:
             line = policy.stdout.readline()
             assert LINE.search(line), line + policy.stdout.read()
@@ -157,7 +176,10 @@ def test_the_policy_on_the_page_works():
     """As somebody would type it in."""
     pytest.importorskip("rclpy")
     domain = free_domain()
-    with RosProcess(["-c", code_on_the_page("visual.float32().shape, tokens.age")], domain) as policy, fake_tokenizer(domain):
+    with (
+        RosProcess(["-c", code_on_the_page("visual.float32().shape, tokens.age")], domain) as policy,
+        fake_tokenizer(domain),
+    ):
         policy.wait_for("('front', 'wrist') (2, 196, 256) 0.")
 
 
@@ -186,7 +208,7 @@ def test_the_loop_on_the_page_infers_once_and_holds_without_tokens():
     pytest.importorskip("rclpy")
     before = """
 import time, rclpy
-from vla_perception.policy import TokenSubscriber
+from vla_perception.tokens.subscriber import TokenSubscriber
 def say(*words): print(*words, flush=True)
 hold, follow = (lambda: say("hold")), (lambda chunk: say("follow", chunk))
 def act(visual): say("act", visual.sequence); return visual.sequence
@@ -197,7 +219,9 @@ tokens = TokenSubscriber(rclpy.create_node("policy"))
     with RosProcess(["-c", code], domain) as policy:
         policy.wait_for("hold\n")
         # Half of the 30 turns a second have no new set; then there are no more, and what there was gets old.
-        with RosProcess([str(ROOT / "test" / "fake_tokenizer.py"), "--rate", "10", "--count", "10"], domain):
+        with RosProcess(
+            [str(ROOT / "test" / "support" / "fake_tokenizer.py"), "--rate", "10", "--count", "10"], domain
+        ):
             policy.wait_for("follow 9\n")
             policy.wait_for("follow 9\nhold\n")
     said = [line for line in policy.output.splitlines() if line.startswith("act")]

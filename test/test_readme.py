@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ros_domain import RosProcess, free_domain, in_domain, wait_until
 
-from vla_perception.messages.tokens import View, VisualTokens, to_message
+from vla_perception.tokens.visual_tokens import View, VisualTokens, to_message
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,7 +20,7 @@ def tokens(sequence: int) -> VisualTokens:
         dtype="float32",
         views=tuple(View(name, name, 1, 480, 640, (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)) for name in ("front", "wrist")),
         sequence=sequence,
-        model="small",
+        model="tiny-random",
         weights="random",
         fingerprint="0" * 64,
         compute_dtype="float32",
@@ -51,7 +51,7 @@ def test_the_policy_node_receives_tokens(tmp_path):
             wait_until(lambda: publisher.get_subscription_count() or policy.process.poll() is not None, 60, "a policy")
             for sequence in range(3):
                 publisher.publish(to_message(tokens(sequence)))
-            policy.wait_for("('front', 'wrist') (2, 4, 8) float32 from small")
+            policy.wait_for("('front', 'wrist') (2, 4, 8) float32 from tiny-random")
     finally:
         node.destroy_node()
         context.shutdown()

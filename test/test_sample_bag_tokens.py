@@ -25,13 +25,13 @@ def messages(count: int) -> list[bytes]:
     """The first `count` token messages that the node makes of the sample bag, one frame set after the other."""
     from rosbags.typesys import Stores, get_typestore
 
-    from vla_perception.bags import Bag
-    from vla_perception.messages.images import compressed_to_rgb
-    from vla_perception.messages.tokens import View, VisualTokens
-    from vla_perception.nodes.synchronizer import SetSynchronizer
+    from vla_perception.images.decode import compressed_to_rgb
+    from vla_perception.nodes.visual_tokenizer.synchronizer import SetSynchronizer
+    from vla_perception.sources.bags import Bag
     from vla_perception.tokenizer import VisualTokenizer
+    from vla_perception.tokens.visual_tokens import View, VisualTokens
 
-    tokenizer = VisualTokenizer.load("small", device="cpu", compute_dtype="float32", runtime="eager")
+    tokenizer = VisualTokenizer.load("tiny-random", device="cpu", compute_dtype="float32", runtime="eager")
     synchronizer = SetSynchronizer(["front", "wrist"])
     types, found = get_typestore(Stores.ROS2_JAZZY), []
     with Bag(ROOT / "examples/sample_bag") as bag:
@@ -43,12 +43,19 @@ def messages(count: int) -> list[bytes]:
             frames = synchronizer.take()
             images = [compressed_to_rgb(frame.image) for frame in frames]
             views = [
-                View(frame.camera, frame.image.header.frame_id, frame.stamp_ns, *image.shape[:2],
-                     tokenizer.affine(*image.shape[:2], frame.camera), seen=tokenizer.seen(*image.shape[:2], frame.camera))
+                View(
+                    frame.camera,
+                    frame.image.header.frame_id,
+                    frame.stamp_ns,
+                    *image.shape[:2],
+                    tokenizer.affine(*image.shape[:2], frame.camera),
+                    seen=tokenizer.seen(*image.shape[:2], frame.camera),
+                )
                 for frame, image in zip(frames, images)
-            ]  # fmt: skip
+            ]
             tokens = tokenizer(images, [frame.camera for frame in frames]).tokens.bfloat16()
-            visual = VisualTokens.from_torch(tokens, sequence=len(found), views=views, **tokenizer.metadata())
+            metadata = tokenizer.metadata() | {"model": RECORDED["model"]}  # the preset's name then
+            visual = VisualTokens.from_torch(tokens, sequence=len(found), views=views, **metadata)
             found.append(visual.to_bytes())
             if len(found) == count:
                 return found

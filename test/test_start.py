@@ -30,33 +30,57 @@ def test_a_model_that_encodes_has_imported_neither_dynamo_nor_the_other_models_o
     imported = python("""
 import json, sys
 from vla_perception.tokenizer import VisualTokenizer
-tokenizer = VisualTokenizer.load("small", token_strategy="cls+patch", device="cpu")
+tokenizer = VisualTokenizer.load("tiny-random", token_strategy="cls+patch", device="cpu")
 tokenizer.warm_up()
 VisualTokenizer.load("base", device="cpu")
 print(json.dumps(sorted(sys.modules)))
 """)
     assert "timm.models.vision_transformer" in imported and "torch" in imported
-    unwanted = ("torch._dynamo", "torch._inductor", "sympy", "triton", "torch.utils.flop_counter", "timm.models.beit", "timm.data.loader")
+    unwanted = (
+        "torch._dynamo",
+        "torch._inductor",
+        "sympy",
+        "triton",
+        "torch.utils.flop_counter",
+        "timm.models.beit",
+        "timm.data.loader",
+    )
     assert not {name for name in imported if name.startswith(unwanted)}
 
 
 @pytest.mark.parametrize(
     "arguments, code, told",
     [
-        (["describe", "small", "--token-strategy", "cls+patch"], 0, ""),
+        (["describe", "tiny-random", "--token-strategy", "cls+patch"], 0, ""),
         (["describe", "openvla-7b", "--pool", "3"], 1, "pool 3 does not divide"),
-        (["tokenize", "missing.png", "--model", "small", "--out", "tokens.safetensors"], 1, "missing.png"),
-        (["tokenize", "docs/images/tokens.png", "--model", "small", "--out", "no/folder/t.safetensors"], 1, "no/folder"),
+        (["tokenize", "missing.png", "--model", "tiny-random", "--out", "tokens.safetensors"], 1, "missing.png"),
+        (
+            ["tokenize", "docs/images/tokens.png", "--model", "tiny-random", "--out", "no/folder/t.safetensors"],
+            1,
+            "no/folder",
+        ),
         (["tokenize", "docs/images/tokens.png", "--model", "/no/model", "--out", "t.safetensors"], 1, "/no/model"),
-        (["tokenize", "docs/images/tokens.png", "--model", "small", "--pool", "0", "--out", "t"], 1, "pool must be"),
+        (
+            ["tokenize", "docs/images/tokens.png", "--model", "tiny-random", "--pool", "0", "--out", "t"],
+            1,
+            "pool must be",
+        ),
         (["tokenize", "docs/images/tokens.png", "--model", "a/b", "--prepare", "turn", "--out", "t"], 1, "turn"),
-        (["tokenize", "docs/images/tokens.png", "--model", "a/b", "--adapter", "/no", "--out", "t"], 1, "adapter at '/no'"),
-        (["tokenize", "docs/images/tokens.png", "--model", "small", "--device", "GPU 0", "--out", "t"], 2, "not a device"),
+        (
+            ["tokenize", "docs/images/tokens.png", "--model", "a/b", "--adapter", "/no", "--out", "t"],
+            1,
+            "adapter at '/no'",
+        ),
+        (
+            ["tokenize", "docs/images/tokens.png", "--model", "tiny-random", "--device", "GPU 0", "--out", "t"],
+            2,
+            "not a device",
+        ),
         (["bench", "--model", "~/no/model"], 1, "no/model"),
-        (["bench", "--model", "small", "--json", "no/folder/it.json"], 1, "no/folder"),
-        (["bench", "--model", "small", "--runtime", "fast"], 2, "fast"),
+        (["bench", "--model", "tiny-random", "--json", "no/folder/it.json"], 1, "no/folder"),
+        (["bench", "--model", "tiny-random", "--runtime", "fast"], 2, "fast"),
     ],
-)  # fmt: skip
+)
 def test_what_needs_no_torch_imports_none(arguments, code, told, monkeypatch, capsys):
     """Descriptions of presets, and everything about arguments and files that can be told before it is needed."""
     monkeypatch.chdir(ROOT)
@@ -92,7 +116,9 @@ print(json.dumps([timm.__version__, timm.list_models(), dir(timm.data), dir(timm
     ],
 )
 def test_whatever_other_code_asks_for_first(code):
-    assert python(f"import json\nfrom vla_perception.tokenizer.timm_import import timm\n{code}\nprint(json.dumps(True))")
+    assert python(
+        f"import json\nfrom vla_perception.tokenizer.timm_import import timm\n{code}\nprint(json.dumps(True))"
+    )
 
 
 def test_a_timm_that_is_laid_out_otherwise_is_imported_whole(tmp_path):
@@ -108,7 +134,7 @@ from vla_perception.tokenizer import VisualTokenizer
 importlib.import_module = real
 import timm
 assert "timm.models.beit" in sys.modules and timm.is_model("resnet18")
-print(json.dumps(VisualTokenizer.load("small", device="cpu").grid))
+print(json.dumps(VisualTokenizer.load("tiny-random", device="cpu").grid))
 """) == [14, 14]
 
 

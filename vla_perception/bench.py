@@ -1,9 +1,9 @@
-"""``vla-perception bench``: how fast a model encodes here, beside the plain way, in one run.
+"""``vla-perception bench``: how fast a model encodes here, beside the baseline, in one run.
 
-The plain way is what OpenVLA's own code does: PIL and torchvision prepare the picture once for every encoder, both
+The baseline is what OpenVLA's own code does: PIL and torchvision prepare the image once for every encoder, both
 timm towers run with all their blocks, one after the other, operation by operation, and the projector follows. It has
-the same weights and gets the same pictures. The towers' last blocks, whose results nobody uses, are in no tokenizer:
-the plain way's get random weights.
+the same weights and gets the same images. The towers' last blocks, whose results nobody uses, are in no tokenizer:
+the baseline's get random weights.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from vla_perception.tokenizer.projector import Projector
 from vla_perception.tokenizer.runtime import PackedLinear, limit_threads
 from vla_perception.tokenizer.tokenizer import empty_network, random_weight
 
-#: Relative L2 distance of tokens from the plain way in float32 that rounding accounts for (docs/performance.md).
+#: Relative L2 distance of tokens from the baseline in float32 that rounding accounts for (docs/performance.md).
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "float8": 1.4e-1}
 #: The lowest cosine of a token with its own in float32, where that has a bound, too.
 LOWEST_COSINES = {"float8": 0.99}
-#: Height and width of the pictures.
+#: Height and width of the images.
 SIZE = (480, 640)
 PERCENTILES = (50, 95, 99)
-_PICTURES = 16
+_IMAGES = 16
 _MIN_ROUNDS, _MAX_ROUNDS = 5, 1000
 _PREPROCESS_ROUNDS = 50
 _COMPARED_ROUNDS = 2
@@ -57,8 +57,8 @@ if torch.backends.mkldnn.is_available():
         return 2 * math.prod(values_shape) * weight_shape[0]
 
 
-class PlainModel:
-    """The plain way, with the weights of `tokenizer`, which must not have run yet: running may repack them.
+class ReferenceModel:
+    """The baseline, with the weights of `tokenizer`, which must not have run yet: running may repack them.
 
     Args:
         exact: keep cuDNN from computing float32 convolutions in TF32, as it does unless told otherwise.
@@ -89,10 +89,9 @@ class PlainModel:
     def preprocess(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """``PrismaticImageProcessor`` of openvla → per encoder float32 [views, 3, side, side] on the device."""
         pixel_values: list[list[torch.Tensor]] = [[] for _ in self._encoders]
-        for image in images:
-            picture = Image.fromarray(image)
+        for image in map(Image.fromarray, images):
             for config, values in zip(self._encoders, pixel_values):
-                values.append(_torchvision_pixels(picture, config))
+                values.append(_torchvision_pixels(image, config))
         return [torch.stack(values).to(self._device) for values in pixel_values]
 
     @torch.inference_mode()
@@ -111,7 +110,7 @@ class PlainModel:
         return {name: value.to(self._device, self._dtype) for name, value in weights.items()}
 
 
-class TunedModel:
+class OptimizedModel:
     """The tokenizer with its runtime, told apart by stage where the runtime runs stage by stage."""
 
     def __init__(self, tokenizer: VisualTokenizer) -> None:
@@ -171,9 +170,16 @@ class _Clock:
 
 
 def run(
-    model: str, *, device: str = "auto", compute_dtype: str = "auto", runtime: str = "auto", views: Sequence[int] = (1,),
-    baseline: bool = False, seconds: float = 30.0, json_file: Path | None = None,
-) -> dict:  # fmt: skip
+    model: str,
+    *,
+    device: str = "auto",
+    compute_dtype: str = "auto",
+    runtime: str = "auto",
+    views: Sequence[int] = (1,),
+    baseline: bool = False,
+    seconds: float = 30.0,
+    json_file: Path | None = None,
+) -> dict:
     """Measures, prints a report, writes `json_file`; returns what is written there.
 
     Args:
@@ -181,7 +187,7 @@ def run(
         seconds: for each number of views.
 
     Raises:
-        ValueError: the model cannot be loaded, or its tokens or pixel values are not those of the plain way.
+        ValueError: the model cannot be loaded, or its tokens or pixel values are not those of the baseline.
     """
     limit_threads()
     progress = Progress()
@@ -193,17 +199,17 @@ def run(
     reference = tokenizer
     if compute_dtype == "float8":  # which has given up the weights that it is compared with
         reference = VisualTokenizer.load(model, device=str(tokenizer.device), compute_dtype="bfloat16", runtime="eager")
-    plain = PlainModel(reference, COMPUTE_DTYPES[compute_dtype])
-    # On a CPU in float32 the plain way is what is compared with: its weights need not be there twice.
+    plain = ReferenceModel(reference, COMPUTE_DTYPES[compute_dtype])
+    # On a CPU in float32 the baseline is what is compared with: its weights need not be there twice.
     as_it_is = compute_dtype == "float32" and tokenizer.device.type == "cpu"
-    exact = plain if as_it_is else PlainModel(reference, torch.float32, exact=True)
+    exact = plain if as_it_is else ReferenceModel(reference, torch.float32, exact=True)
     del reference
     begun = time.perf_counter()
     for number in views:
         progress(f"warming up for {number} view(s)", begins=True)
         tokenizer.warm_up(number)
     warm_up = time.perf_counter() - begun
-    tuned = TunedModel(tokenizer)
+    tuned = OptimizedModel(tokenizer)
     report = {
         "model": tokenizer.model,
         "weights": tokenizer.weights,
@@ -213,14 +219,19 @@ def run(
         "kernels": tokenizer.kernels,
         "device": _device_name(tokenizer.device),
         "versions": {
-            "vla_perception": __version__, "python": platform.python_version(), "torch": torch.__version__,
-            "cuda": torch.version.cuda if tokenizer.device.type == "cuda" else None, "timm": timm.__version__,
-            "torchvision": torchvision.__version__, "pillow": PIL.__version__, "numpy": np.__version__,
+            "vla_perception": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda if tokenizer.device.type == "cuda" else None,
+            "timm": timm.__version__,
+            "torchvision": torchvision.__version__,
+            "pillow": PIL.__version__,
+            "numpy": np.__version__,
         },
         "image_size": list(SIZE),
         "load_s": loading,
         "warm_up_s": warm_up,
-    }  # fmt: skip
+    }
     progress.clear()
     print(f"{report['model']} ({report['weights']} weights), {compute_dtype}, runtime {report['runtime']}")
     if report["runtime_fallback"]:
@@ -239,7 +250,7 @@ def run(
     for number, result in by_views.items():
         if not result["agreement"]["within_tolerance"]:
             raise ValueError(
-                f"the tokens of {number} view(s) are not those of the plain way in float32: relative L2 "
+                f"the tokens of {number} view(s) are not those of the baseline in float32: relative L2 "
                 f"{result['agreement']['relative_l2']:.1e} where {compute_dtype} allows {TOLERANCES[compute_dtype]:g}, "
                 f"lowest cosine of a token {result['agreement']['cosine']:.5f}"
             )
@@ -249,20 +260,26 @@ def run(
 
 
 def _measure(
-    tokenizer: VisualTokenizer, tuned: TunedModel, plain: PlainModel, exact: PlainModel, views: int, baseline: bool,
-    seconds: float, progress: Progress,
-) -> dict:  # fmt: skip
+    tokenizer: VisualTokenizer,
+    tuned: OptimizedModel,
+    plain: ReferenceModel,
+    exact: ReferenceModel,
+    views: int,
+    baseline: bool,
+    seconds: float,
+    progress: Progress,
+) -> dict:
     progress(f"{views} view(s): measuring the machine", begins=True)
     dtype = COMPUTE_DTYPES[tokenizer.compute_dtype]
     rates = _rates(tokenizer.device, dtype)
     random = np.random.default_rng()
-    pictures = [random.integers(0, 256, (*SIZE, 3), dtype=np.uint8) for _ in range(_PICTURES)]
+    images = [random.integers(0, 256, (*SIZE, 3), dtype=np.uint8) for _ in range(_IMAGES)]
 
     def batch(index: int) -> list[np.ndarray]:
-        return [pictures[(index * views + view) % _PICTURES] for view in range(views)]
+        return [images[(index * views + view) % _IMAGES] for view in range(views)]
 
     clock = _Clock(tokenizer.device)
-    progress(f"{views} view(s): comparing with the plain way in float32", begins=True)
+    progress(f"{views} view(s): comparing with the baseline in float32", begins=True)
     result: dict = {"agreement": _agreement(tokenizer, tuned, plain, exact, batch)}
     contenders = {"tuned": tuned, "plain": plain} if baseline else {"tuned": tuned}
     progress(f"{views} view(s): preprocessing", begins=True)
@@ -273,10 +290,10 @@ def _measure(
     while rounds < _MIN_ROUNDS or (time.perf_counter() < deadline and rounds < _MAX_ROUNDS):
         # Who comes first changes with every round, so that neither has the warmer caches.
         for name in sorted(contenders, reverse=bool(rounds % 2)):
-            contender, images = contenders[name], batch(rounds)
+            contender, given = contenders[name], batch(rounds)
             clock.start()
             begun = time.perf_counter()
-            pixel_values = contender.preprocess(images)
+            pixel_values = contender.preprocess(given)
             clock.mark("preprocess")
             tokens = contender.encode(pixel_values, clock.mark)
             clock.mark("tokens")
@@ -285,7 +302,7 @@ def _measure(
             del tokens
             if contender is tuned:  # in one call, which may do more in one than stage by stage
                 begun = time.perf_counter()
-                tokens = tuned.whole(images)
+                tokens = tuned.whole(given)
                 clock.synchronize()
                 ended = time.perf_counter()
                 del tokens
@@ -324,10 +341,13 @@ def _measure(
 
 
 def _agreement(
-    tokenizer: VisualTokenizer, tuned: TunedModel, plain: PlainModel, exact: PlainModel,
+    tokenizer: VisualTokenizer,
+    tuned: OptimizedModel,
+    plain: ReferenceModel,
+    exact: ReferenceModel,
     batch: Callable[[int], list[np.ndarray]],
-) -> dict:  # fmt: skip
-    """How far tokens are from those of the plain way in float32, over some batches."""
+) -> dict:
+    """How far tokens are from those of the baseline in float32, over some batches."""
     found, own, expected = [], [], []
     for index in range(_COMPARED_ROUNDS):
         pixel_values = plain.preprocess(batch(index))
@@ -429,15 +449,15 @@ def _rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     return {"flop_per_s": 2 * side**3 / product, "bytes_per_s": 2 * length / copy}
 
 
-def _torchvision_pixels(picture: Image.Image, config: EncoderConfig) -> torch.Tensor:
+def _torchvision_pixels(image: Image.Image, config: EncoderConfig) -> torch.Tensor:
     side = config.image_size
     if config.resize_strategy == "letterbox":
-        top, left = letterbox_padding(picture.height, picture.width)
-        picture = transforms.pad(picture, [left, top, left, top], fill=config.fill)
+        top, left = letterbox_padding(image.height, image.width)
+        image = transforms.pad(image, [left, top, left, top], fill=config.fill)
     target = [side, side] if config.resize_strategy == "resize-naive" else side
-    picture = transforms.resize(picture, target, interpolation=config.interpolation, antialias=True)
-    picture = transforms.center_crop(picture, [side, side])
-    return transforms.normalize(transforms.to_tensor(picture), config.mean, config.std)
+    image = transforms.resize(image, target, interpolation=config.interpolation, antialias=True)
+    image = transforms.center_crop(image, [side, side])
+    return transforms.normalize(transforms.to_tensor(image), config.mean, config.std)
 
 
 def _device_name(device: torch.device) -> str:
@@ -472,8 +492,10 @@ def _print(result: dict, views: int) -> None:
         print(f"| {stage.replace('_', ' ')} | " + " | ".join(cells) + " |")
     print()
     if baseline:
-        print(f"ratio to the baseline: {result['ratio_to_baseline']:.3f} (encode and project), "
-              f"{result['end_to_end_ratio']:.3f} (end to end); medians of the rounds' ratios")  # fmt: skip
+        print(
+            f"ratio to the baseline: {result['ratio_to_baseline']:.3f} (encode and project), "
+            f"{result['end_to_end_ratio']:.3f} (end to end); medians of the rounds' ratios"
+        )
         print(f"pixel values identical to PIL's and torchvision's: {'yes' if alone['identical'] else 'NO'}")
     print(
         f"floor {result['floor_ms']:.2f} ms: {result['flop'] / 1e9:.0f} GFLOP at "
@@ -483,10 +505,10 @@ def _print(result: dict, views: int) -> None:
     )
     agreement = result["agreement"]
     print(
-        f"agreement with the plain way in float32: relative L2 {agreement['relative_l2']:.1e}, "
+        f"agreement with the baseline in float32: relative L2 {agreement['relative_l2']:.1e}, "
         f"lowest cosine of a token {agreement['cosine']:.7f}"
         + ("" if agreement["within_tolerance"] else "; THIS IS TOO FAR")
     )
     if "baseline_relative_l2" in agreement:
         distance, cosine = agreement["baseline_relative_l2"], agreement["baseline_cosine"]
-        print(f"  of the plain way in the same dtype: {distance:.1e}, {cosine:.7f}")
+        print(f"  of the baseline in the same dtype: {distance:.1e}, {cosine:.7f}")

@@ -52,21 +52,30 @@ MODEL_HELP = (
 def _add_tokenize(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "tokenize",
-        help="picture files to a safetensors file of tokens",
+        help="image files to a safetensors file of tokens",
         description="Writes one tensor, [images, tokens, channels], in the order in which the images are given.",
     )
     parser.add_argument(
-        "images", nargs="+", metavar="IMAGE", type=Path,
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        type=Path,
         help="JPEG, PNG, BMP, GIF, PPM, TIFF or WebP; one that is damaged is an error",
-    )  # fmt: skip
+    )
     add_model(parser)
     add_placement(parser)
     parser.add_argument(
-        "--output", default="tokens", choices=("tokens", "features"),
+        "--output",
+        default="tokens",
+        choices=("tokens", "features"),
         help="tokens: after the projector; features: before it (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--max-image-pixels", type=int, default=64_000_000, metavar="N", help="larger images are refused (default: %(default)s)"
+        "--max-image-pixels",
+        type=int,
+        default=64_000_000,
+        metavar="N",
+        help="larger images are refused (default: %(default)s)",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.safetensors")
     parser.set_defaults(run=_tokenize)
@@ -82,14 +91,19 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_placement(parser: argparse.ArgumentParser) -> None:
     """The options that say where and in what precision a model computes."""
     parser.add_argument(
-        "--device", default="auto", metavar="DEVICE", type=_device,
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        type=_device,
         help="auto, cpu, cuda or cuda:N; auto: a CUDA device that works, otherwise the CPU (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--compute-dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16", "float8"),
+        "--compute-dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16", "float8"),
         help="auto: bfloat16 on CUDA (float16 before Ampere), float32 on a CPU; float8: the encoders' linear layers in "
         "float8, from Ada and Hopper on, less exact (default: %(default)s)",
-    )  # fmt: skip
+    )
 
 
 def _device(text: str) -> str:
@@ -102,9 +116,12 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
     """The options that any model has."""
     parser.add_argument("--encoders", nargs="+", metavar="NAME", help="encoders to keep, such as dinov2; default: all")
     parser.add_argument(
-        "--image-size", nargs="+", type=int, metavar="PIXELS",
+        "--image-size",
+        nargs="+",
+        type=int,
+        metavar="PIXELS",
         help="one for all encoders, or one for each; 0: the model's own",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--token-strategy", default="patch", choices=("patch", "cls", "cls+patch"), help="default: %(default)s"
     )
@@ -113,10 +130,13 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--pool", type=int, default=1, metavar="K", help="average K × K patch tokens into one")
     parser.add_argument(
-        "--prepare", nargs="+", default=[], metavar="STEP",
-        help="what is done to pictures first: rotate180, region:x,y,width,height, jpeg, lanczos3, center_crop_tf, "
+        "--prepare",
+        nargs="+",
+        default=[],
+        metavar="STEP",
+        help="what is done to images first: rotate180, region:x,y,width,height, jpeg, lanczos3, center_crop_tf, "
         "center_crop_pil",
-    )  # fmt: skip
+    )
 
 
 def choices(options: argparse.Namespace) -> dict:
@@ -137,9 +157,11 @@ def _add_describe(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--views", type=int, default=1, help="cameras in one message (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=30.0, metavar="HZ", help="messages per second (default: 30)")
     parser.add_argument(
-        "--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"),
+        "--dtype",
+        default="bfloat16",
+        choices=("float32", "bfloat16", "float16"),
         help="of weights, tokens and the language model's cache (default: %(default)s)",
-    )  # fmt: skip
+    )
     model = parser.add_argument_group("the language model that reads the tokens", "by default Llama-2-7B, OpenVLA's")
     model.add_argument("--llm-width", type=int, default=4096, metavar="N", help="hidden size (default: %(default)s)")
     model.add_argument("--llm-layers", type=int, default=32, metavar="N", help="default: %(default)s")
@@ -152,7 +174,7 @@ def _add_describe(commands: argparse._SubParsersAction) -> None:
 
 
 def _describe(options: argparse.Namespace) -> None:
-    from vla_perception.tokenizer.describe import LanguageModel, as_text, describe, model_config
+    from vla_perception.tokenizer.cost import LanguageModel, as_text, describe, model_config
     from vla_perception.tokenizer.presets import check_model
 
     check_model(options.model, **choices(options))
@@ -178,7 +200,7 @@ def _check_folder(file: Path) -> None:
 def _tokenize(options: argparse.Namespace) -> None:
     from PIL import Image
 
-    from vla_perception import image_files
+    from vla_perception.sources import image_files
     from vla_perception.tokenizer.presets import check_model
 
     Image.MAX_IMAGE_PIXELS = None  # image_files has the bound that the user gave
@@ -225,8 +247,8 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "bench",
         help="how fast a model encodes on this machine",
-        description="Times preprocessing, encoders and projector on fresh random pictures of 640 × 480, in "
-        "milliseconds, and checks that the tokens are those of the plain way: PIL and torchvision, both timm towers "
+        description="Times preprocessing, encoders and projector on fresh random images of 640 × 480, in "
+        "milliseconds, and checks that the tokens are those of the baseline: PIL and torchvision, both timm towers "
         "with all blocks, one after the other, eager, then the projector.",
         epilog="The JSON has ratio_to_baseline, end_to_end_ratio, agreement, stages_ms, floor_ms and more at its top "
         "level for the first number of views, and all of that under by_views for every one; device, versions and what "
@@ -235,13 +257,15 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--model", required=True, help="whatever `tokenize` takes; presets have random weights")
     add_placement(parser)
     parser.add_argument(
-        "--runtime", default="auto", choices=("auto", "eager", "onednn", "graph", "compile"),
+        "--runtime",
+        default="auto",
+        choices=("auto", "eager", "onednn", "graph", "compile"),
         help="docs/performance.md says what they are (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--views", default=[1], type=_numbers, metavar="N[,N…]", help="pictures in a batch, e.g. 1,2,4 (default: 1)"
     )
-    parser.add_argument("--baseline", action="store_true", help="also time the plain way, alternating, in the same run")
+    parser.add_argument(
+        "--views", default=[1], type=_numbers, metavar="N[,N…]", help="images in a batch, e.g. 1,2,4 (default: 1)"
+    )
+    parser.add_argument("--baseline", action="store_true", help="also time the baseline, alternating, in the same run")
     parser.add_argument(
         "--seconds", default=30.0, type=float, help="of measuring for each number of views (default: %(default)s)"
     )
@@ -268,9 +292,15 @@ def _bench(options: argparse.Namespace) -> None:
         from vla_perception import bench
 
     bench.run(
-        options.model, device=options.device, compute_dtype=options.compute_dtype, runtime=options.runtime,
-        views=options.views, baseline=options.baseline, seconds=options.seconds, json_file=options.json,
-    )  # fmt: skip
+        options.model,
+        device=options.device,
+        compute_dtype=options.compute_dtype,
+        runtime=options.runtime,
+        views=options.views,
+        baseline=options.baseline,
+        seconds=options.seconds,
+        json_file=options.json,
+    )
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
@@ -282,7 +312,9 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--model", help=f"look at a model, too: {MODEL_HELP}")
     parser.add_argument(
-        "--check", action="store_true", help="encode two images in every runtime and precision, and compare with float32"
+        "--check",
+        action="store_true",
+        help="encode two images in every runtime and precision, and compare with float32",
     )
     parser.add_argument("--json", action="store_true", help="the same as JSON: state, findings")
     parser.set_defaults(run=_doctor)

@@ -1,6 +1,6 @@
 """`make demo`: a bag's cameras become visual tokens at a policy, every piece in a process of its own.
 
-    python -m vla_perception.demo [--model small] [--bag examples/sample_bag] [--out out/demo]
+    python -m vla_perception.demo [--model tiny-random] [--bag examples/sample_bag] [--out out/demo]
 
 Starts the tokenizer (lifecycle node), a policy that subscribes to its tokens, and the bag player, on a ROS domain
 that nobody else on this machine uses; follows them, and when everything is through accounts for every frame, prints
@@ -29,15 +29,15 @@ from pathlib import Path
 
 import numpy as np
 
-from vla_perception.bags import COMPRESSED_IMAGE, Bag, BagError, BagMessage
 from vla_perception.cli import add_placement
+from vla_perception.sources.bags import COMPRESSED_IMAGE, Bag, BagError, BagMessage
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("decode", "preprocess", "encode", "publish")
 COUNTERS = ("received", "encoded", "replaced", "unmatched", "undecodable", "pending")
 PERCENTILES = (50, 95, 99)
 IMAGES_LIMIT = 1 << 30  # bytes
-MOMENTS = 3  # of the bag, that are in the picture
+MOMENTS = 3  # of the bag, that are in the image
 
 LOADING_SEC = 1800.0  # the first use of a checkpoint reads and hashes gigabytes
 IDLE_SEC = 600.0  # from the last frame published until nothing moves any more
@@ -105,7 +105,7 @@ class Child:
 
 @dataclass
 class Events:
-    """What the policy's process has told so far: token messages, newest diagnostics, and how often they repeated."""
+    """What the policy's process has told so far: token messages, latest diagnostics, and how often they repeated."""
 
     policy: Child
     rmw: str | None = None
@@ -179,7 +179,7 @@ def find_cameras(bag: Bag) -> Cameras:
         if topics:
             return Cameras(tuple(topics), transport, topics)
     raise DemoError(
-        f"{bag.path} has no topic CAMERA/image_raw/compressed or CAMERA/image_raw with pictures; it has "
+        f"{bag.path} has no topic CAMERA/image_raw/compressed or CAMERA/image_raw with images; it has "
         + (", ".join(bag.topics) or "no topics")
     )
 
@@ -251,7 +251,7 @@ def run(arguments: argparse.Namespace) -> int:
     with Bag(arguments.bag) as bag, tempfile.TemporaryDirectory(prefix="vla_perception_demo_") as folder:
         record = Path(folder)
         cameras = find_cameras(bag)
-        pictures = read_images(bag, cameras)
+        images = read_images(bag, cameras)
         domain, lock = free_domain()
         environment = ros_environment(domain)
         children: list[Child] = []
@@ -262,12 +262,12 @@ def run(arguments: argparse.Namespace) -> int:
 
         # However busy the machine is, no frame may be lost on its way to the node: every one is to be accounted for.
         depths = {
-            f"qos_overrides.{topic}.subscription.depth": len(pictures[name]) for name, topic in cameras.topics.items()
+            f"qos_overrides.{topic}.subscription.depth": len(images[name]) for name, topic in cameras.topics.items()
         }
         try:
             node = start(
                 "tokenizer",
-                "vla_perception.nodes.visual_tokenizer",
+                "vla_perception.nodes.visual_tokenizer.node",
                 model=arguments.model,
                 device=arguments.device,
                 compute_dtype=arguments.compute_dtype,
@@ -350,7 +350,7 @@ def run(arguments: argparse.Namespace) -> int:
         problems = events.problems + problems
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        draw_picture(record, published, cameras, pictures, arguments.out / "tokens.png")
+        draw_image(record, published, cameras, images, arguments.out / "tokens.png")
 
     print_table(report, arguments.out)
     for problem in problems:
@@ -494,21 +494,21 @@ def _rounded(value: object) -> float | None:
         return None
 
 
-def draw_picture(
+def draw_image(
     record: Path,
     published: Mapping[str, Mapping[int, int]],
     cameras: Cameras,
-    pictures: Mapping[str, list[BagMessage]],
+    images: Mapping[str, list[BagMessage]],
     out: Path,
 ) -> None:
-    """tokens.png, from the messages that the policy kept and the bag's pictures that belong to their stamps."""
+    """tokens.png, from the messages that the policy kept and the bag's images that belong to their stamps."""
     # Only here, because they need the ROS message packages and Pillow.
     from rclpy.serialization import deserialize_message
 
-    from vla_perception.demo_picture import Moment, draw
-    from vla_perception.messages import images
-    from vla_perception.messages.tokens import VisualTokens
+    from vla_perception.demo_image import Moment, draw
+    from vla_perception.images import decode as images
     from vla_perception.nodes.bag_player import message_class
+    from vla_perception.tokens.visual_tokens import VisualTokens
 
     order = {
         name: {stamp: index for index, stamp in enumerate(published[topic])} for name, topic in cameras.topics.items()
@@ -518,14 +518,14 @@ def draw_picture(
         tokens = VisualTokens.from_bytes(file.read_bytes())
         shown = []
         for view in tokens.views:
-            # The n-th stamp that the player gave to a topic is that of its n-th picture in the bag.
-            recorded = pictures[view.camera][order[view.camera][view.stamp_ns]]
+            # The n-th stamp that the player gave to a topic is that of its n-th image in the bag.
+            recorded = images[view.camera][order[view.camera][view.stamp_ns]]
             message = deserialize_message(recorded.cdr, message_class(recorded.type))
             decode = images.compressed_to_rgb if recorded.type == COMPRESSED_IMAGE else images.image_to_rgb
             shown.append(decode(message))
         index = order[tokens.views[0].camera][tokens.views[0].stamp_ns]
-        start = pictures[tokens.views[0].camera][0].time_ns
-        seconds = (pictures[tokens.views[0].camera][index].time_ns - start) / 1e9
+        start = images[tokens.views[0].camera][0].time_ns
+        seconds = (images[tokens.views[0].camera][index].time_ns - start) / 1e9
         moments.append(Moment(seconds, tokens, shown))
     draw(moments, out)
 
@@ -561,7 +561,7 @@ def print_table(report: Mapping, out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vla_perception.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="small", help="preset (random weights) or checkpoint folder")
+    parser.add_argument("--model", default="tiny-random", help="preset (random weights) or checkpoint folder")
     parser.add_argument("--bag", default=str(ROOT / "examples" / "sample_bag"), help="folder, .mcap or .db3")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for report.json and tokens.png")
     parser.add_argument("--rate", type=float, default=1.0, help="speed of the replay")

@@ -29,9 +29,14 @@ MIB = 1 << 20
 _SHM_BYTES = 256 * MIB
 #: Distributions that encoding takes: the lowest version, and the first that is too new (setup.py has the reasons).
 _PACKAGES = {
-    "torch": ("2.4", ""), "torchvision": ("0.19", ""), "timm": ("1.0.26", "2"), "huggingface_hub": ("1.0", "3"),
-    "pillow": ("10.1", "13"), "numpy": ("1.26", ""), "simplejpeg": ("1.7", ""),
-}  # fmt: skip
+    "torch": ("2.4", ""),
+    "torchvision": ("0.19", ""),
+    "timm": ("1.0.26", "2"),
+    "huggingface_hub": ("1.0", "3"),
+    "pillow": ("10.1", "13"),
+    "numpy": ("1.26", ""),
+    "simplejpeg": ("1.7", ""),
+}
 #: In a process of its own: rcl ends one whose RMW_IMPLEMENTATION cannot be loaded, and a full /dev/shm ends any.
 _RCLPY_PROBE = """
 import rclpy
@@ -69,12 +74,19 @@ def examine(model: str | None = None, *, check: bool = False) -> Iterator[Findin
         check: encode two images in every runtime and precision of the device, and compare with float32.
     """
     checks: list[Callable[[], Iterator[Finding]]] = [
-        python, packages, lambda: device(), cores, ros, fastdds_profile, shared_memory, iceoryx2,
-    ]  # fmt: skip
+        python,
+        packages,
+        lambda: device(),
+        cores,
+        ros,
+        fastdds_profile,
+        shared_memory,
+        iceoryx2,
+    ]
     if model is not None:
         checks.append(lambda: checkpoint(model))
     if check:
-        checks.append(lambda: agreement(model or "small"))
+        checks.append(lambda: agreement(model or "tiny-random"))
     for one in checks:
         try:
             yield from one()
@@ -142,7 +154,9 @@ def triton(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     """What Triton takes to compile kernels when a node starts; it looks for these in the same way."""
     otherwise = "otherwise PyTorch's kernels compute, more slowly"
     if importlib.util.find_spec("triton") is None:
-        yield Finding("Triton", "warn", f"not installed; {otherwise}", "pip install triton, if there is one for this torch")
+        yield Finding(
+            "Triton", "warn", f"not installed; {otherwise}", "pip install triton, if there is one for this torch"
+        )
         return
     compiler = environment.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None or shutil.which(compiler) is None:
@@ -173,7 +187,7 @@ def cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> Iterator[Finding]:
 
 def ros(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     if importlib.util.find_spec("rclpy") is None:
-        cure = "source a ROS 2 distribution, or pip install '.[ros]'; picture files need neither"
+        cure = "source a ROS 2 distribution, or pip install '.[ros]'; image files need neither"
         yield Finding("ROS", "warn", "rclpy is not there, so no node runs in this environment", cure)
         return
     probe = subprocess.run(
@@ -193,7 +207,9 @@ def ros(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     if environment.get("ROS_LOCALHOST_ONLY") == "1":
         yield Finding("discovery", "ok", "ROS_LOCALHOST_ONLY=1 (deprecated): this machine")
     elif reach == "OFF":
-        yield Finding("discovery", "warn", "ROS_AUTOMATIC_DISCOVERY_RANGE=OFF: nodes find nobody", "unset it, or LOCALHOST")
+        yield Finding(
+            "discovery", "warn", "ROS_AUTOMATIC_DISCOVERY_RANGE=OFF: nodes find nobody", "unset it, or LOCALHOST"
+        )
     elif reach and reach not in _DISCOVERY_RANGES:
         text = f"ROS_AUTOMATIC_DISCOVERY_RANGE={reach} is none of {', '.join(_DISCOVERY_RANGES)}: taken for LOCALHOST"
         yield Finding("discovery", "warn", text, "correct it; capitals count")
@@ -208,7 +224,9 @@ def _why_rclpy_fails(probe: subprocess.CompletedProcess[str], environment: Mappi
         if name == "SIGBUS":
             cure = "make room in /dev/shm (see its line): nothing that imports rclpy runs without"
         return Finding("ROS", "fail", f"rclpy ended with {name}", cure)
-    reason = next(reversed([line for line in probe.stderr.splitlines() if line.strip()]), f"exit code {probe.returncode}")
+    reason = next(
+        reversed([line for line in probe.stderr.splitlines() if line.strip()]), f"exit code {probe.returncode}"
+    )
     if "RMW_IMPLEMENTATION" in environment and ("RMW" in reason or "rmw" in reason):
         cure = f"install {environment['RMW_IMPLEMENTATION'].replace('_', '-')} (ros-$ROS_DISTRO-…), or unset RMW_IMPLEMENTATION"
     elif "ROS_DOMAIN_ID" in reason:
@@ -255,8 +273,8 @@ def shared_memory(folder: Path = Path("/dev/shm")) -> Iterator[Finding]:
 
 
 def iceoryx2() -> Iterator[Finding]:
-    from vla_perception.messages import shared_memory_services as services
-    from vla_perception.messages.shared_memory import missing
+    from vla_perception.tokens import shared_memory_services as services
+    from vla_perception.tokens.shared_memory import missing
 
     if reason := missing():
         cure = "pip install 'iceoryx2>=0.10,<0.11' (x86-64 Linux), or leave it: the topic carries tokens"
@@ -306,8 +324,8 @@ def agreement(model: str) -> Iterator[Finding]:
     kind = place()
     without_float8 = float8_unavailable_reason(kind.device)
     runtimes = ("eager", "graph") if kind.device.type == "cuda" else ("eager", "onednn")
-    pictures = list(np.random.default_rng(0).integers(0, 256, (2, 480, 640, 3), dtype=np.uint8))
-    expected = VisualTokenizer.load(model, device="cpu", compute_dtype="float32", runtime="eager")(pictures)
+    images = list(np.random.default_rng(0).integers(0, 256, (2, 480, 640, 3), dtype=np.uint8))
+    expected = VisualTokenizer.load(model, device="cpu", compute_dtype="float32", runtime="eager")(images)
     expected = expected.tokens.double()
     for runtime in runtimes:
         for dtype, tolerance in TOLERANCES.items():
@@ -316,7 +334,7 @@ def agreement(model: str) -> Iterator[Finding]:
             subject = f"{runtime} in {dtype} on {kind.device}"
             try:
                 tokenizer = VisualTokenizer.load(model, device=str(kind.device), compute_dtype=dtype, runtime=runtime)
-                found = tokenizer(pictures).tokens.double().cpu()
+                found = tokenizer(images).tokens.double().cpu()
             except (ValueError, RuntimeError) as error:
                 yield Finding(subject, "warn", str(error).splitlines()[0], "choose another runtime or compute_dtype")
                 continue
@@ -326,7 +344,9 @@ def agreement(model: str) -> Iterator[Finding]:
                 cure = f"mend what keeps {runtime} from running, or choose another runtime"
                 yield Finding(subject, "warn", f"{text}; runs {tokenizer.runtime}: {tokenizer.runtime_fallback}", cure)
             elif not torch.isfinite(found).all() or distance > tolerance:
-                yield Finding(subject, "fail", f"{text}, more than {tolerance:g}", "choose another runtime or compute_dtype")
+                yield Finding(
+                    subject, "fail", f"{text}, more than {tolerance:g}", "choose another runtime or compute_dtype"
+                )
             elif tokenizer.kernels.startswith("pytorch ("):  # with the reason why it is not Triton
                 yield Finding(subject, "warn", text, "mend what the line on Triton says, or what the text names")
             else:

@@ -1,4 +1,4 @@
-"""Writes prepare.npz: what TensorFlow makes of pictures in OpenVLA's evaluation code, step by step.
+"""Writes prepare.npz: what TensorFlow makes of images in OpenVLA's evaluation code, step by step.
 
     pip install tensorflow-cpu scikit-image
     python test/data/make_prepare.py
@@ -18,8 +18,8 @@ import tensorflow as tf
 FILE = Path(__file__).with_name("prepare.npz")
 
 
-def pictures() -> dict[str, tuple[np.ndarray, int]]:
-    """Name → picture, and the size it goes to."""
+def images() -> dict[str, tuple[np.ndarray, int]]:
+    """Name → image, and the size it goes to."""
     noise = np.random.default_rng(0)
     return {
         "astronaut": (skimage.data.astronaut()[0:256, 96:352], 224),  # as LIBERO renders: 256 × 256
@@ -53,7 +53,7 @@ def center_crop(image: np.ndarray, size: int, crop_scale: float = 0.9) -> np.nda
 
 def main() -> None:
     arrays: dict[str, np.ndarray] = {}
-    for name, (image, size) in pictures().items():
+    for name, (image, size) in images().items():
         arrays[f"{name}.input"] = np.ascontiguousarray(image)
         arrays[f"{name}.jpeg"] = jpeg(arrays[f"{name}.input"])
         arrays[f"{name}.lanczos3"] = lanczos3(arrays[f"{name}.jpeg"], size)

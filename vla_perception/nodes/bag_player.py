@@ -32,7 +32,10 @@ from rclpy.publisher import Publisher
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rosgraph_msgs.msg import Clock
 
-from vla_perception.bags import (
+from vla_perception.nodes.node_runner import Stop, run_node
+from vla_perception.nodes.parameters import warn_of_ignored
+from vla_perception.printable import printable
+from vla_perception.sources.bags import (
     COMPRESSED_IMAGE,
     IMAGE,
     Bag,
@@ -40,9 +43,6 @@ from vla_perception.bags import (
     header_stamp_ns,
     with_header_stamp,
 )
-from vla_perception.nodes.parameters import warn_of_ignored
-from vla_perception.nodes.process import Stop, run_node
-from vla_perception.printable import printable
 
 CLOCK_HZ = 50.0
 
@@ -84,7 +84,10 @@ class BagPlayer(Node):
         offset = self._number("start_offset_sec", 0.0, "Seconds of the bag to leave out at its beginning.", least=0.0)
         clock = self._parameter("clock", False, "Publish the bag's time on /clock, for nodes with use_sim_time.")
         self._max_gap_sec = self._number(
-            "max_gap_sec", 5.0, "Longer silences in the bag are cut down to this, in its seconds; 0: none is.", least=0.0
+            "max_gap_sec",
+            5.0,
+            "Longer silences in the bag are cut down to this, in its seconds; 0: none is.",
+            least=0.0,
         )
         self._wanted = self._parameter(
             "wait_for_subscribers", 0, "Wait for this many subscriptions to every image topic before starting."
@@ -102,7 +105,9 @@ class BagPlayer(Node):
         if not 1 <= depth <= MAX_DEPTH:
             raise ValueError(f"queue_depth is {depth}, expected 1 to {MAX_DEPTH}")
         self._bag = Bag(bag)
-        self._topics = self._playable(list(dict.fromkeys(f"/{t.lstrip('/')}" for t in topics if t)) or self._camera_topics())
+        self._topics = self._playable(
+            list(dict.fromkeys(f"/{t.lstrip('/')}" for t in topics if t)) or self._camera_topics()
+        )
         if offset > self._bag.seconds:
             raise ValueError(f"start_offset_sec is {offset:g}, but {bag} is only {self._bag.seconds:.1f} s long")
         # Without an offset nothing is filtered by time: the times that a bag says of itself may be wrong.
@@ -120,7 +125,9 @@ class BagPlayer(Node):
             try:
                 self._outlets[topic] = self._outlet(topic, qos)
             except (NameValidationException, RuntimeError) as error:  # RuntimeError: of DDS, where it is too long
-                self.get_logger().warning(f"Left out, for its name: {printable(topic[:300])} ({printable(' '.join(str(error).split())[:300])})")
+                self.get_logger().warning(
+                    f"Left out, for its name: {printable(topic[:300])} ({printable(' '.join(str(error).split())[:300])})"
+                )
         self._topics = list(self._outlets)
         if not self._topics:
             raise ValueError(f"nothing to play: {bag} has no topic with a name that can be published")
@@ -163,7 +170,9 @@ class BagPlayer(Node):
         images = [topic for topic in self._bag.topics.values() if topic.type in (IMAGE, COMPRESSED_IMAGE)]
         others = [topic.name for topic in images if topic.messages and topic.name not in cameras]
         if others:
-            self.get_logger().info(f"Left out, as their encoding is no camera's: {printable(', '.join(others))} (`topics` plays them)")
+            self.get_logger().info(
+                f"Left out, as their encoding is no camera's: {printable(', '.join(others))} (`topics` plays them)"
+            )
         return cameras
 
     def _playable(self, topics: list[str]) -> list[str]:
@@ -181,7 +190,9 @@ class BagPlayer(Node):
         if not playable:
             raise ValueError(f"nothing to play: no Python package for the message type of {listing}")
         if unknown:
-            self.get_logger().warning(f"Left out, for want of their message type's Python package: {printable(listing)}")
+            self.get_logger().warning(
+                f"Left out, for want of their message type's Python package: {printable(listing)}"
+            )
         return playable
 
     def _outlet(self, topic: str, qos: QoSProfile) -> Outlet:
@@ -235,7 +246,7 @@ class BagPlayer(Node):
 
     def _wait_for_subscribers(self) -> bool:
         """False if they did not come in time (said in the log) or the process ends."""
-        # camera_info seldom has a subscriber of its own: what is waited for are those of the pictures.
+        # camera_info seldom has a subscriber of its own: what is waited for are those of the images.
         images = set(self._bag.image_topics())
         awaited = [topic for topic in self._topics if topic in images] or self._topics
         deadline = time.monotonic() + self._wait_sec
@@ -316,7 +327,7 @@ class BagPlayer(Node):
         outlet, cdr, stamp_ns = self._outlets[message.topic], message.cdr, None
         if outlet.has_header and len(cdr) >= SHORTEST_HEADER:  # a shorter one is played as it is
             if self._restamp:
-                # A picture and its camera_info have the same header (stamp and frame), and keep one stamp between
+                # An image and its camera_info have the same header (stamp and frame), and keep one stamp between
                 # them: whoever joins the two does so by equal stamps.
                 header = cdr[4 : 16 + int.from_bytes(cdr[12:16], "little" if cdr[1] & 1 else "big")]
                 stamp_ns = stamps.get(header)
@@ -349,7 +360,7 @@ class BagPlayer(Node):
 
 
 class Outlet:
-    """A topic's publisher, whether its messages begin with a std_msgs/Header, and the newest stamp given to one."""
+    """A topic's publisher, whether its messages begin with a std_msgs/Header, and the latest stamp given to one."""
 
     def __init__(self, publisher: Publisher, has_header: bool):
         self.publisher = publisher

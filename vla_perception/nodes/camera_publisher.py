@@ -14,7 +14,7 @@ QUEUE_DEPTH = 5
 
 
 class CameraPublisher:
-    """Publishes pictures in the forms that somebody subscribes to, each with its camera_info.
+    """Publishes images in the forms that somebody subscribes to, each with its camera_info.
 
     The topics are `<prefix>image_raw`, relative to the node's namespace, and beside it `image_raw/compressed` and
     `camera_info`. Remapping `<prefix>image_raw` moves all three.
@@ -29,7 +29,7 @@ class CameraPublisher:
         self._info = node.create_publisher(CameraInfo, self.topic.rpartition("/")[0] + "/camera_info", QUEUE_DEPTH)
 
     def wanted(self) -> bool:
-        """Whether anybody subscribes to the pictures or to camera_info."""
+        """Whether anybody subscribes to the images or to camera_info."""
         return any(p.get_subscription_count() for p in (self._raw, self._compressed, self._info))
 
     def publish(self, pixels: np.ndarray, encoding: str, stamp: Time, info: CameraInfo, jpeg_quality: int):

@@ -99,7 +99,7 @@ def _run(name: str) -> NoReturn:
 
 
 def visual_tokenizer() -> NoReturn:
-    _run("visual_tokenizer")
+    _run("visual_tokenizer.node")
 
 
 def bag_player() -> NoReturn:

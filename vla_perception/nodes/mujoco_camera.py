@@ -19,11 +19,11 @@ from rclpy.node import Node
 from rclpy.time import Time
 from rosgraph_msgs.msg import Clock
 
-from vla_perception.messages.camera_info import pinhole, uncalibrated
+from vla_perception.images.camera_info import pinhole, uncalibrated
 from vla_perception.nodes.camera_publisher import CameraPublisher
+from vla_perception.nodes.node_runner import GRACE_SEC, Stop, run_node
 from vla_perception.nodes.parameters import declare, warn_of_ignored
-from vla_perception.nodes.process import GRACE_SEC, Stop, run_node
-from vla_perception.simulation import Simulation
+from vla_perception.sources.simulation import Simulation
 
 CLOCK_PERIOD_SEC = 0.01
 #: Real time that the simulation may fall behind before it gives up catching up.
@@ -39,9 +39,9 @@ class MujocoCamera(Node):
         scene = declare(self, "scene", "", "Path of an MJCF file. Empty: the table-top scene of this package.")
         # A default of [] would become an array of bytes.
         cameras = declare(self, "cameras", [""], "Names of the scene's cameras. Empty: all that have one.")
-        width = declare(self, "width", 320, "Of every picture, in pixels.", 16, 4096)
-        height = declare(self, "height", 240, "Of every picture, in pixels.", 16, 4096)
-        self._rate_hz = declare(self, "rate_hz", 10.0, "Pictures per second of simulated time, per camera.", 0.1, 240)
+        width = declare(self, "width", 320, "Of every image, in pixels.", 16, 4096)
+        height = declare(self, "height", 240, "Of every image, in pixels.", 16, 4096)
+        self._rate_hz = declare(self, "rate_hz", 10.0, "Images per second of simulated time, per camera.", 0.1, 240)
         self._speed = declare(
             self, "real_time_factor", 1.0, "Simulated seconds per second; 0: as fast as it goes.", 0, 100
         )
@@ -106,17 +106,17 @@ class MujocoCamera(Node):
     def _run(self, simulation: Simulation):
         infos = {name: self._camera_info(simulation, name) for name in simulation.cameras}
         clock_steps = max(1, round(CLOCK_PERIOD_SEC / simulation.timestep))
-        pictures = 0
+        images = 0
         started = time.monotonic()
         complained = False
         while not self._closing.is_set():
-            picture_due = max(1, round((pictures + 1) / self._rate_hz / simulation.timestep))
-            simulation.step(max(0, min(clock_steps, picture_due - simulation.steps)))
+            image_due = max(1, round((images + 1) / self._rate_hz / simulation.timestep))
+            simulation.step(max(0, min(clock_steps, image_due - simulation.steps)))
             if self._clock_publisher is not None:
                 self._clock_publisher.publish(Clock(clock=Time(nanoseconds=simulation.time_ns).to_msg()))
-            if simulation.steps >= picture_due:
-                pictures += 1
-                self._publish_pictures(simulation, infos)
+            if simulation.steps >= image_due:
+                images += 1
+                self._publish_images(simulation, infos)
             if self._speed == 0:
                 continue
             ahead = started + simulation.time_ns * 1e-9 / self._speed - time.monotonic()
@@ -131,7 +131,7 @@ class MujocoCamera(Node):
                         "lower rate_hz, width and height, or choose fewer cameras"
                     )
 
-    def _publish_pictures(self, simulation: Simulation, infos: dict):
+    def _publish_images(self, simulation: Simulation, infos: dict):
         stamp = Time(nanoseconds=simulation.time_ns) if self._with_clock else self.get_clock().now()
         quality = self.get_parameter("jpeg_quality").value
         for name, publisher in self._cameras.items():

@@ -16,17 +16,17 @@ import threading
 from rclpy.node import Node
 from rclpy.time import Time
 
-from vla_perception.messages.camera_info import read_calibration, uncalibrated
+from vla_perception.images.camera_info import read_calibration, uncalibrated
 from vla_perception.nodes.camera_publisher import CameraPublisher
+from vla_perception.nodes.node_runner import GRACE_SEC, Stop, run_node
 from vla_perception.nodes.parameters import declare, warn_of_ignored
-from vla_perception.nodes.process import GRACE_SEC, Stop, run_node
-from vla_perception.video import SourceError, VideoSource
+from vla_perception.sources.video import SourceError, VideoSource
 
 FIRST_RETRY_SEC = 0.5
 
 
 class OpencvCamera(Node):
-    """One thread captures, so that a driver's queue never fills up; another publishes the newest frame."""
+    """One thread captures, so that a driver's queue never fills up; another publishes the latest frame."""
 
     def __init__(self, stop: Stop):
         super().__init__("opencv_camera")
@@ -38,7 +38,7 @@ class OpencvCamera(Node):
             "Device (/dev/video0 or 0), stream (rtsp://.., http://..) or video file.",
             any_type=True,
         )
-        frame_id = declare(self, "frame_id", "camera", "frame_id of the pictures: the camera's optical frame.")
+        frame_id = declare(self, "frame_id", "camera", "frame_id of the images: the camera's optical frame.")
         calibration = declare(
             self, "camera_info_url", "", "Calibration YAML: a path, file:// or package://. Empty: uncalibrated."
         )
@@ -135,22 +135,22 @@ class OpencvCamera(Node):
                 self._slot.wait_for(lambda: self._newest or self._ended or self._closing.is_set())
                 if self._closing.is_set():
                     return
-                newest, self._newest = self._newest, None
+                latest, self._newest = self._newest, None
                 self._slot.notify_all()
-            if newest is None:
+            if latest is None:
                 self.get_logger().info(f"{self._source.source} has ended")
                 self._publisher.flush(2.0)
                 self._stop(0)
                 return
             if self._publisher.wanted():
-                frame, stamp = newest
+                frame, stamp = latest
                 height, width = frame.pixels.shape[:2]
                 quality = self.get_parameter("jpeg_quality").value
                 stamp = Time(nanoseconds=stamp).to_msg()
                 self._publisher.publish(frame.pixels, "bgr8", stamp, self._camera_info(width, height), quality)
 
     def _camera_info(self, width: int, height: int):
-        """The calibration, unless it is for pictures of another size: wrong intrinsics are worse than none."""
+        """The calibration, unless it is for images of another size: wrong intrinsics are worse than none."""
         calibration = self._calibration
         if calibration is None:
             return uncalibrated(width, height)
@@ -159,7 +159,7 @@ class OpencvCamera(Node):
         if not self._size_complained:
             self._size_complained = True
             self.get_logger().error(
-                f"the calibration is for {calibration.width} x {calibration.height} pixels, but the pictures have "
+                f"the calibration is for {calibration.width} x {calibration.height} pixels, but the images have "
                 f"{width} x {height}: camera_info says uncalibrated. Calibrate at this size, or set width and height"
             )
         return uncalibrated(width, height)

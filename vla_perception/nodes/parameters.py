@@ -76,7 +76,6 @@ def warn_of_ignored(
                 f"because this node is {own}: write {own}, or /**/{node.get_name()} for any namespace"
             )
 
-
     for source in dict.fromkeys(section.source for section in sections):
         inside = [section for section in sections if section.source == source]
         if not any(s.is_for(own) or s.name in _NODES or nearest(s.name, [node.get_name()], 0.8) for s in inside):

@@ -1,4 +1,4 @@
-"""Makes tokens visible: their first three principal components as colour over the camera's picture.
+"""Makes tokens visible: their first three principal components as color over the camera's image.
 
 tokens (and <camera>/image_raw, or <camera>/image_raw/compressed) -> token_image, for RViz, rqt and Foxglove.
 """
@@ -21,25 +21,25 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CompressedImage, Image
 from std_srvs.srv import Trigger
 
-from vla_perception.messages.images import compressed_to_rgb, image_to_rgb, warm_up
-from vla_perception.messages.tokens import View, VisualTokens, from_message
+from vla_perception.images.decode import compressed_to_rgb, image_to_rgb, warm_up
+from vla_perception.nodes.node_runner import Stop, run_node
 from vla_perception.nodes.parameters import declare, warn_of_ignored
-from vla_perception.nodes.process import Stop, run_node
-from vla_perception.principal_components import PrincipalComponents
 from vla_perception.printable import printable
 from vla_perception.spelling import nearest
-from vla_perception.token_picture import overlay, side_by_side, side_by_side_size
+from vla_perception.tokens.visual_tokens import View, VisualTokens, from_message
+from vla_perception.visualization.overlay import overlay, side_by_side, side_by_side_size
+from vla_perception.visualization.principal_components import PrincipalComponents
 
-#: Pictures kept until their tokens arrive, of all cameras together, in bytes as received; encoding may take seconds on a
+#: Images kept until their tokens arrive, of all cameras together, in bytes as received; encoding may take seconds on a
 #: CPU.
 HISTORY_BYTES = 256 << 20
 #: And at most so many of a camera.
 HISTORY = 100
-#: Cameras whose pictures are subscribed to.
+#: Cameras whose images are subscribed to.
 MAX_CAMERAS = 16
-#: A picture that is this far from the tokens' stamp still serves where the exact one is not there.
+#: An image that is this far from the tokens' stamp still serves where the exact one is not there.
 NEAR_NS = 200_000_000
-#: Pixels of what is shown; the camera's picture, the message and DDS's copies of it take some 20 bytes for each.
+#: Pixels of what is shown; the camera's image, the message and DDS's copies of it take some 20 bytes for each.
 MAX_PIXELS = 1 << 25
 #: Seconds between two equal log lines.
 REPEAT_SEC = 30.0
@@ -47,15 +47,15 @@ REPEAT_SEC = 30.0
 FIT_TOKENS = 768
 
 
-class ColourBasis:
-    """Principal components that settle over the first messages and then stay, so that colours do not flicker."""
+class ColorBasis:
+    """Principal components that settle over the first messages and then stay, so that colors do not flicker."""
 
     def __init__(self, messages: int):
         self._messages = messages
         self._samples: list[np.ndarray] = []
         self._basis: PrincipalComponents | None = None
 
-    def colours(self, tokens: np.ndarray) -> np.ndarray:
+    def colors(self, tokens: np.ndarray) -> np.ndarray:
         """uint8 [n, 3] of tokens float32 [n, channels]. ValueError if there is nothing finite to fit to."""
         if len(self._samples) < self._messages:
             self._samples.append(_at_most(tokens, FIT_TOKENS))
@@ -94,12 +94,12 @@ class TokenViewer(Node):
     def __init__(self, _stop: Stop):
         super().__init__("token_viewer")
         declare(self, "camera", "", "Camera whose view is shown. Empty: all of the message, side by side.", fixed=False)
-        declare(self, "opacity", 0.6, "Of the colours over the picture. Can change at run time.", 0, 1, fixed=False)
+        declare(self, "opacity", 0.6, "Of the colors over the image. Can change at run time.", 0, 1, fixed=False)
         self._show = declare(self, "show", "tokens", "tokens, or features (the tokenizer's publish_features).")
         self._fit_messages = declare(
-            self, "fit_messages", 10, "The colours' meaning settles over this many messages and then stays.", 1, 100
+            self, "fit_messages", 10, "The colors' meaning settles over this many messages and then stays.", 1, 100
         )
-        transport = declare(self, "image_transport", "raw", "raw or compressed: which pictures to subscribe to.")
+        transport = declare(self, "image_transport", "raw", "raw or compressed: which images to subscribe to.")
         warn_of_ignored(self, "token_viewer", others=("cameras",))  # in a file with the tokenizer's
         for name, value, choices in (
             ("show", self._show, ("tokens", "features")),
@@ -111,10 +111,10 @@ class TokenViewer(Node):
         if self._compressed:
             warm_up()  # ImportError says what is missing
 
-        self._basis: ColourBasis | None = None
+        self._basis: ColorBasis | None = None
         self._basis_of = None  # what model the basis belongs to
-        self._pictures: dict[str, _History] = {}  # of each camera that is subscribed to, or cannot be
-        self._picture_subscriptions: dict[str, object] = {}
+        self._images: dict[str, _History] = {}  # of each camera that is subscribed to, or cannot be
+        self._image_subscriptions: dict[str, object] = {}
         self._best_effort: set[str] = set()  # cameras to subscribe to anew, because they offer no more
         self._resubscribe = self.create_guard_condition(self._subscribe_anew)
         self._told: dict[str, float] = {}  # what was logged, and when
@@ -122,12 +122,12 @@ class TokenViewer(Node):
         self.create_subscription(CompressedImage, "tokens", self._on_tokens, 2)
         self.create_service(Trigger, "~/refit", self._on_refit)
         self.get_logger().info(
-            f"{self.resolve_topic_name('tokens')} as colours on {self.resolve_topic_name('token_image')}"
+            f"{self.resolve_topic_name('tokens')} as colors on {self.resolve_topic_name('token_image')}"
         )
 
     def _on_refit(self, _request, response):
         self._basis_of = None
-        response.success, response.message = True, f"colours settle anew over {self._fit_messages} messages"
+        response.success, response.message = True, f"colors settle anew over {self._fit_messages} messages"
         return response
 
     def _on_tokens(self, message: CompressedImage):
@@ -137,11 +137,11 @@ class TokenViewer(Node):
             tokens = from_message(message)
             shown = self._shown(tokens)
             self._watch([tokens.views[index].camera for index in shown])
-            picture = self._draw(tokens, shown)
-            height, width = picture.shape[:2]
+            image = self._draw(tokens, shown)
+            height, width = image.shape[:2]
             image = Image(header=message.header, height=height, width=width, encoding="rgb8", step=3 * width)
             data = array("B")
-            data.frombytes(memoryview(np.ascontiguousarray(picture)).cast("B"))
+            data.frombytes(memoryview(np.ascontiguousarray(image)).cast("B"))
             image.data = data
             self._publisher.publish(image)
         except KeyError as error:  # another camera may come with the next message
@@ -157,7 +157,9 @@ class TokenViewer(Node):
         if camera and camera not in tokens.cameras:
             names = ", ".join(tokens.cameras[:MAX_CAMERAS])
             alike = nearest(camera, tokens.cameras[:1000], 0.5)
-            raise KeyError(f"no camera {camera!r} among {names}" + (f": did you mean {alike[:200]!r}?" if alike else ""))
+            raise KeyError(
+                f"no camera {camera!r} among {names}" + (f": did you mean {alike[:200]!r}?" if alike else "")
+            )
         shown = [tokens.cameras.index(camera)] if camera else list(range(len(tokens.views)))
         if len(shown) > MAX_CAMERAS:
             raise ValueError(f"a message of {len(shown)} views: at most {MAX_CAMERAS} are shown; set `camera` to one")
@@ -175,54 +177,54 @@ class TokenViewer(Node):
 
     def _draw(self, tokens: VisualTokens, shown: list[int]) -> np.ndarray:
         values = tokens.features_float32() if self._show == "features" else tokens.float32()
-        grids = tokens.on_grid(values)
+        grids = tokens.as_grid(values)
         views, rows, columns, channels = grids.shape
         valid = np.array([view.valid for view in tokens.views])
         model = (tokens.fingerprint, self._show, rows, columns, channels)
         if model != self._basis_of:
-            self._basis, self._basis_of = ColourBasis(self._fit_messages), model
-        colours = np.zeros((views, rows, columns, 3), np.uint8)
+            self._basis, self._basis_of = ColorBasis(self._fit_messages), model
+        colors = np.zeros((views, rows, columns, 3), np.uint8)
         if valid.any():
-            painted = self._basis.colours(grids[valid].reshape(-1, channels))
-            colours[valid] = painted.reshape(-1, rows, columns, 3)
-        return side_by_side([self._draw_view(tokens.views[i], colours[i]) for i in shown])
+            painted = self._basis.colors(grids[valid].reshape(-1, channels))
+            colors[valid] = painted.reshape(-1, rows, columns, 3)
+        return side_by_side([self._draw_view(tokens.views[i], colors[i]) for i in shown])
 
-    def _draw_view(self, view: View, colours: np.ndarray) -> np.ndarray:
-        picture = self._picture_of(view)
+    def _draw_view(self, view: View, colors: np.ndarray) -> np.ndarray:
+        image = self._image_of(view)
         opacity = self.get_parameter("opacity").value if view.valid else 0.0
-        return overlay(colours, view.affine, view.height, view.width, picture, opacity)
+        return overlay(colors, view.affine, view.height, view.width, image, opacity)
 
-    def _picture_of(self, view: View) -> np.ndarray | None:
-        """The picture with the view's stamp, or one close to it, decoded; None where there is none of its size."""
-        nearest = self._pictures[view.camera].nearest(view.stamp_ns)
+    def _image_of(self, view: View) -> np.ndarray | None:
+        """The image with the view's stamp, or one close to it, decoded; None where there is none of its size."""
+        nearest = self._images[view.camera].nearest(view.stamp_ns)
         if nearest is None:
             return None
         try:
             decode = compressed_to_rgb if self._compressed else image_to_rgb
-            picture = decode(nearest, view.height * view.width)
+            image = decode(nearest, view.height * view.width)
         except ValueError:
             return None  # the tokenizer counts and reports these
-        return picture if picture.shape[:2] == (view.height, view.width) else None
+        return image if image.shape[:2] == (view.height, view.width) else None
 
     def _watch(self, cameras: list[str]):
-        """Subscribes to the pictures of these cameras, and no longer to others' where they would be too many."""
-        missing = [camera for camera in cameras if camera not in self._pictures]
-        if len(self._pictures) + len(missing) > MAX_CAMERAS:
-            for camera in [camera for camera in self._pictures if camera not in cameras]:
+        """Subscribes to the images of these cameras, and no longer to others' where they would be too many."""
+        missing = [camera for camera in cameras if camera not in self._images]
+        if len(self._images) + len(missing) > MAX_CAMERAS:
+            for camera in [camera for camera in self._images if camera not in cameras]:
                 self._forget(camera)
         for camera in missing:
             self._subscribe(camera, ReliabilityPolicy.RELIABLE)
 
     def _forget(self, camera: str):
-        del self._pictures[camera]
-        if (subscription := self._picture_subscriptions.pop(camera, None)) is not None:
+        del self._images[camera]
+        if (subscription := self._image_subscriptions.pop(camera, None)) is not None:
             self.destroy_subscription(subscription)
 
     def _subscribe(self, camera: str, reliability: ReliabilityPolicy):
-        history = self._pictures[camera] = _History()
+        history = self._images[camera] = _History()
 
         def keep(message):
-            history.keep(message, HISTORY_BYTES // len(self._pictures))
+            history.keep(message, HISTORY_BYTES // len(self._images))
 
         def offers_less(_event):
             self._best_effort.add(camera)  # a subscription cannot be replaced inside its own callback
@@ -231,7 +233,7 @@ class TokenViewer(Node):
         try:
             # Only the base name is remapped by ROS; the compressed topic follows it, as with image_transport.
             topic = self.resolve_topic_name(f"{camera}/image_raw") + ("/compressed" if self._compressed else "")
-            self._picture_subscriptions[camera] = self.create_subscription(
+            self._image_subscriptions[camera] = self.create_subscription(
                 CompressedImage if self._compressed else Image,
                 topic,
                 keep,
@@ -239,12 +241,12 @@ class TokenViewer(Node):
                 event_callbacks=SubscriptionEventCallbacks(incompatible_qos=offers_less),
             )
         except Exception as error:  # noqa: BLE001 - rclpy has many for a name that is none; its tokens are shown without
-            self.get_logger().warning(f"no pictures of camera {camera[:100]!r}: {' '.join(str(error).split())[:300]}")
+            self.get_logger().warning(f"no images of camera {camera[:100]!r}: {' '.join(str(error).split())[:300]}")
 
     def _subscribe_anew(self):
         while self._best_effort:
             camera = self._best_effort.pop()
-            if camera in self._pictures:
+            if camera in self._images:
                 self._forget(camera)
                 self._subscribe(camera, ReliabilityPolicy.BEST_EFFORT)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from vla_perception.tokenizer.presets import PRESETS, EncoderConfig, ModelConfig
 
 if TYPE_CHECKING:
-    from vla_perception.tokenizer.files import CheckpointError
+    from vla_perception.tokenizer.checkpoints.files import CheckpointError
     from vla_perception.tokenizer.tokenizer import TokenizerOutput, VisualTokenizer
 
 __all__ = ["PRESETS", "CheckpointError", "EncoderConfig", "ModelConfig", "TokenizerOutput", "VisualTokenizer"]
@@ -18,7 +18,7 @@ __all__ = ["PRESETS", "CheckpointError", "EncoderConfig", "ModelConfig", "Tokeni
 
 def __getattr__(name: str) -> object:
     if name == "CheckpointError":
-        from vla_perception.tokenizer import files as module
+        from vla_perception.tokenizer.checkpoints import files as module
     elif name in ("TokenizerOutput", "VisualTokenizer"):
         from vla_perception.tokenizer import tokenizer as module
     else:

@@ -14,8 +14,11 @@ import torch
 
 #: Name → dtype of weights and results; those of ``float8`` are float8 within the encoders' blocks alone (float8.py).
 COMPUTE_DTYPES = {
-    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float8": torch.bfloat16,
-}  # fmt: skip
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8": torch.bfloat16,
+}
 #: Compute capability from which on CUDA devices (Ampere) multiply bfloat16.
 _BFLOAT16_CAPABILITY = (8, 0)
 #: The same for float8 (Ada, then Hopper).

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vla_perception.tokenizer.dependent_launches import attempt
-from vla_perception.tokenizer.encoders import PatchEncoder
+from vla_perception.tokenizer.encoder import PatchEncoder
 from vla_perception.tokenizer.fused_blocks import FusedBlock, _gamma, _is_plain, _on, _Pending, _sum
 
 #: Quick sums of Hopper's tensor cores, of some 14 bits: a tenth of what float8 itself rounds off.
@@ -43,9 +43,14 @@ class Float8Linear(nn.Module):
     def forward(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """float8 [rows, in] and its scales, float32 [rows, 1] → [rows, out]."""
         return torch._scaled_mm(
-            values, self.weight.t(), scale_a=scales, scale_b=self.scale, bias=self.bias, out_dtype=self._dtype,
+            values,
+            self.weight.t(),
+            scale_a=scales,
+            scale_b=self.scale,
+            bias=self.bias,
+            out_dtype=self._dtype,
             use_fast_accum=FAST_ACCUMULATION,
-        )  # fmt: skip
+        )
 
 
 def quantize_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

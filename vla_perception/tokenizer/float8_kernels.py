@@ -40,9 +40,20 @@ def _store_quantized(row, at, inside, quantized, scales):
 
 @triton.jit
 def _add_layer_norm_kernel(
-    values, delta, gamma, weight, bias, total, quantized, scales,
-    epsilon, channels: tl.constexpr, has_delta: tl.constexpr, has_gamma: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
+    values,
+    delta,
+    gamma,
+    weight,
+    bias,
+    total,
+    quantized,
+    scales,
+    epsilon,
+    channels: tl.constexpr,
+    has_delta: tl.constexpr,
+    has_gamma: tl.constexpr,
+    block: tl.constexpr,
+):
     columns = tl.arange(0, block)
     inside = columns < channels
     at = tl.program_id(0).to(tl.int64) * channels + columns
@@ -88,9 +99,20 @@ def add_layer_norm(
     delta = values if delta is None else delta.contiguous()
     block, warps = _sizes(channels)
     _add_layer_norm_kernel[(len(normal.scales),)](
-        values, delta, values if gamma is None else gamma, norm.weight, norm.bias, total, *normal,
-        norm.eps, channels, total is not values, gamma is not None, block, num_warps=warps,
-    )  # fmt: skip
+        values,
+        delta,
+        values if gamma is None else gamma,
+        norm.weight,
+        norm.bias,
+        total,
+        *normal,
+        norm.eps,
+        channels,
+        total is not values,
+        gamma is not None,
+        block,
+        num_warps=warps,
+    )
     return total, normal
 
 
@@ -115,9 +137,7 @@ def _quantize(values: torch.Tensor, gelu: bool) -> Quantized:
 
 def _empty(values: torch.Tensor) -> Quantized:
     rows, channels = values.numel() // values.shape[-1], values.shape[-1]
-    return Quantized(
-        values.new_empty(rows, channels, dtype=FLOAT8), values.new_empty(rows, 1, dtype=torch.float32)
-    )
+    return Quantized(values.new_empty(rows, channels, dtype=FLOAT8), values.new_empty(rows, 1, dtype=torch.float32))
 
 
 def _sizes(channels: int) -> tuple[int, int]:

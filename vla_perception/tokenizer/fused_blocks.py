@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from vla_perception.tokenizer.dependent_launches import attempt
-from vla_perception.tokenizer.encoders import PatchEncoder
+from vla_perception.tokenizer.encoder import PatchEncoder
 from vla_perception.tokenizer.timm_import import GELU, Attention, Block, LayerScale, Mlp
 
 #: Relative L2 between a block with these kernels and timm's. A right one is below a fifth of it.
@@ -191,9 +191,7 @@ def _try(block: Block, encoder: PatchEncoder, dtype: torch.dtype) -> None:
         raise ValueError(f"Triton's kernels give other values than PyTorch's, relative L2 {error:.1e}")
 
 
-def replace_modules(
-    network: nn.Module, kind: type[nn.Module], replacement: Callable[[nn.Module], nn.Module]
-) -> None:
+def replace_modules(network: nn.Module, kind: type[nn.Module], replacement: Callable[[nn.Module], nn.Module]) -> None:
     """Puts `replacement(module)` in the place of every module of exactly that kind, freeing one after the other."""
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):

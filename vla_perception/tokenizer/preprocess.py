@@ -1,4 +1,4 @@
-"""uint8 RGB pictures → each encoder's ``pixel_values``, bit-identical to what OpenVLA's processor computes.
+"""uint8 RGB images → each encoder's ``pixel_values``, bit-identical to what OpenVLA's processor computes.
 
 The reference is ``PrismaticImageProcessor`` of openvla: PIL resize with antialiasing, torchvision's centre
 crop, ``to_tensor``, ``normalize``. No other antialiased resize gives PIL's values, so PIL does it here; the
@@ -18,9 +18,9 @@ from PIL import Image
 
 from vla_perception.tokenizer.presets import EncoderConfig
 
-#: Pixels of a padded or scaled picture; PIL takes 4 bytes for each.
+#: Pixels of a padded or scaled image; PIL takes 4 bytes for each.
 _MAX_PIXELS = 1 << 28
-#: How many times longer than wide a picture may be that is scaled to its short side.
+#: How many times longer than wide an image may be that is scaled to its short side.
 _MAX_RATIO = 256
 
 
@@ -28,11 +28,11 @@ def check_pillow() -> None:
     """Refuses a Pillow whose resize gives other values than models were trained on.
 
     Raises:
-        ImportError: it is 13.0 or newer, which resizes tall pictures along the columns first; says what to install.
+        ImportError: it is 13.0 or newer, which resizes tall images along the columns first; says what to install.
     """
     if int(PIL.__version__.split(".")[0]) >= 13:
         raise ImportError(
-            f"Pillow {PIL.__version__} resizes tall pictures to other pixel values than models were trained on, so tokens "
+            f"Pillow {PIL.__version__} resizes tall images to other pixel values than models were trained on, so tokens "
             "would be wrong: pip install 'pillow<13'"
         )
 
@@ -48,13 +48,13 @@ def check_image(image: np.ndarray) -> np.ndarray:
 
 
 def resized_size(height: int, width: int, config: EncoderConfig) -> tuple[int, int]:
-    """(height, width) that the picture (padded already, for ``letterbox``) is scaled to; ValueError if it is a strip."""
+    """(height, width) that the image (padded already, for ``letterbox``) is scaled to; ValueError if it is a strip."""
     side = config.image_size
     if config.resize_strategy == "resize-naive":
         return side, side
     ratio = max(height, width) / min(height, width)
     if ratio > _MAX_RATIO or side * side * ratio > _MAX_PIXELS:
-        raise ValueError(f"a picture of {width} × {height} pixels is too narrow to be scaled to a short side of {side}")
+        raise ValueError(f"an image of {width} × {height} pixels is too narrow to be scaled to a short side of {side}")
     # torchvision: the short side becomes `side`, the long one is truncated.
     long_side = int(side * max(height, width) / min(height, width))
     return (long_side, side) if height >= width else (side, long_side)
@@ -68,38 +68,38 @@ def crop_offset(length: int, side: int) -> int:
 def letterbox_padding(height: int, width: int) -> tuple[int, int]:
     """Rows above and below, columns left and right, as OpenVLA's ``letterbox_pad_transform`` adds them.
 
-    ValueError if that would make a picture which fills the memory.
+    ValueError if that would make an image which fills the memory.
     """
     longest = max(height, width)
     if longest * longest > _MAX_PIXELS:
-        raise ValueError(f"a picture of {width} × {height} pixels is too long to be padded to a square")
+        raise ValueError(f"an image of {width} × {height} pixels is too long to be padded to a square")
     return int((longest - height) / 2), int((longest - width) / 2)
 
 
 def resize(image: np.ndarray, config: EncoderConfig) -> np.ndarray:
     """uint8 [height, width, 3] → uint8 [image_size, image_size, 3] by the encoder's resize strategy."""
-    picture = _to_pil(image)
+    image = _to_pil(image)
     if config.resize_strategy == "letterbox":
-        top, left = letterbox_padding(picture.height, picture.width)
-        padded = Image.new("RGB", (picture.width + 2 * left, picture.height + 2 * top), config.fill)
-        padded.paste(picture, (left, top))
-        picture = padded
-    height, width = resized_size(picture.height, picture.width, config)
-    if (picture.height, picture.width) != (height, width):
-        picture = picture.resize((width, height), Image.Resampling(config.interpolation))
+        top, left = letterbox_padding(image.height, image.width)
+        padded = Image.new("RGB", (image.width + 2 * left, image.height + 2 * top), config.fill)
+        padded.paste(image, (left, top))
+        image = padded
+    height, width = resized_size(image.height, image.width, config)
+    if (image.height, image.width) != (height, width):
+        image = image.resize((width, height), Image.Resampling(config.interpolation))
     side = config.image_size
     top, left = crop_offset(height, side), crop_offset(width, side)
-    return np.asarray(picture)[top : top + side, left : left + side]
+    return np.asarray(image)[top : top + side, left : left + side]
 
 
 def _to_pil(image: np.ndarray) -> Image.Image:
     bgr = image[:, :, ::-1]
-    if bgr.flags.c_contiguous:  # a view of a BGR picture, as cameras and JPEG give it: PIL reads that as fast as RGB
+    if bgr.flags.c_contiguous:  # a view of a BGR image, as cameras and JPEG give it: PIL reads that as fast as RGB
         return Image.frombuffer("RGB", image.shape[1::-1], bgr, "raw", "BGR", 0, 1)
     return Image.fromarray(np.ascontiguousarray(image))
 
 
-def normalisation_table(config: EncoderConfig) -> np.ndarray:
+def normalization_table(config: EncoderConfig) -> np.ndarray:
     """float32 [3, 256]: the normalised value of every uint8 level in every channel."""
     levels = torch.arange(256, dtype=torch.uint8).to(torch.float32).div(255).repeat(3, 1)
     mean = torch.tensor(config.mean, dtype=torch.float32)[:, None]
@@ -120,13 +120,17 @@ def source_to_grid(height: int, width: int, config: EncoderConfig, patch_size: i
     scale_x, scale_y = new_width / padded_width, new_height / padded_height
     crop_x, crop_y = crop_offset(new_width, config.image_size), crop_offset(new_height, config.image_size)
     return (
-        scale_x / patch_size, 0.0, (left * scale_x - crop_x) / patch_size,
-        0.0, scale_y / patch_size, (top * scale_y - crop_y) / patch_size,
-    )  # fmt: skip
+        scale_x / patch_size,
+        0.0,
+        (left * scale_x - crop_x) / patch_size,
+        0.0,
+        scale_y / patch_size,
+        (top * scale_y - crop_y) / patch_size,
+    )
 
 
 class Preprocessor:
-    """Pictures → one float32 tensor per encoder.
+    """Images → one float32 tensor per encoder.
 
     Args:
         encoders: in the order in which tensors are returned.
@@ -138,15 +142,16 @@ class Preprocessor:
     def __init__(self, encoders: Sequence[EncoderConfig]) -> None:
         check_pillow()
         self._encoders = tuple(encoders)
-        self._tables = [normalisation_table(config) for config in encoders]
+        self._tables = [normalization_table(config) for config in encoders]
         geometries = [config.geometry for config in encoders]
         # Encoders that share a resize, by their indices.
         self._sharing = [
-            [index for index, other in enumerate(geometries) if other == geometry] for geometry in dict.fromkeys(geometries)
+            [index for index, other in enumerate(geometries) if other == geometry]
+            for geometry in dict.fromkeys(geometries)
         ]
 
     def __call__(self, images: Sequence[np.ndarray], steps: None = None) -> list[torch.Tensor]:
-        """uint8 [height, width, 3] pictures of any sizes → per encoder float32 [views, 3, side, side].
+        """uint8 [height, width, 3] images of any sizes → per encoder float32 [views, 3, side, side].
 
         `steps` are for `DevicePreprocessor`: nothing of the images' preparation can be left to this one.
         """

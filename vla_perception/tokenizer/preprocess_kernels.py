@@ -25,10 +25,27 @@ BLOCK_ALONG_ROWS, BLOCK_ALONG_COLUMNS = (4, 32), (4, 64)
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["source", "views", "first", "weights", "output"])
 def _along_rows(
-    source, views, first, weights, output,
-    height, width, top, left, rows_first, rows, side, taps, fill_r, fill_g, fill_b,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, VIEW: tl.constexpr,
-):  # fmt: skip
+    source,
+    views,
+    first,
+    weights,
+    output,
+    height,
+    width,
+    top,
+    left,
+    rows_first,
+    rows,
+    side,
+    taps,
+    fill_r,
+    fill_g,
+    fill_b,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    VIEW: tl.constexpr,
+):
     """Bytes at `source` → uint8 `output` [views, 3, rows, side]; the grid is (columns, rows, views)."""
     view = tl.program_id(2)
     offset = tl.load(views + view * VIEW)
@@ -68,9 +85,24 @@ def _along_rows(
     do_not_specialize_on_alignment=["between", "views", "first", "weights", "table0", "output0", "table1", "output1"],
 )
 def _along_columns(
-    between, views, first, weights, table0, output0, table1, output1, rows_first, rows, side, taps,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, VIEW: tl.constexpr, BOTH: tl.constexpr,
-):  # fmt: skip
+    between,
+    views,
+    first,
+    weights,
+    table0,
+    output0,
+    table1,
+    output1,
+    rows_first,
+    rows,
+    side,
+    taps,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    VIEW: tl.constexpr,
+    BOTH: tl.constexpr,
+):
     """uint8 `between` [views, 3, rows, side] → values of the tables in the outputs, [views, 3, side, side].
 
     The grid is (columns, rows, 3 × views).
@@ -124,9 +156,23 @@ def along_rows(
     block_rows, columns = BLOCK_ALONG_ROWS
     grid = (triton.cdiv(side, columns), triton.cdiv(rows[1], block_rows), len(views))
     _along_rows[grid](
-        source, views, first, weights, output, *size, *padding, *rows, side, len(weights), *fill,
-        ROWS=block_rows, COLUMNS=columns, STEP=UNROLL, VIEW=VIEW_COLUMNS, num_warps=4,
-    )  # fmt: skip
+        source,
+        views,
+        first,
+        weights,
+        output,
+        *size,
+        *padding,
+        *rows,
+        side,
+        len(weights),
+        *fill,
+        ROWS=block_rows,
+        COLUMNS=columns,
+        STEP=UNROLL,
+        VIEW=VIEW_COLUMNS,
+        num_warps=4,
+    )
     return output
 
 
@@ -153,7 +199,22 @@ def along_columns(
         pair = list(zip(tables, outputs))[index : index + 2]
         (table0, output0), (table1, output1) = pair[0], pair[-1]
         _along_columns[grid](
-            between, views, first, weights, table0, output0, table1, output1,
-            rows_first, between.shape[2], side, len(weights),
-            ROWS=block_rows, COLUMNS=columns, STEP=UNROLL, VIEW=VIEW_COLUMNS, BOTH=len(pair) == 2, num_warps=4,
-        )  # fmt: skip
+            between,
+            views,
+            first,
+            weights,
+            table0,
+            output0,
+            table1,
+            output1,
+            rows_first,
+            between.shape[2],
+            side,
+            len(weights),
+            ROWS=block_rows,
+            COLUMNS=columns,
+            STEP=UNROLL,
+            VIEW=VIEW_COLUMNS,
+            BOTH=len(pair) == 2,
+            num_warps=4,
+        )

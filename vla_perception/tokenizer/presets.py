@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from vla_perception.tokenizer.prepare import parse_chains
+from vla_perception.tokenizer.image_transforms import parse_chains
 
 Triple = tuple[float, float, float]
 
@@ -24,7 +24,7 @@ IMAGENET_MEAN_BF16: Triple = (0.484375, 0.455078125, 0.40625)
 IMAGENET_STD_BF16: Triple = (0.228515625, 0.2236328125, 0.224609375)
 HALF: Triple = (0.5, 0.5, 0.5)
 
-#: Side of a picture in pixels that no vision transformer of today comes near.
+#: Side of an image in pixels that no vision transformer of today comes near.
 MAX_IMAGE_SIZE = 4096
 #: Patches of an image: every one is as wide as the encoder in each of its steps. 4096 pixels in patches of 14 are 85 264.
 MAX_PATCHES = 1 << 17
@@ -92,7 +92,7 @@ class EncoderConfig:
 
     @property
     def geometry(self) -> tuple:
-        """What decides the resized uint8 picture; encoders that share it share one resize."""
+        """What decides the resized uint8 image; encoders that share it share one resize."""
         fill = self.fill if self.resize_strategy == "letterbox" else None
         return (self.image_size, self.resize_strategy, self.interpolation, fill)
 
@@ -141,7 +141,7 @@ class ModelConfig:
         output_channels: width of a token, the language model's hidden size; ignored for ``none``.
         token_strategy: ``patch``: one token per patch; ``cls``: one summary; ``cls+patch``: the summary, then patches.
         pool: k: k × k neighbouring patch tokens are averaged into one, after the projector.
-        prepare: what is done to pictures before they are resized, camera → steps (`prepare.Prepare`); ``""`` is for
+        prepare: what is done to images before they are resized, camera → steps (`prepare.Prepare`); ``""`` is for
             cameras that are not named.
     """
 
@@ -260,9 +260,7 @@ class ModelConfig:
         if chosen != "none" and self.output_channels <= 0:
             raise ValueError(f"{self.name} says nothing of a language model's width; projector must be none")
         chains = parse_chains(prepare, [encoder.image_size for encoder in kept])
-        return replace(
-            self, encoders=kept, projector=chosen, token_strategy=token_strategy, pool=pool, prepare=chains
-        )
+        return replace(self, encoders=kept, projector=chosen, token_strategy=token_strategy, pool=pool, prepare=chains)
 
     def _kept(self, names: Sequence[str] | None) -> tuple[EncoderConfig, ...]:
         wanted = [names] if isinstance(names, str) else list(names or ())
@@ -279,10 +277,12 @@ _DINOV2 = "vit_large_patch14_reg4_dinov2.lvd142m"
 PRISMATIC_BACKBONES: Mapping[str, tuple[tuple[str, str, int], ...]] = MappingProxyType(
     {
         "dinosiglip-vit-so-224px": (
-            ("dinov2", _DINOV2, 224), ("siglip", "vit_so400m_patch14_siglip_224.webli", 224),
+            ("dinov2", _DINOV2, 224),
+            ("siglip", "vit_so400m_patch14_siglip_224.webli", 224),
         ),
         "dinosiglip-vit-so-384px": (
-            ("dinov2", _DINOV2, 384), ("siglip", "vit_so400m_patch14_siglip_384.webli", 384),
+            ("dinov2", _DINOV2, 384),
+            ("siglip", "vit_so400m_patch14_siglip_384.webli", 384),
         ),
         "dinov2-vit-l": (("dinov2", _DINOV2, 224),),
         "dinov2-vit-l-384px": (("dinov2", _DINOV2, 384),),
@@ -292,7 +292,7 @@ PRISMATIC_BACKBONES: Mapping[str, tuple[tuple[str, str, int], ...]] = MappingPro
         "siglip-vit-b16-256px": (("siglip", "vit_base_patch16_siglip_256.webli", 256),),
         "siglip-vit-b16-384px": (("siglip", "vit_base_patch16_siglip_384.webli", 384),),
     }
-)  # fmt: skip
+)
 
 
 def prismatic_encoders(backbone: str, resize_strategy: str = "resize-naive") -> tuple[EncoderConfig, ...]:
@@ -323,8 +323,12 @@ PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
         for config in (
             ModelConfig("openvla-7b", _openvla_encoders(), "fused-gelu-mlp", 4096),
             ModelConfig("minivla", _openvla_encoders(), "fused-gelu-mlp", 896),
-            ModelConfig("prism-dinosiglip-224px", prismatic_encoders("dinosiglip-vit-so-224px"), "fused-gelu-mlp", 4096),
-            ModelConfig("prism-dinosiglip-384px", prismatic_encoders("dinosiglip-vit-so-384px"), "fused-gelu-mlp", 4096),
+            ModelConfig(
+                "prism-dinosiglip-224px", prismatic_encoders("dinosiglip-vit-so-224px"), "fused-gelu-mlp", 4096
+            ),
+            ModelConfig(
+                "prism-dinosiglip-384px", prismatic_encoders("dinosiglip-vit-so-384px"), "fused-gelu-mlp", 4096
+            ),
             ModelConfig("dinov2-vit-l", prismatic_encoders("dinov2-vit-l"), "gelu-mlp", 4096),
             ModelConfig("siglip-vit-so400m", prismatic_encoders("siglip-vit-so400m"), "gelu-mlp", 4096),
             ModelConfig("siglip-vit-so400m-384px", prismatic_encoders("siglip-vit-so400m-384px"), "gelu-mlp", 4096),
@@ -339,14 +343,22 @@ PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
             ),
             # Both families on one 14 × 14 grid, shallow and narrow enough for two cameras on two CPU cores.
             ModelConfig(
-                "small",
+                "tiny-random",
                 (
                     EncoderConfig(
-                        "dinov2", "vit_small_patch14_reg4_dinov2", 196, IMAGENET_MEAN, IMAGENET_STD,
+                        "dinov2",
+                        "vit_small_patch14_reg4_dinov2",
+                        196,
+                        IMAGENET_MEAN,
+                        IMAGENET_STD,
                         overrides={"depth": 3},
                     ),
                     EncoderConfig(
-                        "siglip", "vit_base_patch16_siglip_224", 224, HALF, HALF,
+                        "siglip",
+                        "vit_base_patch16_siglip_224",
+                        224,
+                        HALF,
+                        HALF,
                         overrides={"depth": 3, "embed_dim": 384, "num_heads": 6},
                     ),
                 ),

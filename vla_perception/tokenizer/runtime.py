@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from vla_perception.tokenizer.device_preprocess import PreprocessPlan
 from vla_perception.tokenizer.float8 import quantize_encoders
 from vla_perception.tokenizer.fused_blocks import fuse_blocks, patches_as_products, replace_modules, scale_in_one
+from vla_perception.tokenizer.preprocess_gpu import PreprocessPlan
 
 log = logging.getLogger(__name__)
 

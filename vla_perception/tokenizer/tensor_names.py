@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from vla_perception.tokenizer.files import CheckpointError
+from vla_perception.tokenizer.checkpoints.files import CheckpointError
 from vla_perception.tokenizer.presets import ModelConfig
 
 _ENCODER_PREFIXES = ("vision_backbone.featurizer.", "vision_backbone.fused_featurizer.")
@@ -15,9 +15,19 @@ _LANGUAGE_MODEL_PREFIX = "language_model."
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(module\.)+")
 #: Heads of policies beside the model, which read what the language model makes of the tokens.
 _HEADS = (
-    "value_head", "v_head", "q_head", "critic", "critic_head", "reward_head", "score", "action_head", "policy_head",
-    "proprio_projector", "noisy_action_projector", "lm_head",
-)  # fmt: skip
+    "value_head",
+    "v_head",
+    "q_head",
+    "critic",
+    "critic_head",
+    "reward_head",
+    "score",
+    "action_head",
+    "policy_head",
+    "proprio_projector",
+    "noisy_action_projector",
+    "lm_head",
+)
 
 
 def unwrapped(name: str) -> str:

@@ -173,6 +173,16 @@ from timm.layers import GELU, Attention, Mlp, resample_abs_pos_embed  # noqa: E4
 from timm.models.vision_transformer import Block, LayerScale, VisionTransformer  # noqa: E402
 
 __all__ = [
-    "GELU", "Attention", "Block", "LayerScale", "Mlp", "VisionTransformer", "create_model", "get_pretrained_cfg", "is_model",
-    "on_meta", "resample_abs_pos_embed", "timm",
-]  # fmt: skip
+    "GELU",
+    "Attention",
+    "Block",
+    "LayerScale",
+    "Mlp",
+    "VisionTransformer",
+    "create_model",
+    "get_pretrained_cfg",
+    "is_model",
+    "on_meta",
+    "resample_abs_pos_embed",
+    "timm",
+]

@@ -1,4 +1,4 @@
-"""The whole flow: pictures → prepared → pixel values → both encoders → concatenated features → projected tokens."""
+"""The whole flow: images → prepared → pixel values → both encoders → concatenated features → projected tokens."""
 
 from __future__ import annotations
 
@@ -15,13 +15,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from vla_perception.tokenizer.checkpoint import Checkpoint, CheckpointError, WeightsDigest, fingerprint, merged
-from vla_perception.tokenizer.device_preprocess import FILTERS, DevicePreprocessor
+from vla_perception.tokenizer.checkpoints.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    WeightsDigest,
+    fingerprint,
+    merged,
+)
+from vla_perception.tokenizer.checkpoints.open import open_model
 from vla_perception.tokenizer.devices import COMPUTE_DTYPES, Placement, place
-from vla_perception.tokenizer.encoders import PatchEncoder
-from vla_perception.tokenizer.layouts import open_model
-from vla_perception.tokenizer.prepare import Prepare, Step, compose
+from vla_perception.tokenizer.encoder import PatchEncoder
+from vla_perception.tokenizer.image_transforms import Prepare, Step, compose
 from vla_perception.tokenizer.preprocess import Preprocessor, source_to_grid
+from vla_perception.tokenizer.preprocess_gpu import FILTERS, DevicePreprocessor
 from vla_perception.tokenizer.presets import PRESETS, ModelConfig, check_model
 from vla_perception.tokenizer.projector import Projector
 from vla_perception.tokenizer.runtime import make_runtime
@@ -99,7 +105,7 @@ class _Network(nn.Module):
 
 
 class VisualTokenizer:
-    """Pictures → the visual tokens of a dual-encoder (DINOv2 + SigLIP) vision-language-action model.
+    """Images → the visual tokens of a dual-encoder (DINOv2 + SigLIP) vision-language-action model.
 
     Computes what OpenVLA's vision backbone and projector compute (Kim et al., 2024, after Karamcheti et al.,
     "Prismatic VLMs", 2024). Use `load`, `from_checkpoint` or `from_preset` to make one.
@@ -315,16 +321,16 @@ class VisualTokenizer:
     def preprocess(
         self, images: Sequence[np.ndarray] | np.ndarray, cameras: Sequence[str] | None = None
     ) -> list[torch.Tensor]:
-        """uint8 RGB [height, width, 3] pictures of any sizes → per encoder float32 [views, 3, side, side].
+        """uint8 RGB [height, width, 3] images of any sizes → per encoder float32 [views, 3, side, side].
 
         Prepared as the configuration says, then bit-identical to OpenVLA's image processor. On the CPU, or on the GPU
         that encodes; there it may still be being computed on the current stream.
 
         Args:
-            cameras: which camera each picture comes from; needed where pictures are prepared differently per camera.
+            cameras: which camera each image comes from; needed where images are prepared differently per camera.
 
         Raises:
-            ValueError: no such pictures, or one that cannot be prepared (smaller than its region of interest).
+            ValueError: no such images, or one that cannot be prepared (smaller than its region of interest).
         """
         return self._preprocessor(*self._prepared(images, cameras))
 
@@ -335,7 +341,7 @@ class VisualTokenizer:
         if isinstance(images, np.ndarray) and images.ndim == 3:
             images = [images]
         if cameras is not None and len(cameras) != len(images):
-            raise ValueError(f"{len(images)} pictures need as many cameras, got {list(cameras)}")
+            raise ValueError(f"{len(images)} images need as many cameras, got {list(cameras)}")
         if not self._prepare:
             return images, None
         cameras = cameras or [None] * len(images)
@@ -377,9 +383,7 @@ class VisualTokenizer:
                 return TokenizerOutput(found[1], found[0], self.grid)
         return self.encode(self._preprocessor(images, steps), features)
 
-    def warm_up(
-        self, views: int = 1, size: tuple[int, int] = (480, 640), cameras: Sequence[str] | None = None
-    ) -> None:
+    def warm_up(self, views: int = 1, size: tuple[int, int] = (480, 640), cameras: Sequence[str] | None = None) -> None:
         """Runs some times on black images, so that the first real frame does not pay for set-up.
 
         Weights are packed, code is compiled, and the CUDA graphs for this number of views are captured here. Images of
@@ -403,21 +407,21 @@ class VisualTokenizer:
             torch.cuda.current_stream(self.device).synchronize()
 
     def affine(self, height: int, width: int, camera: str | None = None) -> tuple[float, ...]:
-        """Map from a source picture's pixels to the token grid: six floats, a row-major 2 × 3 matrix.
+        """Map from a source image's pixels to the token grid: six floats, a row-major 2 × 3 matrix.
 
         (x, y, 1), where pixel i covers [i, i + 1), goes to (column, row), where token j covers [j, j + 1).
 
         Raises:
-            ValueError: a picture of that size cannot be prepared.
+            ValueError: an image of that size cannot be prepared.
         """
         prepared, height, width = self._prepare.affine(height, width, camera)
         to_patches = source_to_grid(height, width, self.config.encoders[0], self._towers[0].patch_size)
         return tuple(value / self.config.pool for value in compose(to_patches, prepared))
 
     def seen(self, height: int, width: int, camera: str | None = None) -> tuple[float, ...] | None:
-        """(left, top, right, bottom) of what `prepare` leaves of a source picture, in pixels; None: all of it."""
+        """(left, top, right, bottom) of what `prepare` leaves of a source image, in pixels; None: all of it."""
         (a, _, c, _, e, f), new_height, new_width = self._prepare.affine(height, width, camera)
-        # Every step keeps the axes, so the prepared picture's corners are those of what was left.
+        # Every step keeps the axes, so the prepared image's corners are those of what was left.
         (left, right), (top, bottom) = sorted((-c / a, (new_width - c) / a)), sorted((-f / e, (new_height - f) / e))
         part = (max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height)))
         whole = (0.0, 0.0, float(width), float(height))
@@ -474,6 +478,7 @@ def empty_network(config: ModelConfig) -> _Network:
     """Encoders and projector on the meta device: shapes without memory. ValueError if they do not go together."""
     with on_meta():
         return _Network(config).eval().requires_grad_(False)
+
 
 def _is_unused(network: _Network, checkpoint: Checkpoint) -> Callable[[str], bool]:
     """Tells tensors that may be there and are not read: encoders and projector that were not chosen, and for patch

@@ -23,10 +23,20 @@ ATTENTION_BLOCKS = (64, 64, 4, 3)
 
 @triton.jit
 def _add_layer_norm_kernel(
-    values, delta, gamma, weight, bias, total, normal,
-    epsilon, channels: tl.constexpr, has_delta: tl.constexpr, has_gamma: tl.constexpr, block: tl.constexpr,
+    values,
+    delta,
+    gamma,
+    weight,
+    bias,
+    total,
+    normal,
+    epsilon,
+    channels: tl.constexpr,
+    has_delta: tl.constexpr,
+    has_gamma: tl.constexpr,
+    block: tl.constexpr,
     dependent: tl.constexpr,
-):  # fmt: skip
+):
     columns = tl.arange(0, block)
     inside = columns < channels
     scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
@@ -71,10 +81,21 @@ def add_layer_norm(
     delta = values if delta is None else delta.contiguous()
     block = triton.next_power_of_2(channels)
     _add_layer_norm_kernel[(values.numel() // channels,)](
-        values, delta, values if gamma is None else gamma, norm.weight, norm.bias, total, normal,
-        norm.eps, channels, total is not values, gamma is not None, block,
-        num_warps=max(1, min(8, block // ELEMENTS_PER_WARP)), **launch_options(),
-    )  # fmt: skip
+        values,
+        delta,
+        values if gamma is None else gamma,
+        norm.weight,
+        norm.bias,
+        total,
+        normal,
+        norm.eps,
+        channels,
+        total is not values,
+        gamma is not None,
+        block,
+        num_warps=max(1, min(8, block // ELEMENTS_PER_WARP)),
+        **launch_options(),
+    )
     return total, normal
 
 
@@ -101,10 +122,17 @@ def gelu(values: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def _attention_kernel(
-    projected, result, tokens, scale,
-    heads: tl.constexpr, width: tl.constexpr, padded: tl.constexpr, rows: tl.constexpr, keys: tl.constexpr,
+    projected,
+    result,
+    tokens,
+    scale,
+    heads: tl.constexpr,
+    width: tl.constexpr,
+    padded: tl.constexpr,
+    rows: tl.constexpr,
+    keys: tl.constexpr,
     dependent: tl.constexpr,
-):  # fmt: skip
+):
     if dependent:
         tl.extra.cuda.gdc_wait()
     # FlashAttention's online softmax: one program holds `rows` queries of one head and goes through all keys.
@@ -154,8 +182,17 @@ def attention(projected: torch.Tensor, heads: int, scale: float) -> torch.Tensor
     result = projected.new_empty(views, tokens, heads * width)
     rows, keys, warps, stages = ATTENTION_BLOCKS
     _attention_kernel[(triton.cdiv(tokens, rows), views * heads)](
-        projected, result, tokens, scale * 1.4426950408889634,  # exp2 is what the hardware has
-        heads, width, max(16, triton.next_power_of_2(width)), rows, keys,
-        num_warps=warps, num_stages=stages, **launch_options(),
-    )  # fmt: skip
+        projected,
+        result,
+        tokens,
+        scale * 1.4426950408889634,  # exp2 is what the hardware has
+        heads,
+        width,
+        max(16, triton.next_power_of_2(width)),
+        rows,
+        keys,
+        num_warps=warps,
+        num_stages=stages,
+        **launch_options(),
+    )
     return result

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from vla_perception.tokenizer.presets import EncoderConfig
 
 if TYPE_CHECKING:
-    from vla_perception.tokenizer.encoders import PatchEncoder
+    from vla_perception.tokenizer.encoder import PatchEncoder
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,11 @@ def by_name(encoder: EncoderConfig, summary: bool) -> Vit | None:
     tokens = rows * columns + architecture.prefix_tokens
     layers = [Layer(rows * columns, 3 * patch * patch, width)]
     layers += [
-        Layer(tokens, width, 3 * width), Layer(tokens, width, width), Layer(tokens, width, hidden), Layer(tokens, hidden, width),
-    ] * blocks  # fmt: skip
+        Layer(tokens, width, 3 * width),
+        Layer(tokens, width, width),
+        Layer(tokens, width, hidden),
+        Layer(tokens, hidden, width),
+    ] * blocks
     pooled = summary and architecture.pooling_head
     if pooled:
         layers += [Layer(1, width, width), Layer(tokens, width, 2 * width), Layer(1, width, width)]
@@ -116,9 +119,16 @@ def by_name(encoder: EncoderConfig, summary: bool) -> Vit | None:
     if pooled:
         parameters += 3 * width  # latent and norm
     return Vit(
-        (rows, columns), patch, width, blocks, values["num_heads"], architecture.prefix_tokens, parameters, tuple(layers),
+        (rows, columns),
+        patch,
+        width,
+        blocks,
+        values["num_heads"],
+        architecture.prefix_tokens,
+        parameters,
+        tuple(layers),
         int(pooled),
-    )  # fmt: skip
+    )
 
 
 def of_module(tower: PatchEncoder) -> Vit:
@@ -142,6 +152,13 @@ def of_module(tower: PatchEncoder) -> Vit:
 
     parameters = sum(parameter.numel() for parameter in vit.parameters())
     return Vit(
-        (rows, columns), tower.patch_size, tower.channels, len(vit.blocks), vit.blocks[0].attn.num_heads,
-        vit.num_prefix_tokens, parameters, tuple(layers()), latents,
-    )  # fmt: skip
+        (rows, columns),
+        tower.patch_size,
+        tower.channels,
+        len(vit.blocks),
+        vit.blocks[0].attn.num_heads,
+        vit.num_prefix_tokens,
+        parameters,
+        tuple(layers()),
+        latents,
+    )

@@ -1,0 +1,99 @@
+"""How a node's callbacks are run."""
+
+import logging
+import signal
+import sys
+import threading
+
+import pytest
+
+rclpy = pytest.importorskip("rclpy")
+from rclpy.callback_groups import MutuallyExclusiveCallbackGroup, ReentrantCallbackGroup  # noqa: E402
+from rclpy.executors import Executor  # noqa: E402
+from rclpy.node import Node  # noqa: E402
+from ros_domain import free_domain, in_domain  # noqa: E402
+
+from vla_perception.nodes import node_runner as process  # noqa: E402
+
+pytestmark = pytest.mark.ros
+
+
+class Timers(Node):
+    """Calls `on_timer` every 5 ms, in a group of its own each of `groups`."""
+
+    def __init__(self, stop, on_timer, groups=(MutuallyExclusiveCallbackGroup,)):
+        super().__init__("timers")
+        for group in groups:
+            self.create_timer(0.005, lambda: on_timer(stop), callback_group=group())
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """`run_node` in this process and a domain of its own; signal handlers are put back."""
+    monkeypatch.setattr(process, "_LIMIT_SEC", 60.0)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(on_timer, threads, **options):
+        with in_domain(free_domain()):
+            return process.run_node(lambda stop: Timers(stop, on_timer, **options), ["test"], threads=threads)
+
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_what_is_logged_is_printable(capfd):
+    """Names of files and messages come with it: rclpy raises TypeError for half a surrogate pair."""
+    with in_domain(free_domain()):
+        process.rclpy.init()
+        try:
+            handler = process.RosLogHandler(process.rclpy.logging.get_logger("printable"))
+            for level in (logging.INFO, logging.WARNING, logging.ERROR):
+                handler.emit(logging.LogRecord("x", level, "", 0, "a %s", ("\ud800\n[FATAL] \x1b[2J",), None))
+            try:
+                raise ValueError("\x1b[2J")
+            except ValueError:
+                handler.emit(logging.LogRecord("x", logging.ERROR, "", 0, "b", (), sys.exc_info()))
+        finally:
+            process.rclpy.shutdown()
+    lines = capfd.readouterr().err.splitlines()
+    assert sum(line.endswith(r"a \ud800\n[FATAL] \x1b[2J") for line in lines) == 3
+    assert r"ValueError: \x1b[2J" in lines and "Traceback (most recent call last):" in lines
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_callback_that_raises_ends_it(run, threads, capfd):
+    assert run(lambda _stop: 1 / 0, threads) == 1
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_callbacks_of_several_groups_run_at_the_same_time(run):
+    here, there = threading.Barrier(2), threading.Event()
+
+    def meet(stop):
+        if not there.is_set():
+            here.wait(20)
+            there.set()
+        stop(7)
+
+    assert run(meet, 3, groups=[MutuallyExclusiveCallbackGroup] * 2) == 7
+
+
+def test_it_is_not_looked_for_work_again_and_again_until_a_callback_has_begun(run, monkeypatch):
+    looked, called = [], []
+    wait = Executor.wait_for_ready_callbacks
+
+    def counted(self, *arguments, **options):
+        looked.append(1)
+        return wait(self, *arguments, **options)
+
+    def count(stop):
+        called.append(1)
+        if len(called) == 100:
+            stop(0)
+
+    monkeypatch.setattr(Executor, "wait_for_ready_callbacks", counted)
+    assert run(count, 3, groups=[ReentrantCallbackGroup]) == 0
+    assert len(looked) < 1.5 * len(
+        called
+    )  # rclpy's MultiThreadedExecutor looks twice, and much more beside an encoding

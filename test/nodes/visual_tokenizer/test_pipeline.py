@@ -1,0 +1,433 @@
+"""What becomes of sets of frames and of requests in the threads between subscription and publisher. No ROS in here."""
+
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from ros_domain import wait_until
+
+torch = pytest.importorskip("torch")
+
+from vla_perception.nodes.visual_tokenizer import pipeline as pipeline_module  # noqa: E402
+from vla_perception.nodes.visual_tokenizer.pipeline import Pipeline  # noqa: E402
+from vla_perception.nodes.visual_tokenizer.synchronizer import SetSynchronizer  # noqa: E402
+
+IMAGE = SimpleNamespace(header=SimpleNamespace(frame_id="camera"), pixels=np.zeros((2, 2, 3), np.uint8))
+UNREADABLE = SimpleNamespace(header=IMAGE.header, pixels=None)
+SETTINGS = {
+    "trigger": "continuous",
+    "max_rate_hz": 0.0,
+    "token_dtype": "float32",
+    "publish_features": False,
+    "sync_policy": "approximate",
+    "sync_slop_sec": 0.05,
+    "max_age_sec": 0.5,
+}
+
+
+class Gate:
+    """Something that takes as long as the test wants: `entered` tells that it began."""
+
+    def __init__(self):
+        self.entered, self.opened = threading.Event(), threading.Event()
+        self.opened.set()
+
+    def close(self):
+        self.entered.clear()
+        self.opened.clear()
+
+    def pass_through(self):
+        self.entered.set()
+        assert self.opened.wait(30.0)
+
+
+class Model:
+    """A tokenizer whose encodings fail or wait as the test wants."""
+
+    model, weights, fingerprint, compute_dtype = "odd", "checkpoint", "0" * 64, "float32"
+    device, runtime = torch.device("cpu"), "eager"
+
+    def __init__(self):
+        self.gate, self.results = Gate(), []
+
+    def preprocess(self, images, cameras):
+        return images
+
+    def encode(self, pixel_values, features):
+        self.gate.pass_through()
+        result = self.results.pop(0) if self.results else 1.0
+        if isinstance(result, Exception):
+            raise result
+        return SimpleNamespace(tokens=torch.full((1, 4, 8), result), features=None)
+
+    def affine(self, height, width, camera):
+        return (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+    def seen(self, height, width, camera):
+        return None
+
+    def metadata(self):
+        return dict(
+            model=self.model,
+            weights=self.weights,
+            fingerprint=self.fingerprint,
+            compute_dtype=self.compute_dtype,
+            grid=[2, 2],
+            token_strategy="patch",
+            pool=1,
+            encoders=[],
+            projector="linear",
+        )
+
+
+class Bench:
+    """A pipeline with one camera, and all that it tells."""
+
+    def __init__(self, model=None, kind=Pipeline, **settings):
+        self.model, self.settings, self.stamp_ns = model or Model(), SETTINGS | settings, 0
+        self.published, self.complaints, self.failures = [], [], []
+        self.publishing, self.wanted = Gate(), lambda: True
+        self.pipeline = kind(
+            self.model,
+            SetSynchronizer(["front"]),
+            self.settings,
+            decode=self._decode,
+            publish=self._publish,
+            wanted=lambda: self.wanted(),
+            complain=lambda subject, text: self.complaints.append(text),
+            fail=self.failures.append,
+        )
+        self.pipeline.start()
+
+    @staticmethod
+    def _decode(image):
+        if image.pixels is None:
+            raise ValueError("no image")
+        return image.pixels
+
+    def _publish(self, tokens):
+        self.publishing.pass_through()
+        self.published.append(tokens)
+
+    def add(self, image=IMAGE):
+        self.stamp_ns += 10**8
+        assert self.pipeline.add("front", self.stamp_ns, image)
+        return self.stamp_ns
+
+    def set(self, **settings):
+        self.settings.update(settings)
+        self.pipeline.settings_changed()
+
+    def wait_for(self, count):
+        wait_until(lambda: len(self.published) >= count, 10, f"{count} published sets, not {len(self.published)}")
+
+    def counts(self):
+        counts = self.pipeline.report()[0]["front"]
+        assert counts["received"] == sum(value for key, value in counts.items() if key != "received")
+        return counts
+
+
+@pytest.fixture
+def bench():
+    benches = []
+
+    def make(*arguments, **settings):
+        benches.append(Bench(*arguments, **settings))
+        return benches[-1]
+
+    yield make
+    for bench in benches:
+        if isinstance(bench.model, Model):
+            bench.model.gate.opened.set()
+        bench.publishing.opened.set()
+        bench.pipeline.close(10.0)
+        counts = bench.pipeline.report()[0]["front"]
+        assert counts["pending"] == 0 or bench.failures
+
+
+def busy(bench):
+    """A worker that is held up in an encoding; another set waits behind it."""
+    bench.model.gate.close()
+    bench.add()
+    request = bench.pipeline.request()
+    assert bench.model.gate.entered.wait(10)
+    bench.add()
+    return request
+
+
+def test_numbers_and_stamps_of_what_is_published(bench):
+    bench = bench()
+    stamps = []
+    for count in range(1, 4):
+        stamps.append(bench.add())
+        bench.wait_for(count)
+    assert [tokens.sequence for tokens in bench.published] == [0, 1, 2]
+    assert [tokens.stamp_ns for tokens in bench.published] == stamps
+    wait_until(lambda: bench.counts()["encoded"] == 3, 10, "all are accounted for")
+
+
+def test_a_request_is_answered(bench):
+    bench = bench(trigger="on_request")
+    assert not bench.pipeline.request().success
+    stamp = bench.add()
+    request = bench.pipeline.request()
+    assert request.wait(10) and request.success
+    assert request.text == f"published as sequence 0, stamp {stamp} ns"
+    request = bench.pipeline.request()
+    assert request.wait(0) and "no new set of frames since the last request (front: 0." in request.text
+
+
+def test_a_request_whose_set_has_gone_meanwhile_is_answered(bench):
+    bench = bench(trigger="on_request")
+    first = busy(bench)
+    second = bench.pipeline.request()
+    bench.set(sync_policy="latest")  # drops what waits
+    bench.model.gate.opened.set()
+    assert first.wait(10) and first.success
+    assert second.wait(10) and not second.success and "has gone" in second.text
+
+
+def test_a_request_that_waits_when_the_trigger_becomes_continuous_is_answered(bench):
+    bench = bench(trigger="on_request")
+    busy(bench)
+    request = bench.pipeline.request()
+    bench.set(trigger="continuous")
+    bench.model.gate.opened.set()
+    assert request.wait(10) and not request.success and "continuous" in request.text
+
+
+def test_a_request_under_way_when_the_node_is_deactivated_is_told_why(bench):
+    bench = bench(trigger="on_request")
+    request = busy(bench)
+    bench.pipeline.stop()
+    bench.model.gate.opened.set()
+    assert request.wait(10) and not request.success and request.text == "the node has been deactivated"
+    assert bench.published == []
+
+
+def test_old_frames_do_not_pass_for_new_ones(bench, monkeypatch):
+    bench = bench(trigger="on_request")
+    bench.add()
+    monkeypatch.setattr(pipeline_module, "STALE_SEC", 0.0)
+    request = bench.pipeline.request()
+    assert request.wait(0) and not request.success and "the last set of frames came 0.0 s ago" in request.text
+    monkeypatch.undo()
+    assert bench.pipeline.request().wait(10) and len(bench.published) == 1
+
+
+def test_nothing_is_published_after_stop_has_returned(bench):
+    bench, order = bench(), []
+    bench.publishing.close()
+    bench.add()
+    assert bench.publishing.entered.wait(10)
+    stopping = threading.Thread(target=lambda: (bench.pipeline.stop(), order.append(len(bench.published))))
+    stopping.start()
+    wait_until(lambda: not bench.pipeline.add("front", 1, IMAGE), 10, "frames are not taken any more")
+    bench.publishing.opened.set()
+    stopping.join(10)
+    assert order == [1]
+
+
+def test_a_higher_rate_holds_at_once(bench):
+    bench = bench(max_rate_hz=0.01)
+    bench.add()
+    bench.wait_for(1)
+    stamp = bench.add()
+    bench.set(max_rate_hz=0.0)
+    bench.wait_for(2)
+    assert bench.published[1].stamp_ns == stamp
+
+
+@pytest.mark.parametrize("rate", [5e-324, 1e-300, 1e-12])
+def test_a_rate_of_almost_nothing_only_waits(bench, rate):
+    bench = bench(max_rate_hz=rate)
+    bench.add()
+    bench.wait_for(1)
+    stamp = bench.add()
+    bench.set(max_rate_hz=0.0)
+    bench.wait_for(2)
+    assert bench.published[1].stamp_ns == stamp and not bench.failures
+
+
+def test_a_frame_that_is_refused_is_counted_and_told(bench):
+    bench = bench()
+    assert bench.pipeline.refuse("front", "its stamp is no time", "header")
+    assert bench.counts()["undecodable"] == bench.counts()["received"] == 1
+    bench.add()
+    bench.wait_for(1)
+    assert "front: a frame is skipped: its stamp is no time" in bench.complaints[0]
+    bench.pipeline.stop()
+    assert not bench.pipeline.refuse("front", "", "header") and bench.counts()["received"] == 2
+
+
+def test_an_unreadable_image_takes_nobodys_turn(bench):
+    bench = bench(max_rate_hz=0.01)
+    bench.add(UNREADABLE)
+    wait_until(lambda: bench.counts()["undecodable"] == 1, 10, "it was looked at")
+    bench.add()
+    bench.wait_for(1)
+    assert "front: a frame is skipped: no image" in bench.complaints[0]
+
+
+def test_what_fails_is_counted_and_the_next_set_goes_on(bench):
+    bench = bench(token_dtype="float16")
+    # 70000 is beyond float16's range, infinity after the conversion.
+    for index, result in enumerate([RuntimeError("CUDA out of memory"), float("nan"), 70000.0, 1.5]):
+        bench.model.results.append(result)
+        stamp = bench.add()
+        wait_until(lambda n=index: bench.counts()["encoded"] == n + 1, 10, f"set {index} is done with")
+    assert bench.pipeline.report()[1] == {"encode_errors": 1, "non_finite": 2, "publish_errors": 0}
+    assert [(tokens.sequence, tokens.stamp_ns) for tokens in bench.published] == [(0, stamp)]
+    assert (bench.published[0].float32() == 1.5).all()
+    assert "CUDA out of memory" in bench.complaints[0] and not bench.failures
+
+
+def test_a_set_that_cannot_be_published_takes_no_number(bench):
+    bench = bench()
+    bench.publishing.pass_through = lambda: 1 / 0
+    bench.add()
+    wait_until(lambda: bench.pipeline.report()[1]["publish_errors"] == 1, 10, "it was tried")
+    del bench.publishing.pass_through
+    bench.add()
+    bench.wait_for(1)
+    assert bench.published[0].sequence == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: device-side assert triggered"),
+        RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with `TORCH_USE_CUDA_DSA`"),
+        torch.AcceleratorError(
+            "CUDA error: unspecified launch failure\nno graph is captured, nor memory out of memory"
+        ),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+    ],
+)
+def test_an_error_of_the_device_ends_it(bench, error):
+    bench = bench()
+    bench.model.results.append(error)
+    bench.add()
+    wait_until(lambda: bench.failures, 10, "it gives up")
+    assert str(error).partition("\n")[0] in bench.failures[0] and "new process" in bench.failures[0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture"),
+        torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing"),
+        RuntimeError("CUDA error: dependency created on uncaptured work in another stream"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        MemoryError(),
+    ],
+)
+def test_errors_that_pass_are_counted_and_the_next_set_is_encoded(bench, error):
+    bench = bench()
+    bench.model.results.append(error)
+    bench.add()
+    wait_until(lambda: bench.counts()["encoded"] == 1, 10, "the first set is done with")
+    bench.add()
+    bench.wait_for(1)
+    assert bench.pipeline.report()[1]["encode_errors"] == 1 and not bench.failures
+
+
+def test_a_thread_that_breaks_off_ends_it(bench):
+    bench = bench()
+    bench.wanted = lambda: 1 / 0
+    bench.add()
+    wait_until(lambda: bench.failures, 10, "it gives up")
+    assert "the thread worker has broken off" in bench.failures[0] and "ZeroDivisionError" in bench.failures[0]
+
+
+class OverlappingPipeline(Pipeline):
+    """As on a GPU, on any device; and every encoding waits until another set has been prepared meanwhile."""
+
+    OVERLAPPING = ("cpu", "cuda")
+    prepared = 0
+
+    def _prepare(self, job):
+        done = super()._prepare(job)
+        with self._changed:
+            self.prepared += 1
+            self._changed.notify_all()
+        return done
+
+    def _encode(self, job):
+        with self._changed:
+            wanted = self.prepared + 1
+            if not self._changed.wait_for(lambda: self.prepared >= wanted or not self._active, 20.0):
+                raise TimeoutError("no other set was prepared while this one was being encoded")
+        return super()._encode(job)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_sets_that_are_prepared_while_another_is_encoded_do_not_mix(bench, device):
+    pytest.importorskip("timm")
+    from vla_perception.tokenizer import VisualTokenizer
+
+    tokenizer, images = VisualTokenizer.load("tiny-random", device=device, compute_dtype="float32"), {}
+    bench = bench(tokenizer, OverlappingPipeline)
+
+    def more():
+        pixels = np.random.default_rng(len(images)).integers(0, 256, (96, 128, 3), np.uint8)
+        images[bench.add(SimpleNamespace(header=IMAGE.header, pixels=pixels))] = pixels
+        return bench.complaints or len(bench.published) >= 6
+
+    wait_until(more, 60, "6 published sets")
+    assert not bench.complaints and not bench.failures
+    bench.pipeline.stop()
+    stamps = [tokens.stamp_ns for tokens in bench.published]
+    assert stamps == sorted(set(stamps))  # in the order in which they were taken, each once
+    for tokens in bench.published:
+        expected = tokenizer([images[tokens.stamp_ns]]).tokens.cpu().numpy()
+        np.testing.assert_allclose(tokens.float32(), expected, atol=1e-4 * np.abs(expected).max())
+    wait_until(lambda: bench.counts()["pending"] == 0, 10, "what waited for the encoder is accounted for")
+    assert bench.counts()["replaced"] > 0
+
+
+def test_compressed_images_of_a_set_are_decoded_side_by_side():
+    """Each waits for the others: one after the other they would never come to an end. A bad one is the only one lost."""
+    cameras = ("front", "side", "wrist", "rear")
+    together, undecoded = threading.Barrier(3), []
+
+    def decode(image):
+        if hasattr(image, "format"):
+            together.wait(30.0)
+        if image.pixels is None:
+            raise ValueError("no image")
+        return image.pixels
+
+    published, complaints, model = [], [], Model()
+    model.encode = lambda images, features: SimpleNamespace(tokens=torch.ones(len(images), 4, 8), features=None)
+    pipeline = Pipeline(
+        model,
+        SetSynchronizer(cameras),
+        SETTINGS,
+        decode=decode,
+        publish=published.append,
+        wanted=lambda: True,
+        complain=lambda subject, text: complaints.append(text),
+        fail=undecoded.append,
+    )
+    compressed = SimpleNamespace(**vars(IMAGE), format="jpeg")
+    broken = SimpleNamespace(**vars(UNREADABLE), format="jpeg")
+    frames = (compressed, IMAGE, compressed, compressed), (compressed, IMAGE, broken, compressed)
+    pipeline.start()
+    for stamp, images in enumerate(frames, start=1):
+        for camera, image in zip(cameras, images):
+            pipeline.add(camera, stamp * 10**8, image)
+        wait_until(lambda: len(published) + len(complaints) == stamp, 30.0, "the set's end")  # noqa: B023
+    counts, _, _ = pipeline.report()
+    assert [view.camera for view in published[0].views] == list(cameras) and len(published) == 1
+    assert [count["undecodable"] for count in counts.values()] == [0, 0, 1, 0]
+    assert "wrist" in complaints[0]
+    before = [thread for thread in threading.enumerate() if thread.name.startswith("decoder")]
+    pipeline.close()
+    for thread in before:
+        thread.join(30.0)
+    assert before and not any(thread.is_alive() for thread in before) and not undecoded

@@ -1,0 +1,11 @@
+"""Where each node's source is."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def node_source(node: str) -> Path:
+    """The file of a node, by its executable's name: a module of `nodes/`, or `node.py` of a folder there."""
+    nodes = ROOT / "vla_perception" / "nodes"
+    return nodes / node / "node.py" if (nodes / node).is_dir() else nodes / f"{node}.py"

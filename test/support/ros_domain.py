@@ -1,0 +1,193 @@
+"""ROS domains and ROS processes for tests that may run beside each other, and beside a robot's own nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Domain 0 is what everybody uses; above 101 the ports reach into Linux's ephemeral range.
+_DOMAINS = range(2, 100)
+_LOCKS: dict[int, socket.socket] = {}
+
+
+def free_domain() -> int:
+    """A ROS_DOMAIN_ID that no other test process of this machine holds; kept until `domains_of_a_module` ends.
+
+    The lock is a socket name in Linux's abstract namespace: exclusive, without a file, and given back by the kernel
+    however the process ends. The discovery port tells of participants that do not take part in this.
+    """
+    start = os.getpid() * 7
+    for offset in range(len(_DOMAINS)):
+        domain = _DOMAINS[(start + offset) % len(_DOMAINS)]
+        if domain in _LOCKS or _discovery_port_taken(domain):
+            continue
+        lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            lock.bind(f"\0vla_perception.ros_domain.{domain}")
+        except OSError:
+            lock.close()
+            continue
+        _LOCKS[domain] = lock
+        return domain
+    raise RuntimeError(f"all ROS domains {_DOMAINS.start}–{_DOMAINS.stop - 1} are in use on this machine")
+
+
+@contextlib.contextmanager
+def domains_of_a_module() -> Iterator[None]:
+    """Gives back what was taken inside: there are fewer domains than tests, and other runs need some as well."""
+    before = set(_LOCKS)
+    yield
+    for domain in set(_LOCKS) - before:
+        _LOCKS.pop(domain).close()
+
+
+def _discovery_port_taken(domain: int) -> bool:
+    """Whether a participant listens on the unicast discovery port of the first participant in `domain`."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind(("127.0.0.1", 7400 + 250 * domain + 10))
+        except OSError:
+            return True
+    return False
+
+
+def ros_environment(domain: int, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of a ROS process of this Python on `domain`, seen by this machine only."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {
+        **os.environ,
+        "ROS_DOMAIN_ID": str(domain),
+        "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
+        "PYTHONPATH": path,
+        "PYTHONUNBUFFERED": "1",
+        **(extra or {}),
+    }
+
+
+@contextlib.contextmanager
+def in_domain(domain: int) -> Iterator[None]:
+    """This process's own environment set for `domain`, for an `rclpy.init` inside; restored afterwards."""
+    names = ("ROS_DOMAIN_ID", "ROS_AUTOMATIC_DISCOVERY_RANGE")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update({name: ros_environment(domain)[name] for name in names})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def wait_until(condition: Callable[[], object], timeout: float, what: str) -> object:
+    """Waits for a true value of `condition` and returns it; AssertionError that names `what` after `timeout` s."""
+    end = time.monotonic() + timeout
+    while not (value := condition()):
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {timeout:g} s: {what}")
+        time.sleep(0.01)
+    return value
+
+
+def answer_of(client, request, timeout: float = 20.0) -> object:
+    """The answer to a request that may be repeated, with the client's node spun elsewhere.
+
+    Fast DDS drops an answer when the service does not know the client's reader 0.1 s later, as on a busy machine.
+    """
+    assert client.wait_for_service(timeout), client.service_name
+    futures, end = [], time.monotonic() + timeout
+
+    def answers() -> list:
+        return [future.result() for future in futures if future.done()]
+
+    while not answers():
+        assert time.monotonic() < end, f"no answer from {client.service_name} within {timeout:g} s"
+        futures.append(client.call_async(request))
+        with contextlib.suppress(AssertionError):
+            wait_until(answers, 2.0, "an answer")
+    return answers()[0]
+
+
+class RosProcess:
+    """A ROS process with what it prints: `with RosProcess([...], domain) as process`. Killed at the end if need be.
+
+    Args:
+        command: what follows the Python executable, e.g. ``["-m", "vla_perception.nodes.bag_player", …]``.
+    """
+
+    def __init__(self, command: Sequence[str], domain: int, extra: Mapping[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            # What leaves the device open computes on the CPU in a test, also where there is a GPU (conftest.py).
+            env=ros_environment(domain, {"CUDA_VISIBLE_DEVICES": "", **(extra or {})}),
+        )
+        self._lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self._lines.append(line)
+
+    @property
+    def output(self) -> str:
+        """What it has printed so far, stdout and stderr."""
+        return "".join(self._lines)
+
+    def wait_for(self, text: str, timeout: float = 30.0) -> None:
+        """Waits until it has printed `text`; AssertionError with its output if it ends or stays silent."""
+        end = time.monotonic() + timeout
+        while text not in self.output:
+            ended = self.process.poll() is not None
+            if ended:
+                self._reader.join(5.0)
+            if text in self.output:
+                return
+            if ended or time.monotonic() > end:
+                raise AssertionError(f"{text!r} never came (exit code {self.process.poll()}). Output:\n{self.output}")
+            time.sleep(0.01)
+
+    def stop(self, number: int = signal.SIGINT, timeout: float = 20.0) -> int:
+        """Sends a signal and returns the exit code; AssertionError with its output if it does not end."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.wait(timeout)
+
+    def wait(self, timeout: float = 20.0) -> int:
+        """Waits for its own end and returns the exit code."""
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise AssertionError(f"still running after {timeout:g} s. Output:\n{self.output}") from None
+        self._reader.join(5.0)
+        return code
+
+    def __enter__(self) -> RosProcess:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(5.0)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self._reader.join(5.0)
+        self.process.stdout.close()

@@ -1,0 +1,1 @@
+"""Node `visual_tokenizer`: camera topics in, one topic of visual tokens out."""

@@ -1,0 +1,121 @@
+"""How the node's tokens leave it: the topic `tokens` and, beside it, shared memory for policies on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+from rclpy.node import Node
+from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos_overriding_options import QoSOverridingOptions
+from sensor_msgs.msg import CompressedImage
+
+from vla_perception.tokens.shared_memory import SharedMemoryError, TokenWriter, missing
+from vla_perception.tokens.visual_tokens import VisualTokens, to_message
+
+#: Token messages kept for a reliable subscriber that is behind: 2 MiB each for openvla-7b.
+DEPTH = 10
+#: Seconds until shared memory is tried again after it failed; twice as long each time, up to the second number:
+#: policies lose sets whenever they return to the topic.
+_RETRY, _RETRY_AT_MOST = 5.0, 300.0
+
+
+class TokenPublisher:
+    """Publishes sets of tokens on the topic `tokens` of `node`, reliably; `qos_overrides` parameters come first.
+
+    A set is only made into a message if somebody subscribes to the topic, and only written into shared memory if
+    somebody reads there. Whatever goes wrong with shared memory is logged, once, leaves the topic alone, and is tried
+    again later.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._publisher = node.create_publisher(
+            CompressedImage,
+            "tokens",
+            QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=DEPTH, reliability=ReliabilityPolicy.RELIABLE),
+            qos_overriding_options=QoSOverridingOptions.with_default_policies(),
+        )
+        self._writer: TokenWriter | None = None
+        self._changing = threading.Lock()  # of the two below
+        self._opened: object | None = None  # one per `open_shared_memory`, until `close_shared_memory`
+        self._timer: threading.Timer | None = None
+        self._retry_sec = _RETRY
+        self.messages = self.written = 0
+
+    def open_shared_memory(self) -> None:
+        """From here on policies of this machine may read there, if iceoryx2 is installed."""
+        if reason := missing():
+            self._node.get_logger().info(f"tokens go by the topic alone, without shared memory: {reason}")
+            return
+        self.close_shared_memory()
+        with self._changing:
+            self._retry_sec = _RETRY
+            self._opened = opened = object()
+        self._open(opened)
+
+    def _open(self, opened: object) -> None:
+        try:
+            writer = TokenWriter(self._publisher.topic_name, self._node.context.get_domain_id())
+        except SharedMemoryError as error:
+            self._give_up(f"tokens go by the topic alone: {error}", opened)
+            return
+        with self._changing:
+            if self._opened is opened:
+                self._writer = writer
+                return
+        writer.close()
+
+    def _give_up(self, text: str, opened: object | None) -> None:
+        """Leaves shared memory for a while."""
+        with self._changing:
+            if opened is None or self._opened is not opened:
+                return
+            writer, self._writer = self._writer, None
+            first, again = self._retry_sec == _RETRY, self._retry_sec
+            self._retry_sec = min(2 * again, _RETRY_AT_MOST)
+            self._timer = threading.Timer(again, self._open, (opened,))
+            self._timer.daemon = True
+            self._timer.start()
+        if writer is not None:
+            writer.close()
+        if first:
+            self._node.get_logger().warning(f"{text}; tried again in {again:g} s, later less often")
+
+    def close_shared_memory(self) -> None:
+        """Policies that read there return to the topic."""
+        with self._changing:
+            writer, self._writer, self._opened = self._writer, None, None
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+        if writer is not None:
+            writer.close()
+
+    def readers(self) -> int:
+        """Policies that read from shared memory."""
+        writer = self._writer
+        return writer.readers() if writer is not None else 0
+
+    def wanted(self) -> bool:
+        """Whether somebody reads, from the topic or from shared memory."""
+        return self._publisher.get_subscription_count() > 0 or self.readers() > 0
+
+    def publish(self, tokens: VisualTokens) -> None:
+        writer, reached = self._writer, 0
+        if writer is not None and writer.readers():
+            try:
+                reached = writer.write(tokens)
+            except SharedMemoryError as error:
+                self._give_up(f"tokens go by the topic alone: {error}", self._opened)
+        self.written += bool(reached)
+        if self._publisher.get_subscription_count() or not reached:
+            self._publisher.publish(to_message(tokens))
+            self.messages += 1
+
+    def tidy(self) -> None:
+        """Now and then: policies that were killed no longer count as readers."""
+        writer = self._writer
+        if writer is not None:
+            with contextlib.suppress(SharedMemoryError):  # the next time may do better
+                writer.tidy()

@@ -1,0 +1,1 @@
+"""Where images come from without ROS: recordings, video files and devices, a simulated scene, image files."""

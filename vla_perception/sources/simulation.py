@@ -1,0 +1,160 @@
+"""A MuJoCo scene with cameras that are rendered off screen. Knows nothing of ROS."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+TABLETOP = Path(__file__).parent / "scenes" / "tabletop.xml"
+"""The scene that comes with this package: an arm over a table with things on it."""
+
+GL_LIBRARIES = {"egl": ("libEGL.so.1", "libEGL.so"), "osmesa": ("libOSMesa.so.8", "libOSMesa.so.6", "libOSMesa.so")}
+GL_ADVICE = "apt install libegl1 libgl1 libgl1-mesa-dri (a GPU where there is one), or libosmesa6 (CPU only)"
+
+
+class SimulationError(RuntimeError):
+    """A scene that cannot be loaded or rendered. The text says what to install or change."""
+
+
+class Simulation:
+    """Physics of one MJCF scene and images of its cameras.
+
+    To be made, used and closed in one thread: OpenGL contexts belong to threads.
+
+    scene: path of an MJCF file; "" for TABLETOP. cameras: names, an empty list for all that have one. width, height:
+    pixels of every image. gl: "egl", "osmesa", or "auto": what MUJOCO_GL says, otherwise the first that is
+    installed. motion: "sine" moves every actuator to and fro within its control range, "none" leaves them alone,
+    "auto" is "sine" for TABLETOP and "none" for any other. Starts from the keyframe `home` where there is one.
+    Raises SimulationError.
+    """
+
+    def __init__(self, scene="", cameras=(), width=320, height=240, gl="auto", motion="auto"):
+        path = Path(os.path.expanduser(scene)) if scene else TABLETOP
+        if not path.is_file():
+            raise SimulationError(f"there is no MJCF file {path}")
+        mujoco = self._mujoco = _import_mujoco(gl)
+        try:
+            self._model = mujoco.MjModel.from_xml_path(str(path))
+        except (ValueError, mujoco.FatalError) as error:
+            raise SimulationError(f"{path} is no scene that MuJoCo {mujoco.__version__} can load: {error}") from error
+        self._data = mujoco.MjData(self._model)
+        self.cameras = self._chosen(cameras, path)
+        self.width, self.height = width, height
+        self.steps = 0
+        self._moves = motion == "sine" or (motion == "auto" and path == TABLETOP)
+        home = mujoco.mj_name2id(self._model, mujoco.mjtObj.mjOBJ_KEY, "home")
+        if home >= 0:
+            mujoco.mj_resetDataKeyframe(self._model, self._data, home)
+        mujoco.mj_forward(self._model, self._data)
+        # The largest image is part of the scene's settings, 640 x 480 unless it says otherwise.
+        buffer = self._model.vis.global_
+        buffer.offwidth, buffer.offheight = max(buffer.offwidth, width), max(buffer.offheight, height)
+        try:
+            self._renderer = mujoco.Renderer(self._model, height, width)
+        except Exception as error:  # whatever the GL stack raises: ImportError, RuntimeError, its own
+            raise SimulationError(
+                f"cannot render with MUJOCO_GL={os.environ['MUJOCO_GL']}: {error}. Is another one installed? {GL_ADVICE}"
+            ) from error
+
+    @property
+    def timestep(self) -> float:
+        """Seconds of simulated time per step."""
+        return self._model.opt.timestep
+
+    @property
+    def time_ns(self) -> int:
+        """Simulated time since the start; exact, does not drift."""
+        return round(self.steps * round(self.timestep * 1e12) / 1000)
+
+    def step(self, count: int = 1):
+        for _ in range(count):
+            if self._moves:
+                self._swing()
+            self._mujoco.mj_step(self._model, self._data)
+        self.steps += count
+
+    def render(self, camera: str) -> np.ndarray:
+        """uint8 [height, width, 3] RGB: what `camera` sees now."""
+        self._renderer.update_scene(self._data, camera=camera)
+        return self._renderer.render()
+
+    def intrinsics(self, camera: str) -> tuple[float, float, float, float] | None:
+        """(fx, fy, cx, cy) in pixels, pixel centres at integers; None for an orthographic camera."""
+        model, index = self._model, self._camera_id(camera)
+        flags = model.cam_projection if hasattr(model, "cam_projection") else model.cam_orthographic
+        if flags[index]:
+            return None
+        cx, cy = (self.width - 1) / 2, (self.height - 1) / 2
+        sensor = model.cam_sensorsize[index]
+        if sensor[1] <= 0:
+            focal = self.height / 2 / math.tan(math.radians(model.cam_fovy[index]) / 2)
+            return focal, focal, cx, cy
+        # A camera described by focal length and sensor. MuJoCo fits the sensor's height and keeps pixels square.
+        focal_x, focal_y, principal_x, principal_y = model.cam_intrinsic[index]
+        per_metre_x, per_metre_y = self.width / sensor[0], self.height / sensor[1]
+        return (
+            focal_x * per_metre_x,
+            focal_y * per_metre_y,
+            cx - principal_x * per_metre_x,
+            cy - principal_y * per_metre_y,
+        )
+
+    def close(self):
+        self._renderer.close()
+
+    def _chosen(self, cameras, path: Path) -> list[str]:
+        named = [self._model.camera(index).name for index in range(self._model.ncam)]
+        named = [name for name in named if name]
+        missing = [name for name in cameras if name not in named]
+        if missing:
+            raise SimulationError(f"{path} has no camera {', '.join(missing)}; it has {', '.join(named) or 'none'}")
+        if not named:
+            raise SimulationError(f'{path} has no camera with a name: add <camera name="front" .../> to it')
+        return list(cameras) or named
+
+    def _camera_id(self, camera: str) -> int:
+        return self._model.camera(camera).id
+
+    def _swing(self):
+        """Every limited actuator along a sine of its own period, so that the whole does not repeat soon."""
+        model = self._model
+        low, high = model.actuator_ctrlrange.T
+        periods = 5 + 1.7 * np.arange(model.nu)
+        swing = np.sin(2 * math.pi * self._data.time / periods)
+        target = (low + high) / 2 + (high - low) / 2 * swing
+        self._data.ctrl[:] = np.where(model.actuator_ctrllimited, target, self._data.ctrl)
+
+
+def _import_mujoco(gl: str):
+    """MuJoCo with an OpenGL that needs no screen. Which one is settled by its first import in a process."""
+    wanted = os.environ.get("MUJOCO_GL", "") if gl == "auto" else gl
+    if not wanted:
+        wanted = next((name for name in GL_LIBRARIES if _is_there(name)), None)
+        if wanted is None:
+            raise SimulationError(f"there is no OpenGL library that renders without a screen: {GL_ADVICE}")
+    elif wanted in GL_LIBRARIES and not _is_there(wanted):
+        raise SimulationError(f"MUJOCO_GL is {wanted}, but {GL_LIBRARIES[wanted][0]} is not installed: {GL_ADVICE}")
+    os.environ["MUJOCO_GL"] = wanted
+    try:
+        import mujoco
+    except ImportError as error:
+        if error.name == "mujoco":
+            raise SimulationError("MuJoCo is not installed: pip install mujoco") from error
+        raise SimulationError(f"MuJoCo cannot be loaded with MUJOCO_GL={wanted}: {error}. {GL_ADVICE}") from error
+    except Exception as error:  # PyOpenGL's, of several kinds
+        raise SimulationError(f"MuJoCo cannot be loaded with MUJOCO_GL={wanted}: {error}. {GL_ADVICE}") from error
+    return mujoco
+
+
+def _is_there(gl: str) -> bool:
+    for name in GL_LIBRARIES[gl]:
+        try:
+            ctypes.CDLL(name)
+            return True
+        except OSError:
+            continue
+    return False

@@ -1,0 +1,211 @@
+"""timm's pretrained encoders: by name, from the Hugging Face hub, from a local folder or file.
+
+Weights in timm's own naming are read straight from their safetensors file; anything else goes through timm's
+loader. Nothing is read with ``weights_only=False``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vla_perception.tokenizer.checkpoints.checkpoint import Checkpoint
+from vla_perception.tokenizer.checkpoints.files import (
+    CheckpointError,
+    MemoryTensors,
+    PickledTensors,
+    SafetensorsFile,
+    StoredTensor,
+    local_path,
+    read_json,
+)
+from vla_perception.tokenizer.checkpoints.model_args import check_architecture, checked_model_args
+from vla_perception.tokenizer.presets import EncoderConfig, ModelConfig, encoder_name, per_encoder
+from vla_perception.tokenizer.timm_import import create_model, get_pretrained_cfg, is_model, on_meta, timm
+
+log = logging.getLogger(__name__)
+
+_WEIGHTS = "model.safetensors"
+_INTERPOLATIONS = {"bilinear": 2, "bicubic": 3}
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """One pretrained encoder.
+
+    Attributes:
+        config: what it is, and what its input looks like.
+        tensors: timm's name → where it lies.
+        position_grid: (rows, columns, prefix tokens among them) if its position embeddings are to be resampled.
+    """
+
+    config: EncoderConfig
+    tensors: Mapping[str, StoredTensor]
+    position_grid: tuple[int, int, int] | None
+
+    def named(self, name: str) -> dict[str, StoredTensor]:
+        """Canonical names, for an encoder that is called `name`; a classifier's head is left out."""
+        return {f"{name}.{key}": value for key, value in self.tensors.items() if not key.startswith("head.")}
+
+    def grids(self, name: str) -> dict[str, tuple[int, int, int]]:
+        return {} if self.position_grid is None else {f"{name}.pos_embed": self.position_grid}
+
+
+def is_name(model: str) -> bool:
+    """Whether `model` names timm encoders: a prefix says so, or timm knows all the names."""
+    if model.startswith(("timm:", "hf-hub:", "local-dir:")):
+        return True
+    return all(is_model(re.split("[.@=]", part)[0]) for part in model.split("+"))
+
+
+def open_encoders(model: str, image_size: int | Sequence[int] | None = None) -> Checkpoint:
+    """``NAME[@SIZE][=FILE]``, several joined by ``+`` → a checkpoint of features, without a projector.
+
+    NAME is timm's (``vit_base_patch14_reg4_dinov2.lvd142m``), ``hf-hub:…`` or ``local-dir:…``; FILE a local file of
+    the weights. SIZE is the side of the input in pixels, by default what the weights were trained with.
+    """
+    parts = model.removeprefix("timm:").split("+")
+    sizes = per_encoder(image_size, len(parts))
+    encoders = []
+    for part, size in zip(parts, sizes):
+        source, _, file = part.partition("=")
+        match = re.fullmatch(r"(.+?)(?:@(\d{1,5}))?", source)
+        if match is None:
+            raise ValueError(f"{model!r} names no timm encoder; write NAME[@SIZE][=FILE][+…]")
+        side = size or (int(match.group(2)) if match.group(2) else None)
+        encoders.append(read(match.group(1), side, local_path(file) if file else None))
+    configs, tensors, grids = [], {}, {}
+    for encoder in encoders:
+        name = encoder.config.name
+        if name in {config.name for config in configs}:
+            name = f"{name}_{len(configs) + 1}"
+        configs.append(replace(encoder.config, name=name))
+        tensors |= encoder.named(name)
+        grids |= encoder.grids(name)
+    label = "+".join(config.timm_id for config in configs)
+    return Checkpoint(model, ModelConfig(label, tuple(configs), "none", 0), tensors, position_grids=grids)
+
+
+def read(source: str, image_size: int | None, file: Path | None = None) -> Encoder:
+    """One encoder: `source` is timm's name, ``hf-hub:…`` or ``local-dir:…``.
+
+    Raises:
+        CheckpointError: timm does not know it, or the weights cannot be had; says how to get them without a network.
+    """
+    overrides: dict[str, object] = {}
+    if source.startswith(("hf-hub:", "local-dir:")):
+        kind, _, where = source.partition(":")
+        folder = local_path(where) if kind == "local-dir" else _download(where, "config.json").parent
+        settings = read_json(folder / "config.json")
+        overrides = settings.get("model_args") or {}
+        facts = settings.get("pretrained_cfg") or settings
+        if "architecture" not in settings or not isinstance(facts, dict) or not isinstance(overrides, dict):
+            raise CheckpointError(f"{folder / 'config.json'} is no configuration of a timm model")
+        architecture, tag = check_architecture(settings["architecture"], str(folder / "config.json")), facts.get("tag")
+        if tag and not (isinstance(tag, str) and re.fullmatch(r"[\w.-]{1,200}", tag, re.ASCII)):
+            raise CheckpointError(f"{folder / 'config.json'}: the tag {tag!r:.200} is not a name")
+        # Size and classes are chosen here.
+        overrides = {key: value for key, value in overrides.items() if key not in ("img_size", "num_classes")}
+        overrides = checked_model_args(overrides, f"{folder / 'config.json'}: model_args")
+        name = architecture + (f".{tag}" if tag else "")
+        file = file or (folder / _WEIGHTS if kind == "local-dir" else _download(where, _WEIGHTS))
+    else:
+        name = source
+        known = get_pretrained_cfg(source) if is_model(source.split(".")[0]) else None
+        if known is None:
+            raise CheckpointError(f"timm {timm.__version__} does not know the encoder {source!r}; check the name")
+        facts = known.to_dict()
+    try:
+        mean, std, native = tuple(facts["mean"]), tuple(facts["std"]), int(facts["input_size"][-1])
+        config = EncoderConfig(
+            name=encoder_name(name),
+            timm_id=name,
+            image_size=image_size or native,
+            mean=mean,
+            std=std,
+            interpolation=_INTERPOLATIONS[facts.get("interpolation", "bicubic")],
+            overrides=overrides,
+        )
+        with on_meta():
+            model = create_model(name.split(".")[0], num_classes=0, img_size=config.image_size, **config.overrides)
+        grid, prefix = model.patch_embed.grid_size, 0 if model.no_embed_class else model.num_prefix_tokens
+    except CheckpointError:
+        raise
+    except Exception as error:  # timm's configurations fail in every way
+        raise CheckpointError(f"{source}: timm cannot build this encoder at {image_size} pixels ({error})") from error
+    if file is None and facts.get("hf_hub_id") and not facts.get("hf_hub_filename"):
+        file = _download(facts["hf_hub_id"], _WEIGHTS, optional=True)
+    if (
+        file is not None
+        and file.suffix == ".safetensors"
+        and "blocks.0.attn.qkv.weight" in (held := SafetensorsFile(file).tensors)
+    ):
+        tensors: Mapping[str, StoredTensor] = held
+    else:
+        tensors = _through_timm(name, native, config, file)
+    return Encoder(config, tensors, _position_grid(source, tensors, grid, prefix))
+
+
+def _position_grid(
+    source: str, tensors: Mapping[str, StoredTensor], grid: tuple[int, int], prefix: int
+) -> tuple[int, int, int] | None:
+    stored = tensors.get("pos_embed")
+    if stored is None or len(stored.shape) != 3 or stored.shape[1] == grid[0] * grid[1] + prefix:
+        return None
+    side = math.isqrt(max(0, stored.shape[1] - prefix))
+    if side < 1 or side * side != stored.shape[1] - prefix:
+        raise CheckpointError(f"{source}: position embeddings {list(stored.shape)} lie on no square grid")
+    log.info("%s: position embeddings resampled from %d × %d to %d × %d", source, side, side, *grid)
+    return (*grid, prefix)
+
+
+def _through_timm(name: str, native: int, config: EncoderConfig, file: Path | None) -> Mapping[str, StoredTensor]:
+    """The state dict as timm loads and renames it, at the size that the weights were trained with."""
+    overlay = None
+    if file is not None:
+        if file.suffix == ".safetensors":
+            SafetensorsFile(file)
+        else:
+            PickledTensors(file)
+        overlay = {"file": str(file)}
+        # What a configuration says is built in memory here: no more of it than the file can fill.
+        with on_meta():
+            empty = create_model(name.split(".")[0], num_classes=0, img_size=native, **config.overrides)
+        count = sum(parameter.numel() for parameter in empty.parameters())
+        if count > file.stat().st_size:
+            raise CheckpointError(
+                f"{file} has {file.stat().st_size} bytes, too few for the {count} numbers of {name} at {native} pixels"
+            )
+    try:
+        model = timm.create_model(
+            name, pretrained=True, num_classes=0, img_size=native, pretrained_cfg_overlay=overlay, **config.overrides
+        )
+    except Exception as error:
+        raise CheckpointError(_unavailable(name, error)) from error
+    return MemoryTensors(model.state_dict()).tensors
+
+
+def _download(repository: str, file: str, optional: bool = False) -> Path | None:
+    """A file of a repository, from the cache where it is there; None if `optional` and the repository lacks it."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+
+    repository, _, revision = repository.partition("@")
+    try:
+        return Path(hf_hub_download(repository, file, revision=revision or None))
+    except Exception as error:
+        if optional and isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
+        raise CheckpointError(_unavailable(repository, error)) from error
+
+
+def _unavailable(name: str, error: Exception) -> str:
+    reason = (str(error).splitlines() or [""])[0][:300]
+    return (
+        f"the pretrained weights of {name} cannot be had ({type(error).__name__}: {reason}). Without a network give a "
+        "local file of them (timm:NAME=FILE.safetensors, or local-dir:FOLDER), or copy them into Hugging Face's cache"
+    )

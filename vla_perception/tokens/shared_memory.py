@@ -1,0 +1,244 @@
+"""Tokens through shared memory, between the processes of one machine: what a message's `data` holds, and no more.
+
+Per topic one iceoryx2 service carries the bytes and another one of the same name wakes the readers; docs/wire_format.md
+describes both. Nothing in here knows ROS. The `TokenWriter` belongs to the tokenizer's node, a `TokenReader` to each
+policy. None of them waits for another one: a reader that does not keep up loses its oldest sets, and what a killed
+process leaves is removed by any other one (`tidy`).
+
+iceoryx2 is optional (the extra `shm`; it has no wheels for aarch64). Whatever fails here is a `SharedMemoryError`, and
+then the topic does alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+import weakref
+from collections.abc import Iterator
+
+from vla_perception.tokens.shared_memory_services import (
+    COMING,
+    DEPTH,
+    LENT,
+    WRITTEN,
+    FileIsEmpty,
+    SharedMemoryError,
+    look_at_files,
+    look_before,
+    make_sure_of_room,
+    open_services,
+    take_pages,
+)
+from vla_perception.tokens.visual_tokens import SCHEMA, VisualTokens
+
+__all__ = [
+    "COMING",
+    "DEPTH",
+    "LENT",
+    "WRITTEN",
+    "SharedMemoryError",
+    "TokenReader",
+    "TokenWriter",
+    "missing",
+    "service_name",
+]
+
+
+def service_name(topic: str, domain: int) -> str:
+    """The iceoryx2 services' name for a resolved topic of a ROS domain: ``vla_tokens/1/ros_domain_0/robot/tokens``."""
+    return f"{SCHEMA}/ros_domain_{domain}{topic}"
+
+
+def missing() -> str:
+    """Why iceoryx2 cannot be imported; empty if it can."""
+    try:
+        import iceoryx2  # noqa: F401
+    except ImportError as error:
+        return f"{error}; `pip install 'vla_perception[shm]'`"
+    return ""
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Makes a SharedMemoryError of whatever iceoryx2 raises."""
+    try:
+        yield
+    except SharedMemoryError:
+        raise
+    except BaseException as error:
+        # A panic in iceoryx2's Rust is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise SharedMemoryError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+class _Services:
+    """A process's hold of both services of a topic."""
+
+    def __init__(self, topic: str, domain: int) -> None:
+        if reason := missing():
+            raise SharedMemoryError(reason)
+        name = service_name(topic, domain)
+        with _told(f"no shared memory for {topic}"):
+            look_before(name)
+            self._node, self._sets, self._events = open_services(name)
+
+    def tidy(self) -> None:
+        """Removes what killed processes have left. Until then they still count as readers and writers."""
+        with _told("killed processes cannot be cleaned up after"):
+            try:
+                look_at_files()
+            except FileIsEmpty:
+                return  # a process that begins, or what a killed one has left; the next time tells
+            if (node := self._node) is not None:
+                node.try_cleanup_dead_nodes()
+
+    def close(self) -> None:
+        """Gives everything back."""
+        self._sets = self._events = self._node = None
+
+
+class TokenWriter(_Services):
+    """The tokenizer's end. All of it may be called by any thread."""
+
+    def __init__(self, topic: str, domain: int) -> None:
+        super().__init__(topic, domain)
+        self._writing = threading.Lock()
+        self._publisher = None
+        self._capacity = 0
+        self._filled: dict[int, int] = {}  # address → bytes: pages that are there already
+        with _told(f"no place for a writer of {topic}"):
+            import iceoryx2
+
+            self._notifier = self._events.notifier_builder().create()
+            self._coming = iceoryx2.EventId.new(COMING)
+            self._discard = iceoryx2.BackpressureStrategy.DiscardData
+
+    def readers(self) -> int:
+        """How many read, or did when they were killed: see `tidy`."""
+        sets = self._sets
+        return sets.dynamic_config.number_of_subscribers if sets is not None else 0
+
+    def write(self, tokens: VisualTokens) -> int:
+        """Writes one set and wakes the readers; how many it reached. Never waits for one."""
+        with self._writing, _told("tokens could not be put into shared memory"):
+            if self._sets is None:
+                raise SharedMemoryError("this writer is closed")
+            # Readers take half as long to wake up as the set takes to be there.
+            self._notifier.notify_with_custom_event_id(self._coming)
+            parts = tokens.to_parts()
+            size = sum(map(len, parts))
+            make_sure_of_room(0)  # headers and connections to new readers take some
+            if size > self._capacity:
+                self._grow(size)
+            loan = self._publisher.loan_slice_uninit(size)
+            if size > self._filled.get(loan.payload_ptr, 0):
+                make_sure_of_room(size)
+                take_pages(loan.payload_ptr, size)
+                self._filled[loan.payload_ptr] = size
+            # Straight into what the readers map: the only copy on this side.
+            target = memoryview((ctypes.c_uint8 * size).from_address(loan.payload_ptr)).cast("B")
+            start = 0
+            for part in parts:
+                target[start : start + len(part)] = part
+                start += len(part)
+            reached = loan.assume_init().send()
+            self._notifier.notify()
+        return reached
+
+    def _grow(self, size: int) -> None:
+        # The header's length varies by some digits. A set that is larger by more means other settings.
+        capacity = size + 4096
+        successor = (
+            self._sets.publisher_builder()
+            .initial_max_slice_len(capacity)
+            .max_loaned_samples(1)
+            .backpressure_strategy(self._discard)
+            .create()
+        )
+        # Only now does the old one go: a reader that sees none returns to the topic.
+        if self._publisher is not None:
+            self._publisher.delete()
+        self._publisher, self._capacity, self._filled = successor, capacity, {}
+
+    def close(self) -> None:
+        with self._writing:
+            for port in (self._publisher, self._notifier):
+                if port is not None:
+                    port.delete()
+            self._publisher = self._notifier = None
+            self._capacity = 0
+            super().close()
+
+
+class _Loan:
+    """Holds what iceoryx2 lends; it is given back when this is collected."""
+
+    def __init__(self, sample: object) -> None:
+        self.sample = sample
+
+
+class TokenReader(_Services):
+    """A policy's end. One thread reads; `wake` is for the others."""
+
+    def __init__(self, topic: str, domain: int) -> None:
+        super().__init__(topic, domain)
+        with _told(f"no place for a reader of {topic}"):
+            self._listener = self._events.listener_builder().create()
+            self._subscriber = self._sets.subscriber_builder().create()
+        self._lent: weakref.WeakSet[_Loan] = weakref.WeakSet()
+
+    def writers(self) -> int:
+        """How many write, or did when they were killed: see `tidy`."""
+        return self._sets.dynamic_config.number_of_publishers
+
+    def wait(self, timeout_sec: float) -> set[int]:
+        """Sleeps until something happens to the topic, at most so long; which kinds of events did.
+
+        A signal that the process lives on after (SIGCONT, SIGCHLD, a debugger's) may end it early, with none.
+        """
+        import iceoryx2
+
+        with _told("waiting for tokens"):
+            try:
+                events = self._listener.timed_wait(iceoryx2.Duration.from_nanos(int(timeout_sec * 1e9)))
+            except iceoryx2.ListenerWaitError as error:
+                if str(error) != "InterruptSignal":
+                    raise
+                return set()
+            return {event.id.as_value for event in events}
+
+    def take(self) -> tuple[memoryview | bytes, int] | None:
+        """The next set that waits, and a number that its writer alone has; None if none waits.
+
+        The bytes lie in shared memory for as long as anything refers to them, also when writer or reader are gone;
+        nobody writes there meanwhile. Who keeps more than `LENT` sets gets copies of the further ones.
+        """
+        with _told("taking tokens"):
+            sample = self._subscriber.receive()
+            if sample is None:
+                return None
+            header = sample.header
+            size, writer = header.number_of_elements, header.node_id.value
+            if len(self._lent) >= LENT:
+                data = ctypes.string_at(sample.payload_ptr, size)
+                sample.delete()
+                return data, writer
+            array = (ctypes.c_uint8 * size).from_address(sample.payload_ptr)
+            array.loan = _Loan(sample)  # given back with the last array that looks into it
+            self._lent.add(array.loan)
+        return memoryview(array).cast("B").toreadonly(), writer
+
+    def wake(self) -> None:
+        """Ends the `wait` of another thread (and, for nothing, those of other readers)."""
+        with contextlib.suppress(SharedMemoryError), _told("waking"):
+            self._events.notifier_builder().create().delete()
+
+    def close(self) -> None:
+        try:
+            with _told("giving shared memory back"):
+                self._subscriber.delete()
+                self._listener.delete()
+        finally:
+            super().close()

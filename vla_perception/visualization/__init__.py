@@ -1,0 +1,1 @@
+"""Tokens as colors: principal components, and overlays on the images that they come from."""
