@@ -46,7 +46,7 @@ def storage(request) -> StoragePlugin:
     return request.param
 
 
-def image(index: int, format: str = "jpeg") -> bytes:
+def image_cdr(index: int, format: str = "jpeg") -> bytes:
     random = np.random.default_rng(index)
     header = TYPES.types["std_msgs/msg/Header"](
         TYPES.types["builtin_interfaces/msg/Time"](*divmod(START_NS + index * SPACING_NS - 7, 10**9)), "eye"
@@ -75,9 +75,9 @@ def make_bag(path: Path, storage: StoragePlugin = StoragePlugin.MCAP) -> Path:
         thing = bag.add_connection("/thing", "absent_msgs/msg/Thing", typestore=TYPES)
         for index in range(FRAMES):
             time_ns = START_NS + index * SPACING_NS
-            bag.write(image, time_ns, image(index))
+            bag.write(image, time_ns, image_cdr(index))
             bag.write(info, time_ns, camera_info(index))
-            bag.write(tokens, time_ns, image(index, FORMAT))
+            bag.write(tokens, time_ns, image_cdr(index, FORMAT))
             bag.write(thing, time_ns, b"\0\1\0\0\1\0\0\0")
     return path
 
@@ -159,7 +159,7 @@ def test_bytes_and_spacing_as_recorded(tmp_path, storage, domain, listener):
         assert process.wait() == 0, process.output
         assert f"Done: {2 * FRAMES} messages on 2 topics" in process.output
     listener.spin_until(lambda: len(listener.bytes("/eye/camera_info")) == FRAMES, 5, "the last message")
-    assert listener.bytes("/eye/image_raw/compressed") == [filled(image(index)) for index in range(FRAMES)]
+    assert listener.bytes("/eye/image_raw/compressed") == [filled(image_cdr(index)) for index in range(FRAMES)]
     assert listener.bytes("/eye/camera_info") == [filled(camera_info(index)) for index in range(FRAMES)]
     assert "Left out, as their encoding is no camera's: /tokens" in process.output
     assert listener.bytes("/tokens") == []  # they look like images, but are none
@@ -178,7 +178,9 @@ def test_rate_offset_topics_and_remapping(tmp_path, domain, listener):
         listener.spin_until(lambda: process.process.poll() is not None, 20, "the player's end")
         assert process.wait() == 0, process.output
     listener.spin_until(lambda: len(listener.bytes("/eye/image_raw/compressed")) == 6, 5, "the last message")
-    assert listener.bytes("/eye/image_raw/compressed") == [filled(image(index, FORMAT)) for index in range(6, FRAMES)]
+    assert listener.bytes("/eye/image_raw/compressed") == [
+        filled(image_cdr(index, FORMAT)) for index in range(6, FRAMES)
+    ]
     moments = [moment for moment, _ in listener.received["/eye/image_raw/compressed"]]
     assert 0.1 < moments[-1] - moments[0] < 0.24  # 0.25 s of the bag at twice the speed
 
@@ -196,7 +198,7 @@ def test_loop_and_clock(tmp_path, domain, listener):
         listener.spin_until(lambda: went_back(clock()) >= 2 and process.output.count("Starting") >= 2, 20, "two rounds")
         assert process.stop(signal.SIGINT) == 0, process.output
         assert "Traceback" not in process.output
-    expected = [filled(image(index)) for index in range(FRAMES)]
+    expected = [filled(image_cdr(index)) for index in range(FRAMES)]
     assert listener.bytes("/eye/image_raw/compressed")[: 2 * FRAMES] == expected * 2
     assert clock().min() >= START_NS and clock().max() <= START_NS + FRAMES * SPACING_NS
     rounds = len(listener.bytes("/eye/image_raw/compressed")) / FRAMES
@@ -215,7 +217,7 @@ def test_restamp_and_stamp_log(tmp_path, domain, listener):
     assert before < given[0] and given[-1] < time.time_ns() and sorted(set(given)) == given
     assert stamps(infos) == given  # an image and its camera_info belong together by their stamp
     assert [with_header_stamp(cdr, 0) for cdr in images] == [
-        with_header_stamp(filled(image(index)), 0) for index in range(FRAMES)
+        with_header_stamp(filled(image_cdr(index)), 0) for index in range(FRAMES)
     ]
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["stamp_ns"] for line in lines if line["topic"] == "/eye/image_raw/compressed"] == given
@@ -300,8 +302,8 @@ def test_what_a_bag_may_hold_and_cannot_stop_the_player(tmp_path, domain, listen
         odd = bag.add_connection("/no name!", IMAGE, typestore=TYPES)
         times = [0, START_NS, START_NS + SPACING_NS, START_NS + 3600 * 10**9, 2**62]
         for index, time_ns in enumerate(times):
-            bag.write(image, time_ns, image(index))
-            bag.write(odd, time_ns, image(index))
+            bag.write(image, time_ns, image_cdr(index))
+            bag.write(odd, time_ns, image_cdr(index))
         bag.write(image, 2**62 + 1, b"\0\1\0\0short")
     (tmp_path / "mcap.py").write_text("raise ModuleNotFoundError(\"No module named 'mcap'\")")
     with ExitStack() as stack:
@@ -327,7 +329,7 @@ def test_what_a_bag_may_hold_and_cannot_stop_the_player(tmp_path, domain, listen
         assert without.wait() == 1
         assert without.output.strip().count("\n") == 0 and "pip install mcap" in without.output, without.output
     listener.spin_until(lambda: len(listener.bytes("/eye/image_raw/compressed")) >= 5, 5, "the last image")
-    assert listener.bytes("/eye/image_raw/compressed")[:5] == [filled(image(index)) for index in range(5)]
+    assert listener.bytes("/eye/image_raw/compressed")[:5] == [filled(image_cdr(index)) for index in range(5)]
 
 
 def test_ends_cleanly_while_playing_and_while_waiting(tmp_path, domain):

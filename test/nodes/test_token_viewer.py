@@ -132,10 +132,10 @@ def tokens(values, sequence, *, stamp_ns=None, cameras=("front",), fingerprint="
     )
 
 
-def camera_image(image, stamp_ns):
+def camera_image(rgb, stamp_ns):
     image = Image(height=HEIGHT, width=WIDTH, encoding="rgb8", step=3 * WIDTH)
     image.header.stamp.sec, image.header.stamp.nanosec = divmod(stamp_ns, 10**9)
-    image.data.frombytes(image.tobytes())
+    image.data.frombytes(rgb.tobytes())
     return image
 
 

@@ -137,11 +137,11 @@ class TokenViewer(Node):
             tokens = from_message(message)
             shown = self._shown(tokens)
             self._watch([tokens.views[index].camera for index in shown])
-            image = self._draw(tokens, shown)
-            height, width = image.shape[:2]
+            rgb = self._draw(tokens, shown)
+            height, width = rgb.shape[:2]
             image = Image(header=message.header, height=height, width=width, encoding="rgb8", step=3 * width)
             data = array("B")
-            data.frombytes(memoryview(np.ascontiguousarray(image)).cast("B"))
+            data.frombytes(memoryview(np.ascontiguousarray(rgb)).cast("B"))
             image.data = data
             self._publisher.publish(image)
         except KeyError as error:  # another camera may come with the next message
