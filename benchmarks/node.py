@@ -99,7 +99,7 @@ def run(size: str, encoding: str, views: int, rate: float, transport: str, optio
     with stack:
         policy = start(domain, [*inner, "policy"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         processes.append(policy)
-        node = ["-m", "vla_perception.nodes.visual_tokenizer.node", "--ros-args", *words]
+        node = ["-m", "vla_perception.nodes.visual_tokenizer", "--ros-args", *words]
         log = None if options.verbose else stack.enter_context(tempfile.TemporaryFile("w+"))
         processes.append(start(domain, node, stderr=log))
         camera = start(

@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT / "test" / "support")]
 from ros_domain import free_domain, ros_environment  # noqa: E402
 
 COMMANDS = {
-    "node": ["-m", "vla_perception.nodes.visual_tokenizer.node", "--ros-args", "-p", "autostart:=true"],
+    "node": ["-m", "vla_perception.nodes.visual_tokenizer", "--ros-args", "-p", "autostart:=true"],
     "describe": ["-m", "vla_perception.cli", "describe", "tiny-random"],
     "missing file": [
         "-m",

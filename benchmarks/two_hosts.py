@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
         receiver = start(policy, [*inner, "--role", "receive"], options.transports)
         processes.append(receiver)
         if options.node:
-            arguments = ["-m", "vla_perception.nodes.visual_tokenizer.node", "--ros-args", "-p", "autostart:=true"]
+            arguments = ["-m", "vla_perception.nodes.visual_tokenizer", "--ros-args", "-p", "autostart:=true"]
             settings = [
                 "model:=tiny-random",
                 f"cameras:=[{','.join(CAMERAS)}]",

@@ -267,7 +267,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             node = start(
                 "tokenizer",
-                "vla_perception.nodes.visual_tokenizer.node",
+                "vla_perception.nodes.visual_tokenizer",
                 model=arguments.model,
                 device=arguments.device,
                 compute_dtype=arguments.compute_dtype,

@@ -512,7 +512,7 @@ def test_the_node_offers_it_and_encodes_for_who_reads_there(ros):
     def start(namespace, *settings):
         words = [word for setting in ("autostart:=true", *settings) for word in ("-p", setting)]
         words += ["-r", f"__ns:={namespace}", "-r", "front/image_raw:=/image"]
-        return RosProcess(["-m", "vla_perception.nodes.visual_tokenizer.node", "--ros-args", *words], ros.domain)
+        return RosProcess(["-m", "vla_perception.nodes.visual_tokenizer", "--ros-args", *words], ros.domain)
 
     camera = ros.node("camera").create_publisher(Image, "/image", 10)
     image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)

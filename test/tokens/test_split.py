@@ -98,7 +98,7 @@ def same(received, computed) -> None:
 
 
 def node_process(folder, cameras, domain) -> RosProcess:
-    arguments = ["-m", "vla_perception.nodes.visual_tokenizer.node", "--ros-args"]
+    arguments = ["-m", "vla_perception.nodes.visual_tokenizer", "--ros-args"]
     for setting in (
         f"model:={folder}",
         f"cameras:=[{','.join(cameras)}]",

@@ -36,7 +36,7 @@ from vla_perception.tokens.visual_tokens import VisualTokens, from_message  # no
 
 pytestmark = pytest.mark.ros
 
-NODE = ["-m", "vla_perception.nodes.visual_tokenizer.node", "--ros-args"]
+NODE = ["-m", "vla_perception.nodes.visual_tokenizer", "--ros-args"]
 DEFAULTS = {
     "model": "tiny-random",
     "encoders": [""],

@@ -6,11 +6,6 @@ torch is imported when the node is configured, so that the node is up at once an
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from vla_perception.nodes import executables
-
-    executables.begin()  # before what takes long to import
-
 import contextlib
 import functools
 import gc
