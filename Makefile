@@ -16,12 +16,12 @@ unexport AMENT_PREFIX_PATH COLCON_PREFIX_PATH CMAKE_PREFIX_PATH ROS_DISTRO RMW_I
 export UV_HTTP_TIMEOUT ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ros test-jazzy test-rest lint environments clean
+.PHONY: help demo check test test-ros test-jazzy test-rest environments clean
 
 help:
 	@echo "make demo    replay the sample bag through the node, print a table, write out/demo/"
+	@echo "make check   formatter, linter, types, spelling; seconds"
 	@echo "make test    run the tests, and those that touch ROS again under Jazzy's rclpy"
-	@echo "make lint    ruff"
 	@echo "make clean   remove environments, build outputs and out/"
 
 demo: $(KILTED)
@@ -47,8 +47,11 @@ test-jazzy: $(JAZZY)
 test-rest: $(KILTED)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not ros" --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
 
-lint: $(KILTED)
-	.venv/bin/ruff check .
+# Every tool runs, also after one has failed.
+check: $(KILTED)
+	@code=0; for tool in "ruff check" "ruff format --check" mypy codespell; do \
+	  echo ".venv/bin/$$tool"; .venv/bin/$$tool || code=1; \
+	done; exit $$code
 
 environments: $(KILTED) $(JAZZY)
 
@@ -71,5 +74,5 @@ $(JAZZY): setup.py setup.cfg package.xml requirements/jazzy.txt | $(UV)
 	@touch $@
 
 clean:
-	rm -rf .bootstrap .venv .venv-jazzy build install log out dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .bootstrap .venv .venv-jazzy build install log out dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -56,7 +56,8 @@ TEST = [
     "colcon-ros",
     "setuptools>=68,<80",  # 80 dropped what colcon calls (`setup.py develop` and options of `install`)
 ]
-DEV = ["ruff>=0.6"]
+# What `make check` runs. Another series of theirs finds other things, so it comes by a change here.
+DEV = ["ruff>=0.17,<0.18", "mypy>=2.4,<2.5", "codespell>=2.4,<2.5"]
 
 data_files = [
     ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
@@ -79,7 +80,7 @@ setup(
     maintainer=manifest.findtext("maintainer"),
     maintainer_email=manifest.find("maintainer").get("email"),
     packages=find_packages(include=[NAME, f"{NAME}.*"]),
-    package_data={NAME: ["sources/scenes/*.xml"]},
+    package_data={NAME: ["py.typed", "sources/scenes/*.xml"]},
     data_files=[(folder, files) for folder, files in data_files if files],
     zip_safe=False,
     python_requires=">=3.10",

@@ -245,7 +245,7 @@ def test_colcon_installs_everything(install_space):
         assert {path.name for path in (share / folder).glob("*")} == expected
     assert {path.name for path in (prefix / "lib/vla_perception").iterdir()} == set(entry_points())
     for path in PACKAGE.rglob("*"):
-        if path.suffix in (".py", ".xml"):
+        if path.suffix in (".py", ".xml", ".typed"):
             pattern = f"lib/python3*/site-packages/{path.relative_to(ROOT)}"
             assert list(prefix.glob(pattern)), f"{path.relative_to(ROOT)} is not installed"
 
@@ -328,6 +328,6 @@ def test_a_wheel_has_what_pip_needs(source, tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name == f"vla_perception-{VERSION}-py3-none-any.whl"
     names = zipfile.ZipFile(wheel).namelist()
-    assert "vla_perception/tokenizer/tokenizer.py" in names
+    assert {"vla_perception/tokenizer/tokenizer.py", "vla_perception/py.typed"} <= set(names)
     assert not [name for name in names if re.search(r"\.data/(data/bin|scripts)/", name)], "pip makes the scripts"
     assert any(name.endswith("share/vla_perception/package.xml") for name in names)
