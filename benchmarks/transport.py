@@ -113,7 +113,7 @@ def publish(options: argparse.Namespace) -> None:
     publisher = TokenPublisher(rclpy.create_node("tokens"))
     if options.transport == "shared_memory":
         publisher.open_shared_memory()
-    while not publisher.wanted():
+    while not publisher.has_subscribers():
         time.sleep(0.05)
     time.sleep(1.0)  # discovery goes both ways
     gc.collect()

@@ -125,7 +125,7 @@ sys.argv += ["--ros-args", "-p", "autostart:=true", "-p", "shared_memory:=true"]
 """
 ENCODING = """
 from sensor_msgs.msg import Image
-TokenPublisher.wanted = lambda self: True
+TokenPublisher.has_subscribers = lambda self: True
 activate = visual_tokenizer.VisualTokenizerNode.on_activate
 def on_activate(self, state):
     result = activate(self, state)

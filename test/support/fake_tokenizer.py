@@ -106,7 +106,7 @@ def main() -> int:
     spinner = threading.Thread(target=lambda: [executor.spin_once(0.1) for _ in iter(ended.is_set, True)])
     spinner.start()
     print("ready", flush=True)
-    while options.rate and not publisher.wanted() and not ended.wait(0.02):
+    while options.rate and not publisher.has_subscribers() and not ended.wait(0.02):
         pass
     begin = time.monotonic()
     while options.rate and not ended.is_set() and not 0 < options.count <= state["sent"]:

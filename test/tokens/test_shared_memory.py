@@ -201,7 +201,7 @@ def test_equal_to_the_topics_and_nothing_is_serialised_for_shared_memory(ros, so
             assert near.lost == far.lost == 0
         wait_until(lambda: source.on_topic() == 0, 20.0, "nobody on the topic")
         monkeypatch.setattr(token_publisher, "to_message", lambda _tokens: pytest.fail("a message was made"))
-        assert source.publisher.wanted()
+        assert source.publisher.has_subscribers()
         source.send(3)
         wait_until(lambda: near.latest.sequence == source.sent - 1, 20.0, "sets by shared memory alone")
         assert (near.received, near.lost, near.restarts) == (source.sent, 0, 0)
@@ -395,9 +395,9 @@ def test_a_killed_policy_does_not_keep_the_tokenizer_at_work(ros, source):
         wait_until(lambda: source.on_topic() == 0, 20.0, "nobody on the topic")
         policy.process.kill()
         policy.process.wait()
-        assert source.publisher.wanted()  # nobody has looked yet
+        assert source.publisher.has_subscribers()  # nobody has looked yet
         source.publisher.tidy()
-        assert not source.publisher.wanted()
+        assert not source.publisher.has_subscribers()
 
 
 @needs_iceoryx2

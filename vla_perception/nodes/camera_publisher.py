@@ -28,7 +28,7 @@ class CameraPublisher:
         self._compressed = node.create_publisher(CompressedImage, self.topic + "/compressed", QUEUE_DEPTH)
         self._info = node.create_publisher(CameraInfo, self.topic.rpartition("/")[0] + "/camera_info", QUEUE_DEPTH)
 
-    def wanted(self) -> bool:
+    def has_subscribers(self) -> bool:
         """Whether anybody subscribes to the images or to camera_info."""
         return any(p.get_subscription_count() for p in (self._raw, self._compressed, self._info))
 

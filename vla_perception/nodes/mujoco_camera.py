@@ -135,7 +135,7 @@ class MujocoCamera(Node):
         stamp = Time(nanoseconds=simulation.time_ns) if self._with_clock else self.get_clock().now()
         quality = self.get_parameter("jpeg_quality").value
         for name, publisher in self._cameras.items():
-            if publisher.wanted():  # rendering is what costs
+            if publisher.has_subscribers():  # rendering is what costs
                 publisher.publish(simulation.render(name), "rgb8", stamp.to_msg(), infos[name], quality)
 
     def _camera_info(self, simulation: Simulation, name: str):

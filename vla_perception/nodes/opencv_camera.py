@@ -142,7 +142,7 @@ class OpencvCamera(Node):
                 self._publisher.flush(2.0)
                 self._stop(0)
                 return
-            if self._publisher.wanted():
+            if self._publisher.has_subscribers():
                 frame, stamp = latest
                 height, width = frame.pixels.shape[:2]
                 quality = self.get_parameter("jpeg_quality").value

@@ -694,7 +694,7 @@ def test_an_encoding_that_fails_and_tokens_that_are_not_finite(monkeypatch):
         node.trigger_configure()
         assert gc.get_freeze_count() > 0, "the garbage collector would hold up frames"
         node.trigger_activate()
-        wait_until(node._tokens.wanted, 10, "the policy is known")
+        wait_until(node._tokens.has_subscribers, 10, "the policy is known")
         # 70000 is beyond float16's range, infinity after the conversion; the third frame shows that it goes on.
         assert node.set_parameters([Parameter("token_dtype", value="float16")])[0].successful
         for i, result in enumerate([RuntimeError("CUDA out of memory"), float("nan"), 70000.0, 1.5]):

@@ -311,7 +311,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             settings,
             decode=self._to_rgb,
             publish=self._tokens.publish,
-            wanted=self._tokens.wanted,
+            wanted=self._tokens.has_subscribers,
             complain=self._complain,
             fail=self._fail,
             sequence=self._next_sequence,

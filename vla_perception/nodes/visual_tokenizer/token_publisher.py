@@ -97,7 +97,7 @@ class TokenPublisher:
         writer = self._writer
         return writer.readers() if writer is not None else 0
 
-    def wanted(self) -> bool:
+    def has_subscribers(self) -> bool:
         """Whether somebody reads, from the topic or from shared memory."""
         return self._publisher.get_subscription_count() > 0 or self.readers() > 0
 
