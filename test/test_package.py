@@ -117,6 +117,7 @@ def test_every_ros_package_in_use_is_declared():
         ("sources", r"vla_perception\.(?!sources\b|images\b|printable\b).*|rclpy"),
         ("tokens", r"vla_perception\.(?!tokens\b|tokenizer\b|printable\b).*|torchvision|timm"),
         ("visualization", r"vla_perception\.(?!tokens\b|visualization\b).*|rclpy|torch"),
+        ("synchronizer.py", r"vla_perception\.(?!tokens\.arrivals\b).*|rclpy|torch"),
         ("printable.py", r"vla_perception\..*"),
         ("cli.py", r"rclpy"),
     ],

@@ -26,8 +26,8 @@ def messages(count: int) -> list[bytes]:
     from rosbags.typesys import Stores, get_typestore
 
     from vla_perception.images.decode import compressed_to_rgb
-    from vla_perception.nodes.visual_tokenizer.synchronizer import SetSynchronizer
     from vla_perception.sources.bags import Bag
+    from vla_perception.synchronizer import SetSynchronizer
     from vla_perception.tokenizer import VisualTokenizer
     from vla_perception.tokens.visual_tokens import View, VisualTokens
 

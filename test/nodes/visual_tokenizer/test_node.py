@@ -30,7 +30,7 @@ from ros_domain import RosProcess, answer_of, free_domain, in_domain, ros_enviro
 from sensor_msgs.msg import CompressedImage, Image  # noqa: E402
 from std_srvs.srv import Trigger  # noqa: E402
 
-from vla_perception.nodes.visual_tokenizer.synchronizer import HISTORY  # noqa: E402
+from vla_perception.synchronizer import HISTORY  # noqa: E402
 from vla_perception.tokens.encode_service import FINAL  # noqa: E402
 from vla_perception.tokens.visual_tokens import VisualTokens, from_message  # noqa: E402
 

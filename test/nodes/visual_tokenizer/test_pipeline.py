@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from vla_perception.nodes.visual_tokenizer import pipeline as pipeline_module  # noqa: E402
 from vla_perception.nodes.visual_tokenizer.pipeline import Pipeline  # noqa: E402
-from vla_perception.nodes.visual_tokenizer.synchronizer import SetSynchronizer  # noqa: E402
+from vla_perception.synchronizer import SetSynchronizer  # noqa: E402
 
 IMAGE = SimpleNamespace(header=SimpleNamespace(frame_id="camera"), pixels=np.zeros((2, 2, 3), np.uint8))
 UNREADABLE = SimpleNamespace(header=IMAGE.header, pixels=None)

@@ -42,8 +42,8 @@ from vla_perception.images import decode as images
 from vla_perception.nodes.node_runner import GRACE_SEC, RosLogHandler, Stop, run_node
 from vla_perception.nodes.parameters import declare, warn_of_ignored, warn_of_ignored_qos
 from vla_perception.nodes.visual_tokenizer.pipeline import FAILURES, STAGES, Pipeline
-from vla_perception.nodes.visual_tokenizer.synchronizer import HISTORY, POLICIES, SetSynchronizer
 from vla_perception.nodes.visual_tokenizer.token_publisher import TokenPublisher
+from vla_perception.synchronizer import HISTORY, POLICIES, SetSynchronizer
 from vla_perception.tokens.arrivals import Senders
 from vla_perception.tokens.visual_tokens import check_header
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vla_perception.nodes.visual_tokenizer.synchronizer import Frame, FrameSet, SetSynchronizer
+from vla_perception.synchronizer import Frame, FrameSet, SetSynchronizer
 from vla_perception.tokens.encode_service import FINAL
 from vla_perception.tokens.visual_tokens import View, VisualTokens, all_finite, queue_to_host
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from vla_perception.nodes.visual_tokenizer.synchronizer import HISTORY, SetSynchronizer
+from vla_perception.synchronizer import HISTORY, SetSynchronizer
 from vla_perception.tokens.arrivals import LATE_IN_A_ROW
 
 MS = 10**6
