@@ -4,6 +4,10 @@
 PYTHON ?= >=3.10,<3.13
 PYTEST_ARGS ?=
 
+# Pages in one wrapping style.
+MARKDOWN := README.md CHANGELOG.md CONTRIBUTING.md docs/design.md docs/security.md docs/jetson.md examples/README.md \
+  test/data/README.md
+
 UV := .bootstrap/bin/uv
 KILTED := .venv/.installed
 JAZZY := .venv-jazzy/.installed
@@ -16,11 +20,12 @@ unexport AMENT_PREFIX_PATH COLCON_PREFIX_PATH CMAKE_PREFIX_PATH ROS_DISTRO RMW_I
 export UV_HTTP_TIMEOUT ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test test-ros test-jazzy test-rest environments clean
+.PHONY: help demo check format test test-ros test-jazzy test-rest environments clean
 
 help:
 	@echo "make demo    replay the sample bag through the node, print a table, write out/demo/"
-	@echo "make check   formatter, linter, types, spelling; seconds"
+	@echo "make check   formatters, linter, types, spelling; seconds"
+	@echo "make format  what of these can be mended by itself"
 	@echo "make test    run the tests, and those that touch ROS again under Jazzy's rclpy"
 	@echo "make clean   remove environments, build outputs and out/"
 
@@ -49,9 +54,14 @@ test-rest: $(KILTED)
 
 # Every tool runs, also after one has failed.
 check: $(KILTED)
-	@code=0; for tool in "ruff check" "ruff format --check" mypy codespell; do \
+	@code=0; for tool in "ruff check" "ruff format --check" "mdformat --check $(MARKDOWN)" mypy codespell; do \
 	  echo ".venv/bin/$$tool"; .venv/bin/$$tool || code=1; \
 	done; exit $$code
+
+format: $(KILTED)
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+	.venv/bin/mdformat $(MARKDOWN)
 
 environments: $(KILTED) $(JAZZY)
 

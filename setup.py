@@ -57,7 +57,7 @@ TEST = [
     "setuptools>=68,<80",  # 80 dropped what colcon calls (`setup.py develop` and options of `install`)
 ]
 # What `make check` runs. Another series of theirs finds other things, so it comes by a change here.
-DEV = ["ruff>=0.17,<0.18", "mypy>=2.4,<2.5", "codespell>=2.4,<2.5"]
+DEV = ["ruff>=0.17,<0.18", "mypy>=2.4,<2.5", "codespell>=2.4,<2.5", "mdformat>=1.0,<2", "mdformat-gfm>=1.0,<2"]
 
 data_files = [
     ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
