@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vla_perception.tokens.visual_tokens import View, VisualTokens
+from vla_perception.visualization.color_basis import ColorBasis
 from vla_perception.visualization.overlay import overlay, side_by_side, side_by_side_size
 
 ROWS, COLUMNS, CHANNELS = 3, 4, 16
@@ -99,7 +100,6 @@ try:
     from std_srvs.srv import Trigger
 
     from vla_perception.images.decode import image_to_rgb
-    from vla_perception.nodes.token_viewer import ColorBasis
     from vla_perception.tokens.visual_tokens import to_message
     from vla_perception.visualization.principal_components import PrincipalComponents
 except ImportError:  # no ROS here: the tests below are not selected

@@ -27,8 +27,8 @@ from vla_perception.nodes.parameters import declare, warn_of_ignored
 from vla_perception.printable import printable
 from vla_perception.spelling import nearest
 from vla_perception.tokens.visual_tokens import View, VisualTokens, from_message
+from vla_perception.visualization.color_basis import ColorBasis
 from vla_perception.visualization.overlay import overlay, side_by_side, side_by_side_size
-from vla_perception.visualization.principal_components import PrincipalComponents
 
 #: Images kept until their tokens arrive, of all cameras together, in bytes as received; encoding may take seconds on a
 #: CPU.
@@ -43,32 +43,6 @@ NEAR_NS = 200_000_000
 MAX_PIXELS = 1 << 25
 #: Seconds between two equal log lines.
 REPEAT_SEC = 30.0
-#: Tokens that a basis is fitted to. More cost seconds and change little.
-FIT_TOKENS = 768
-
-
-class ColorBasis:
-    """Principal components that settle over the first messages and then stay, so that colors do not flicker."""
-
-    def __init__(self, messages: int):
-        self._messages = messages
-        self._samples: list[np.ndarray] = []
-        self._basis: PrincipalComponents | None = None
-
-    def colors(self, tokens: np.ndarray) -> np.ndarray:
-        """uint8 [n, 3] of tokens float32 [n, channels]. ValueError if there is nothing finite to fit to."""
-        if len(self._samples) < self._messages:
-            self._samples.append(_at_most(tokens, FIT_TOKENS))
-            try:
-                self._basis = PrincipalComponents.fit(_at_most(np.concatenate(self._samples), FIT_TOKENS), self._basis)
-            except ValueError:
-                self._samples.pop()
-                raise
-        return self._basis.rgb(tokens)
-
-
-def _at_most(rows: np.ndarray, count: int) -> np.ndarray:
-    return rows[:: -(-len(rows) // count)]
 
 
 class _History:
