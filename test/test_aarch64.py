@@ -123,7 +123,7 @@ def test_shared_memory_without_iceoryx2_is_a_reason_and_no_error(monkeypatch):
     from vla_perception.tokens import shared_memory
 
     monkeypatch.setitem(sys.modules, "iceoryx2", None)
-    assert "iceoryx2" in shared_memory.missing()
+    assert "iceoryx2" in shared_memory.unavailable_reason()
 
 
 def test_a_processor_that_is_not_of_x86(tmp_path, monkeypatch):

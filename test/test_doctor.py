@@ -256,9 +256,9 @@ def test_shared_memory(tmp_path, monkeypatch):
 def test_iceoryx2(tmp_path, monkeypatch):
     from vla_perception.tokens import shared_memory, shared_memory_services
 
-    monkeypatch.setattr(shared_memory, "missing", lambda: "No module named 'iceoryx2'")
+    monkeypatch.setattr(shared_memory, "unavailable_reason", lambda: "No module named 'iceoryx2'")
     assert states(doctor.iceoryx2()) == [("iceoryx2", "warn")]
-    monkeypatch.setattr(shared_memory, "missing", lambda: "")
+    monkeypatch.setattr(shared_memory, "unavailable_reason", lambda: "")
     monkeypatch.setattr(shared_memory_services, "FOLDER", str(tmp_path))
     tmp_path.chmod(0o1777)
     (finding,) = doctor.iceoryx2()

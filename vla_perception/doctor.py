@@ -274,9 +274,9 @@ def shared_memory(folder: Path = Path("/dev/shm")) -> Iterator[Finding]:
 
 def iceoryx2() -> Iterator[Finding]:
     from vla_perception.tokens import shared_memory_services as services
-    from vla_perception.tokens.shared_memory import missing
+    from vla_perception.tokens.shared_memory import unavailable_reason
 
-    if reason := missing():
+    if reason := unavailable_reason():
         cure = "pip install 'iceoryx2>=0.10,<0.11' (x86-64 Linux), or leave it: the topic carries tokens"
         yield Finding("iceoryx2", "warn", f"policies of this machine read tokens from the topic alone: {reason}", cure)
         return

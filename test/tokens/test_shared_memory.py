@@ -14,10 +14,10 @@ from ros_domain import RosProcess, free_domain, ros_environment, wait_until
 
 from vla_perception.tokens import shared_memory, shared_memory_services
 from vla_perception.tokens.shared_memory import (
-    COMING,
     DEPTH,
     LENT,
-    WRITTEN,
+    WRITE_DONE,
+    WRITE_STARTED,
     SharedMemoryError,
     TokenReader,
     TokenWriter,
@@ -25,7 +25,9 @@ from vla_perception.tokens.shared_memory import (
 from vla_perception.tokens.subscriber import TokenSubscriber
 from vla_perception.tokens.visual_tokens import VisualTokens, to_message
 
-needs_iceoryx2 = pytest.mark.skipif(bool(shared_memory.missing()), reason="needs iceoryx2: pip install '.[shm]'")
+needs_iceoryx2 = pytest.mark.skipif(
+    bool(shared_memory.unavailable_reason()), reason="needs iceoryx2: pip install '.[shm]'"
+)
 
 
 @pytest.fixture
@@ -58,9 +60,9 @@ def test_the_bytes_are_the_messages(ends):
     tokens = make_tokens(7, cameras=("front", "wrist"), features=np.ones((2, 12, 9), np.float32))
     assert writer.readers() == 1 and writer.write(tokens) == 1
     told = reader.wait(20.0)
-    while WRITTEN not in told:
+    while WRITE_DONE not in told:
         told |= reader.wait(20.0)
-    assert told == {COMING, WRITTEN}
+    assert told == {WRITE_STARTED, WRITE_DONE}
     data, _writer = reader.take()
     assert bytes(data) == tokens.to_bytes()
     read = VisualTokens.from_bytes(data)
@@ -380,7 +382,7 @@ def test_shared_memory_that_was_closed_while_it_was_opened_stays_closed(source, 
         source.publisher.close_shared_memory()
         return SimpleNamespace(close=lambda: closed.append(True))
 
-    monkeypatch.setattr(token_publisher, "missing", lambda: "")
+    monkeypatch.setattr(token_publisher, "unavailable_reason", lambda: "")
     monkeypatch.setattr(token_publisher, "TokenWriter", open_late)
     source.publisher.open_shared_memory()
     assert source.publisher._writer is None and closed == [True]

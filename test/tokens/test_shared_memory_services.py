@@ -11,7 +11,9 @@ from ros_domain import ROOT, ros_environment
 from vla_perception.tokens import shared_memory, shared_memory_services
 from vla_perception.tokens.shared_memory_services import SharedMemoryError
 
-needs_iceoryx2 = pytest.mark.skipif(bool(shared_memory.missing()), reason="needs iceoryx2: pip install '.[shm]'")
+needs_iceoryx2 = pytest.mark.skipif(
+    bool(shared_memory.unavailable_reason()), reason="needs iceoryx2: pip install '.[shm]'"
+)
 
 MOUNT = 'mount -t tmpfs -o size="$0" tmpfs /dev/shm && exec "$@"'
 #: A mount namespace, of root or of a user who may have one.
@@ -111,7 +113,7 @@ for leave in (0, 4096, 8192, 40960, 2**16, 2**18, 2**19, 2**20 + 2**18 - 4096):
         assert written == 1 or "/dev/shm has" in written, written
         while (taken := reader.take()) is not None:
             VisualTokens.from_bytes(taken[0])
-    reader.tidy()
+    reader.cleanup_dead_nodes()
     empty()
     for sequence in range(30, 60):
         assert writer.write(make_tokens(sequence)) == 1
@@ -173,7 +175,7 @@ for state in ("alive", "killed"):
         if not (second := os.fork()):
             found = attempt(lambda: TokenReader("/tokens", 0))
             if not isinstance(found, str):
-                found.tidy()
+                found.cleanup_dead_nodes()
             print(state, kind, found if isinstance(found, str) else "opened", flush=True)
             os._exit(0)
         _, status = os.waitpid(second, 0)
@@ -367,7 +369,7 @@ def test_a_container_with_its_own_dev_shm_and_the_hosts_tmp_breaks_nothing(own_s
     code = """
 import subprocess
 writer, reader = TokenWriter("/tokens", 0), TokenReader("/tokens", 0)
-inside = "from vla_perception.tokens.shared_memory import *; r = TokenReader('/tokens', 0); r.tidy(); r.close()"
+inside = "from vla_perception.tokens.shared_memory import *; r = TokenReader('/tokens', 0); r.cleanup_dead_nodes(); r.close()"
 mount = "mount -t tmpfs tmpfs /dev/shm && exec \\"$@\\""
 subprocess.run(["unshare", "--mount", "sh", "-c", mount, "sh", sys.executable, "-c", inside], check=True)
 later = TokenReader("/tokens", 0)

@@ -230,7 +230,7 @@ def test_split_in_one_process(miniature, folder, language_model):
         full, wrist = images(seed, 2)
         visual = source.encode({"full": full, "wrist": wrist})
         agree(language_model.act(visual, INSTRUCTION), miniature.act([full, wrist], INSTRUCTION))
-        agree(language_model.act(visual.view("full"), INSTRUCTION), miniature.act([full], INSTRUCTION))
+        agree(language_model.act(visual.select("full"), INSTRUCTION), miniature.act([full], INSTRUCTION))
 
 
 def test_the_order_of_views_and_the_prompt_matter(folder, language_model):

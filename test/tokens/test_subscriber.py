@@ -167,7 +167,7 @@ def test_other_weights_are_refused_and_nothing_old_is_given_instead():
     ):
         with pytest.raises(FingerprintMismatchError, match="expected was abababab"):
             read()
-    assert (tokens.received, tokens.refused) == (1, 1)
+    assert (tokens.received, tokens.rejected) == (1, 1)
     assert "cdcdcdcd" in tokens.told[-1]
     tokens.put(2)
     assert tokens.latest.sequence == 2
@@ -194,7 +194,7 @@ def test_age_and_freshness():
         }
     )
     assert old.valid == (True, False) and old.stamps_ns == (now, now - 10**10)
-    assert old.age(now) == 0.0 and old.view("wrist").age(now) == math.inf
+    assert old.age(now) == 0.0 and old.select("wrist").age(now) == math.inf
     # Stamps from the future say that clocks differ, which makes every age meaningless.
     tokens.put(2, stamp_ns=time.time_ns() + 60 * 10**9)
     assert tokens.latest_within(1.0) is None and "synchronise the clocks" in tokens.told[-1]
@@ -308,7 +308,7 @@ def test_places_through_resize_pooling_and_uncovered_pixels(strategy, pool):
             seen.add("uncovered")
         elif not near_edge and token is not None:
             assert divmod(token, side) == (row // (14 * pool), column // (14 * pool))
-            corners = np.array(tokens.region(token))
+            corners = np.array(tokens.patch_corners(token))
             assert (corners.min(0) <= (x + 0.5, y + 0.5)).all() and ((x + 0.5, y + 0.5) <= corners.max(0)).all()
             seen.add("covered")
     assert "covered" in seen
@@ -340,7 +340,7 @@ def test_places_through_everything_that_the_tokenizer_does(tokenizer, steps, str
     config = replace(chosen, encoders=encoders)
     whole = VisualTokenizer(config, empty_network(config), weights="random", weights_digest="", compute_dtype="float32")
     height, width, side = 480, 640, config.encoders[0].image_size
-    view = View("front", "", 0, height, width, whole.affine(height, width), seen=whole.seen(height, width))
+    view = View("front", "", 0, height, width, whole.affine(height, width), roi=whole.seen(height, width))
     tokens = make_tokens(0, grid=whole.grid, token_strategy="cls+patch", pool=2, data=np.zeros((1, 50, 6), np.float32))
     tokens = VisualTokens(**{**tokens.__dict__, "views": (view,)})
     seen = set()
@@ -704,7 +704,7 @@ def test_other_schemas_images_and_damage_are_refused(ros):
     ]
     for count, (message, error, words) in enumerate(bad, start=1):
         publisher.publish(message)
-        wait_until(lambda count=count: tokens.refused == count, 20.0, f"{count} refusals")
+        wait_until(lambda count=count: tokens.rejected == count, 20.0, f"{count} refusals")
         with pytest.raises(error, match=words):
             tokens.latest  # noqa: B018
         with pytest.raises(error, match=words):

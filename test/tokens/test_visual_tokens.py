@@ -321,15 +321,15 @@ def test_places():
     assert visual.token_at(39.9, 0) == 3
     assert visual.token_at(15, 25) == 9
     assert visual.token_at(40, 0) is None and visual.token_at(-0.1, 0) is None
-    np.testing.assert_allclose(visual.region(9), [(10, 20), (20, 20), (20, 30), (10, 30)])
+    np.testing.assert_allclose(visual.patch_corners(9), [(10, 20), (20, 20), (20, 30), (10, 30)])
     # The second view's first 15 rows are cropped, and what lies beyond row 45 is not covered.
     assert visual.token_at(5, 14, view=1) is None
     assert visual.token_at(5, 16, view=1) == 0
     assert visual.token_at(5, 46, view=1) is None
     with pytest.raises(ValueError, match="not on the grid"):
-        visual.region(12)
+        visual.patch_corners(12)
     for token in range(12):
-        corners = np.array(visual.region(token))
+        corners = np.array(visual.patch_corners(token))
         assert visual.token_at(*corners.mean(0)) == token
 
 
@@ -339,30 +339,78 @@ def test_places_of_a_image_that_was_turned():
     visual = replace(visual, views=(replace(VIEWS[0], affine=turned), VIEWS[1]))
     assert visual.token_at(0, 0) == 11 and visual.token_at(39.9, 29.9) == 0
     assert visual.token_at(10, 0) == 10  # a border belongs to the right of it in the image, whichever way it is turned
-    np.testing.assert_allclose(visual.region(0), [(40, 30), (30, 30), (30, 20), (40, 20)])
+    np.testing.assert_allclose(visual.patch_corners(0), [(40, 30), (30, 30), (30, 20), (40, 20)])
     sideways = replace(visual, grid=(4, 3), views=(replace(VIEWS[0], affine=(0, 0.1, 0, -0.1, 0, 4)), VIEWS[1]))
     assert [sideways.token_at(x, y) for x, y in ((0, 0), (39, 0), (0, 29), (39, 29))] == [9, 0, 11, 2]
     for token in range(12):
-        assert sideways.token_at(*np.mean(sideways.region(token), axis=0)) == token
+        assert sideways.token_at(*np.mean(sideways.patch_corners(token), axis=0)) == token
 
 
 def test_pixels_that_were_cut_away_have_no_token():
     _, visual = make()
-    visual = replace(visual, views=(replace(VIEWS[0], seen=(10.0, 5.0, 40.0, 20.5)), VIEWS[1]))
+    visual = replace(visual, views=(replace(VIEWS[0], roi=(10.0, 5.0, 40.0, 20.5)), VIEWS[1]))
     read = VisualTokens.from_bytes(visual.to_bytes())
-    assert read.views == visual.views and VisualTokens.from_bytes(make()[1].to_bytes()).views[0].seen is None
+    assert read.views == visual.views and VisualTokens.from_bytes(make()[1].to_bytes()).views[0].roi is None
     assert read.token_at(9.9, 7) is None and read.token_at(15, 4) is None and read.token_at(15, 21) is None
     assert read.token_at(10, 5) == 1 and read.token_at(39, 20) == 11
 
 
+@pytest.mark.parametrize("strategy", ["patch", "cls+patch"])
+@pytest.mark.parametrize(
+    "affine",
+    [
+        (0.1, 0.0, 0.0, 0.0, 0.1, 0.0),
+        (0.13, 0.0, -0.7, 0.0, 0.11, 0.4),  # cropped at the left, padded at the top
+        (-0.1, 0.0, 4.0, 0.0, -0.1, 3.0),  # by 180°
+        (0.0, -0.1, 3.0, 0.1, 0.0, 0.0),  # by 90°
+        (0.0713, 0.0417, 0.503, -0.0519, 0.0907, 1.0009),  # sheared
+    ],
+)
+@pytest.mark.parametrize("roi", [None, (3.0, 4.0, 31.0, 22.5)])
+def test_token_map_agrees_with_the_patches_corners(strategy, affine, roi):
+    """Against polygons: a pixel belongs to the patch whose quadrilateral in the source image holds its centre."""
+    tokens = np.zeros((1, 12 + (strategy != "patch"), 6), np.float32)
+    view = replace(VIEWS[0], affine=affine, roi=roi)
+    visual = replace(make(features=False)[1], data=tokens, views=(view,), token_strategy=strategy)
+    first = 1 if strategy == "cls+patch" else 0
+    expected = np.full((30, 40), -1)
+    left, top, right, bottom = roi or (0, 0, 40, 30)
+    for y, x in np.ndindex(30, 40):
+        centre = np.array([x + 0.5, y + 0.5])
+        for token in range(first, first + 12):
+            corners = np.array(visual.patch_corners(token))
+            edges, to_centre = np.roll(corners, -1, axis=0) - corners, centre - corners
+            sides = edges[:, 0] * to_centre[:, 1] - edges[:, 1] * to_centre[:, 0]
+            if (sides > 0).all() and left <= centre[0] < right and top <= centre[1] < bottom:
+                expected[y, x] = token
+    found = visual.token_map()
+    np.testing.assert_array_equal(found, expected)
+    assert 0 < (found >= 0).sum() and found.dtype == np.intp
+    for y, x in np.ndindex(30, 40):
+        assert (visual.token_at(x + 0.5, y + 0.5) if expected[y, x] >= 0 else -1) == expected[y, x]
+    patches = np.where(expected < 0, -1, expected - first)
+    np.testing.assert_array_equal(
+        view.patch_at(np.arange(40) + 0.5, np.arange(10, 12)[:, None] + 0.5, (3, 4)), patches[10:12]
+    )
+
+
+def test_a_token_map_is_bounded():
+    _, visual = make(features=False)
+    huge = replace(visual, views=(replace(VIEWS[0], height=2**31, width=2**31), VIEWS[1]))
+    with pytest.raises(ValueError, match="too large"):
+        huge.token_map()
+    for x, y in ((np.nan, 1.0), (np.inf, 1.0), (1e300, 1.0), (1.0, -1e300)):
+        assert visual.token_at(x, y) is None
+
+
 def test_slices():
     tokens, visual = make()
-    wrist = visual.view("wrist")
+    wrist = visual.select("wrist")
     assert wrist.shape == (1, 12, 6) and wrist.cameras == ("wrist",) and not wrist.views[0].valid
     np.testing.assert_array_equal(wrist.float32()[0], tokens[1].numpy())
     assert np.shares_memory(wrist.data, visual.data)
     with pytest.raises(KeyError, match="front, wrist"):
-        visual.view("left")
+        visual.select("left")
     assert visual.encoder_channels("siglip") == slice(5, 9)
     with pytest.raises(KeyError, match="dinov2, siglip"):
         visual.encoder_channels("clip")
@@ -378,13 +426,13 @@ def test_summary_token_stands_before_the_grid():
     assert both.token_at(0, 0) == 1
     np.testing.assert_array_equal(both.as_grid(), visual.as_grid())
     with pytest.raises(ValueError, match="not on the grid"):
-        both.region(0)
+        both.patch_corners(0)
     alone = replace(visual, data=data[:, :1], token_strategy="cls")
-    for read in (alone.as_grid, lambda: alone.token_at(0, 0)):
+    for read in (alone.as_grid, alone.token_map, lambda: alone.token_at(0, 0)):
         with pytest.raises(ValueError, match="no place"):
             read()
     with pytest.raises(ValueError, match="not on the grid"):
-        alone.region(0)
+        alone.patch_corners(0)
     assert VisualTokens.from_bytes(alone.to_bytes()).shape == (2, 1, 6)
     # Features have the summary in front, too.
     features = np.concatenate([np.full((2, 1, 9), 7, np.float32), np.zeros((2, 12, 9), np.float32)], axis=1)
@@ -400,10 +448,10 @@ def test_tokens_that_are_on_a_device_are_given_from_there():
     visual = replace(visual, _source=(visual.data, source))
     given = visual.torch("cpu")
     assert torch.equal(given, source) and given.data_ptr() != source.data_ptr()
-    assert torch.equal(visual.view("wrist").torch(), source[1:])
+    assert torch.equal(visual.select("wrist").torch(), source[1:])
     assert visual.torch("meta").device.type == "meta"
     other = replace(visual, data=visual.data * 2)  # what is no longer a copy of it is not told by it
-    assert torch.equal(other.torch(), tokens * 2) and torch.equal(other.view("front").torch(), tokens[:1] * 2)
+    assert torch.equal(other.torch(), tokens * 2) and torch.equal(other.select("front").torch(), tokens[:1] * 2)
     assert visual.to_bytes() == make()[1].to_bytes()
 
 

@@ -3,7 +3,7 @@
 Per topic one iceoryx2 service carries the bytes and another one of the same name wakes the readers; docs/wire_format.md
 describes both. Nothing in here knows ROS. The `TokenWriter` belongs to the tokenizer's node, a `TokenReader` to each
 policy. None of them waits for another one: a reader that does not keep up loses its oldest sets, and what a killed
-process leaves is removed by any other one (`tidy`).
+process leaves is removed by any other one (`cleanup_dead_nodes`).
 
 iceoryx2 is optional (the extra `shm`; it has no wheels for aarch64). Whatever fails here is a `SharedMemoryError`, and
 then the topic does alone.
@@ -18,10 +18,10 @@ import weakref
 from collections.abc import Iterator
 
 from vla_perception.tokens.shared_memory_services import (
-    COMING,
     DEPTH,
     LENT,
-    WRITTEN,
+    WRITE_DONE,
+    WRITE_STARTED,
     FileIsEmpty,
     SharedMemoryError,
     look_at_files,
@@ -33,14 +33,14 @@ from vla_perception.tokens.shared_memory_services import (
 from vla_perception.tokens.visual_tokens import SCHEMA, VisualTokens
 
 __all__ = [
-    "COMING",
+    "WRITE_STARTED",
     "DEPTH",
     "LENT",
-    "WRITTEN",
+    "WRITE_DONE",
     "SharedMemoryError",
     "TokenReader",
     "TokenWriter",
-    "missing",
+    "unavailable_reason",
     "service_name",
 ]
 
@@ -50,7 +50,7 @@ def service_name(topic: str, domain: int) -> str:
     return f"{SCHEMA}/ros_domain_{domain}{topic}"
 
 
-def missing() -> str:
+def unavailable_reason() -> str:
     """Why iceoryx2 cannot be imported; empty if it can."""
     try:
         import iceoryx2  # noqa: F401
@@ -77,14 +77,14 @@ class _Services:
     """A process's hold of both services of a topic."""
 
     def __init__(self, topic: str, domain: int) -> None:
-        if reason := missing():
+        if reason := unavailable_reason():
             raise SharedMemoryError(reason)
         name = service_name(topic, domain)
         with _told(f"no shared memory for {topic}"):
             look_before(name)
             self._node, self._sets, self._events = open_services(name)
 
-    def tidy(self) -> None:
+    def cleanup_dead_nodes(self) -> None:
         """Removes what killed processes have left. Until then they still count as readers and writers."""
         with _told("killed processes cannot be cleaned up after"):
             try:
@@ -112,11 +112,11 @@ class TokenWriter(_Services):
             import iceoryx2
 
             self._notifier = self._events.notifier_builder().create()
-            self._coming = iceoryx2.EventId.new(COMING)
+            self._coming = iceoryx2.EventId.new(WRITE_STARTED)
             self._discard = iceoryx2.BackpressureStrategy.DiscardData
 
     def readers(self) -> int:
-        """How many read, or did when they were killed: see `tidy`."""
+        """How many read, or did when they were killed: see `cleanup_dead_nodes`."""
         sets = self._sets
         return sets.dynamic_config.number_of_subscribers if sets is not None else 0
 
@@ -190,7 +190,7 @@ class TokenReader(_Services):
         self._lent: weakref.WeakSet[_Loan] = weakref.WeakSet()
 
     def writers(self) -> int:
-        """How many write, or did when they were killed: see `tidy`."""
+        """How many write, or did when they were killed: see `cleanup_dead_nodes`."""
         return self._sets.dynamic_config.number_of_publishers
 
     def wait(self, timeout_sec: float) -> set[int]:

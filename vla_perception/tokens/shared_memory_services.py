@@ -29,7 +29,7 @@ READERS = 8
 #: Writers of one topic: one, its successor while sets grow, and a killed one whose remains were not removed yet.
 WRITERS = 4
 #: Event identifiers: a set was written; a writer has come, has gone, was found dead; a set is about to be written.
-WRITTEN, WRITER_CAME, WRITER_LEFT, WRITER_DIED, COMING = range(5)
+WRITE_DONE, WRITER_CAME, WRITER_LEFT, WRITER_DIED, WRITE_STARTED = range(5)
 
 #: Where Linux has POSIX shared memory; iceoryx2 cannot be given another place.
 FOLDER = "/dev/shm"
@@ -99,7 +99,7 @@ def open_services(name: str) -> tuple:
         .max_notifiers(WRITERS + READERS)
         .max_listeners(READERS)
         .max_nodes(2 * (WRITERS + READERS))
-        .event_id_max_value(COMING)
+        .event_id_max_value(WRITE_STARTED)
         .notifier_created_event(iceoryx2.EventId.new(WRITER_CAME))
         .notifier_dropped_event(iceoryx2.EventId.new(WRITER_LEFT))
         .notifier_dead_event(iceoryx2.EventId.new(WRITER_DIED))

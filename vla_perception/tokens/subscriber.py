@@ -26,7 +26,13 @@ from typing import TYPE_CHECKING
 from vla_perception.tokens.arrivals import Order, Senders, StampOrder
 from vla_perception.tokens.encode_service import FINAL
 from vla_perception.tokens.fingerprint import difference, expectation
-from vla_perception.tokens.shared_memory import COMING, WRITTEN, SharedMemoryError, TokenReader, missing
+from vla_perception.tokens.shared_memory import (
+    WRITE_DONE,
+    WRITE_STARTED,
+    SharedMemoryError,
+    TokenReader,
+    unavailable_reason,
+)
 from vla_perception.tokens.visual_tokens import TokenFormatError, View, VisualTokens, all_finite, from_message
 
 if TYPE_CHECKING:
@@ -71,7 +77,7 @@ class _Tokens:
         lost: sets that were published and never arrived here, told by gaps in the sequence numbers.
         gaps: how often some were lost.
         restarts: how often the sequence began anew or the fingerprint changed: another tokenizer. Not a loss.
-        refused: messages that were not accepted: another schema, damaged, or of other weights.
+        rejected: messages that were not accepted: another schema, damaged, or of other weights.
     """
 
     def __init__(self, history: int, expect_fingerprint: str | Mapping[str, object] | None) -> None:
@@ -90,7 +96,7 @@ class _Tokens:
         self._waited = (0, 0)  # renewed and refused, when a wait returned last
         self._closed = False
         self._told: dict[str, float] = {}
-        self.received = self.lost = self.gaps = self.restarts = self.refused = 0
+        self.received = self.lost = self.gaps = self.restarts = self.rejected = 0
 
     # Reading
 
@@ -135,7 +141,7 @@ class _Tokens:
             renewed, refused = self._waited
             try:
                 self._wait_for(
-                    lambda: self._renewed > renewed or self.refused > refused, timeout_sec, "no new visual tokens"
+                    lambda: self._renewed > renewed or self.rejected > refused, timeout_sec, "no new visual tokens"
                 )
             except TimeoutError:
                 self._raise_refusal()
@@ -251,7 +257,7 @@ class _Tokens:
 
     def _refuse(self, error: ValueError) -> None:
         with self._changed:
-            self.refused += 1
+            self.rejected += 1
             self._refusal = error
             self._changed.notify_all()
         self._tell(f"refused, {type(error).__name__}", f"visual tokens refused: {error}", error=True)
@@ -288,7 +294,7 @@ class _Tokens:
 
     def _taken(self) -> VisualTokens:
         """The latest set, for a wait that ends; with `_changed` held."""
-        self._waited = (self._renewed, self.refused)
+        self._waited = (self._renewed, self.rejected)
         self._raise_refusal()
         return self._history[-1]
 
@@ -344,7 +350,7 @@ class TokenSubscriber(_Tokens):
     Attributes:
         topic: the resolved name.
         transport: where the sets come from now, ``topic`` or ``shared memory``.
-        received, lost, gaps, restarts, refused: counters.
+        received, lost, gaps, restarts, rejected: counters.
         skipped: sets for which `callback` was not called because a newer one was there.
     """
 
@@ -410,7 +416,7 @@ class TokenSubscriber(_Tokens):
         self._rehearsal: bytes | None = None
 
         self._reading: threading.Thread | None = None
-        if shared_memory and not missing():
+        if shared_memory and not unavailable_reason():
             name = f"shared memory of {self.topic}"
             self._reading = threading.Thread(target=self._read, name=name, daemon=True)
             self._reading.start()
@@ -452,7 +458,7 @@ class TokenSubscriber(_Tokens):
             self._wait_for(
                 client.service_is_ready, timeout_sec, f"no service {self._service} (is the tokenizer active?)"
             )
-            before, refused = self.received, self.refused
+            before, refused = self.received, self.rejected
         while True:
             try:
                 answer, asked = self._call(client, Trigger.Request(), timeout_sec, begin)
@@ -474,7 +480,7 @@ class TokenSubscriber(_Tokens):
             wanted = _sequence_in(answer.message) if answer.success else None
 
             def arrived() -> bool:
-                if self.refused > refused:
+                if self.rejected > refused:
                     return True
                 return self.received > before and (wanted is None or self._last.sequence >= wanted)
 
@@ -598,13 +604,13 @@ class TokenSubscriber(_Tokens):
     def _read_on(self, reader: TokenReader) -> None:
         """Waits for sets and takes them in."""
         events = reader.wait(_HAND_OVER / 5 if self._held else _SILENCE)
-        if events == {COMING}:
+        if events == {WRITE_STARTED}:
             self._rehearse()
         self._take_written(reader)
-        if events and events <= {COMING, WRITTEN}:
+        if events and events <= {WRITE_STARTED, WRITE_DONE}:
             return
         if not events:
-            reader.tidy()
+            reader.cleanup_dead_nodes()
         if not reader.writers() and self.transport != "topic":
             self._take_written(reader)  # its last words
             self._use_topic()
@@ -735,8 +741,8 @@ class TokenSubscriber(_Tokens):
         return self._node.get_clock().now().nanoseconds
 
     def _why_nothing(self) -> str:
-        if self.refused and not self.received:
-            return f": {self.refused} messages were refused"
+        if self.rejected and not self.received:
+            return f": {self.rejected} messages were refused"
         count = self.publishers()
         if not count:
             return (
@@ -854,7 +860,7 @@ def tokenize(
             stamp_ns,
             *image.shape[:2],
             tokenizer.affine(*image.shape[:2], camera),
-            seen=tokenizer.seen(*image.shape[:2], camera),
+            roi=tokenizer.seen(*image.shape[:2], camera),
         )
         for camera, image in images.items()
     ]

@@ -47,6 +47,8 @@ _MAX_TEXT = 1000
 _FAR = 1e9
 #: Pixels.
 _WITHIN_PIXEL = 1e-6
+#: A token map's indices take 8 bytes per pixel.
+_MAX_MAP_PIXELS = 2**26
 _MODEL_KEYS = (
     "model",
     "weights",
@@ -79,8 +81,8 @@ class View:
         affine: six floats, row-major 2 × 3: source pixel (x, y, 1) → (column, row) on the grid. Pixel i covers
             [i, i + 1), token j covers [j, j + 1).
         valid: false where no image could be had and the tokens are to be ignored.
-        seen: (left, top, right, bottom) in pixels of the part of the source image that was left for the encoders when
-            it was cut; None: all of it.
+        roi: region of interest (left, top, right, bottom) in pixels: the part of the source image that was left for the
+            encoders when it was cropped; None: all of it. The message calls it ``seen``.
 
     Raises:
         ValueError: a name of more than 1000 characters, or a stamp beyond the 32 bits that a message has for seconds.
@@ -93,13 +95,43 @@ class View:
     width: int
     affine: tuple[float, ...]
     valid: bool = True
-    seen: tuple[float, ...] | None = None
+    roi: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         _text(self.camera)
         _text(self.frame_id)
         if not -(2**31) <= self.stamp_ns // 10**9 < 2**31:
             raise ValueError(f"a stamp of {_brief(self.stamp_ns)} ns is beyond what a message can hold")
+
+    def patch_at(self, x: np.ndarray | float, y: np.ndarray | float, grid: tuple[int, int]) -> np.ndarray:
+        """Index on the grid, row by row, of the patch that sees each position of the source image; −1 where none does.
+
+        No patch sees what was cropped away (by `roi` or by the resize), nor what lies outside the image or the grid.
+        Positions on the border between patches belong to the patch to the right of and below it in the source image,
+        whichever way the image was turned.
+
+        Args:
+            x, y: pixels of the source image; pixel i covers [i, i + 1), its centre is i + 0.5. Arrays broadcast, and
+                x [width] with y [height, 1] costs least.
+            grid: (rows, columns), `VisualTokens.grid`. A cls token before it is not counted.
+
+        Returns:
+            intp, of the shape that x and y broadcast to.
+        """
+        a, b, c, d, e, f = self.affine
+        left, top, right, bottom = self.roi or (0, 0, self.width, self.height)
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        inside_x, inside_y = x + _WITHIN_PIXEL, y + _WITHIN_PIXEL
+        # Without a quarter turn a column depends on x alone and a row on y alone: then these stay one-dimensional.
+        with np.errstate(invalid="ignore"):
+            column = np.floor(a * inside_x + b * inside_y + c if b else a * inside_x + c)
+            row = np.floor(d * inside_x + e * inside_y + f if d else e * inside_y + f)
+        # Cropped pixels may have a place on the grid, where a letterbox puts its padding: hence the roi.
+        column_seen = (column >= 0) & (column < grid[1]) & (left <= x) & (x < right)
+        row_seen = (row >= 0) & (row < grid[0]) & (top <= y) & (y < bottom)
+        nowhere = -grid[0] * grid[1]
+        start = np.where(row_seen, row * grid[1], nowhere).astype(np.intp)
+        return np.maximum(start + np.where(column_seen, column, nowhere).astype(np.intp), -1)
 
 
 @dataclass(frozen=True)
@@ -282,7 +314,7 @@ class VisualTokens:
         words = torch.from_numpy(self.data.view(np.int16 if self.data.itemsize == 2 else np.int32).copy())
         return words.view(getattr(torch, self.dtype)).to(device)
 
-    def view(self, camera: str) -> VisualTokens:
+    def select(self, camera: str) -> VisualTokens:
         """The part of one camera, with one view. KeyError with the names that exist."""
         if camera not in self.cameras:
             raise KeyError(f"no camera {camera!r} among {', '.join(self.cameras)}")
@@ -334,20 +366,32 @@ class VisualTokens:
         Pixel i covers [i, i + 1). ValueError with ``cls``, whose only token sees everything.
         """
         self._need_patches()
-        a, b, c, d, e, f = self.views[view].affine
-        source = self.views[view]
-        # What lies on a border between tokens belongs to the token right of and below it in the source image, as a
-        # pixel's corner belongs to the pixel, and that whichever way the image was turned.
-        inside_x, inside_y = x + _WITHIN_PIXEL, y + _WITHIN_PIXEL
-        column, row = math.floor(a * inside_x + b * inside_y + c), math.floor(d * inside_x + e * inside_y + f)
-        # What was cut away may lie where a letterbox puts its padding: on the grid, and not in the image.
-        left, top, right, bottom = source.seen or (0, 0, source.width, source.height)
-        inside = left <= x < right and top <= y < bottom
-        if not inside or not (0 <= row < self.grid[0] and 0 <= column < self.grid[1]):
-            return None
-        return self._summaries + row * self.grid[1] + column
+        patch = int(self.views[view].patch_at(x, y, self.grid))
+        return None if patch < 0 else self._summaries + patch
 
-    def region(self, token: int, view: int = 0) -> tuple[tuple[float, float], ...]:
+    def token_map(self, view: int = 0) -> np.ndarray:
+        """Index of the token that sees each pixel's centre of the source image; −1 where no token does.
+
+        For pixels of a scaled image, or a few rows at a time, see `View.patch_at`.
+
+        Returns:
+            intp [height, width].
+
+        Raises:
+            ValueError: with ``cls``, whose only token sees everything; or the message claims more than 2**26 pixels.
+        """
+        self._need_patches()
+        source = self.views[view]
+        if source.height * source.width > _MAX_MAP_PIXELS:
+            raise ValueError(
+                f"a token map of {source.height} × {source.width} pixels is too large; ask View.patch_at for parts of it"
+            )
+        x, y = np.arange(source.width) + 0.5, np.arange(source.height)[:, None] + 0.5
+        patches = source.patch_at(x, y, self.grid)
+        patches[patches >= 0] += self._summaries
+        return patches
+
+    def patch_corners(self, token: int, view: int = 0) -> tuple[tuple[float, float], ...]:
         """The four corners (x, y) of a token's patch in the source image, in pixels, clockwise from its first.
 
         They may lie outside the image where padding was added. ValueError for a token that is no patch.
@@ -388,7 +432,7 @@ class VisualTokens:
                     "width": view.width,
                     "affine": list(view.affine),
                     "valid": view.valid,
-                    **({} if view.seen is None else {"seen": list(view.seen)}),
+                    **({} if view.roi is None else {"seen": list(view.roi)}),
                 }
                 for view in self.views
             ],
@@ -445,7 +489,7 @@ class VisualTokens:
                     width=_whole(view["width"]),
                     affine=_affine(view["affine"]),
                     valid=_boolean(view["valid"]),
-                    seen=_rectangle(view["seen"]) if "seen" in view else None,
+                    roi=_rectangle(view["seen"]) if "seen" in view else None,
                 )
                 for view in metadata["views"]
             )

@@ -373,7 +373,7 @@ def test_choices_of_tokens_and_prepared_images(robot):
     assert (message.fingerprint, message.grid, message.pool) == (expected.fingerprint, (7, 7), 2)
     assert message.views[1].affine == pytest.approx(expected.affine(96, 128, "wrist"))
     # Turned, then cut: the first patch begins where the source image, 128 × 96, has its (118, 91).
-    assert message.region(1, view=1)[0] == pytest.approx((118, 91))
+    assert message.patch_corners(1, view=1)[0] == pytest.approx((118, 91))
     # An image that is too small for its region is skipped, and counted.
     stamp = robot.next_stamp()
     robot.send("front", image_message(images["front"], stamp))

@@ -420,7 +420,7 @@ class Pipeline:
             height=height,
             width=width,
             affine=self.tokenizer.affine(height, width, frame.camera),
-            seen=self.tokenizer.seen(height, width, frame.camera),
+            roi=self.tokenizer.seen(height, width, frame.camera),
         )
 
     def _encode(self, job: _Job) -> bool:

@@ -10,7 +10,7 @@ from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from sensor_msgs.msg import CompressedImage
 
-from vla_perception.tokens.shared_memory import SharedMemoryError, TokenWriter, missing
+from vla_perception.tokens.shared_memory import SharedMemoryError, TokenWriter, unavailable_reason
 from vla_perception.tokens.visual_tokens import VisualTokens, to_message
 
 #: Token messages kept for a reliable subscriber that is behind: 2 MiB each for openvla-7b.
@@ -45,7 +45,7 @@ class TokenPublisher:
 
     def open_shared_memory(self) -> None:
         """From here on policies of this machine may read there, if iceoryx2 is installed."""
-        if reason := missing():
+        if reason := unavailable_reason():
             self._node.get_logger().info(f"tokens go by the topic alone, without shared memory: {reason}")
             return
         self.close_shared_memory()
@@ -118,4 +118,4 @@ class TokenPublisher:
         writer = self._writer
         if writer is not None:
             with contextlib.suppress(SharedMemoryError):  # the next time may do better
-                writer.tidy()
+                writer.cleanup_dead_nodes()
