@@ -5,8 +5,8 @@ PYTHON ?= >=3.10,<3.13
 PYTEST_ARGS ?=
 
 # Pages in one wrapping style.
-MARKDOWN := README.md CHANGELOG.md CONTRIBUTING.md docs/design.md docs/security.md docs/jetson.md examples/README.md \
-  test/data/README.md
+MARKDOWN := $(wildcard *.md) examples/README.md test/data/README.md $(addprefix docs/, README.md design.md install.md \
+  jetson.md security.md tutorial.md without_ros.md)
 
 UV := .bootstrap/bin/uv
 KILTED := .venv/.installed

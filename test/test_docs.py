@@ -1,0 +1,87 @@
+"""The pages as a whole: their links lead somewhere, and the programs of the tutorial and the how-to pages run."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ros_domain import ROOT, RosProcess, free_domain
+
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"]
+TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES}
+FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXTS[ROOT / "docs" / page], re.DOTALL | re.MULTILINE)
+
+
+def anchors(path: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", TEXTS[path]), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=[str(path.relative_to(ROOT)) for path in PAGES])
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", TEXTS[path])):
+        if target.startswith("https:"):
+            continue
+        file, _, anchor = target.partition("#")
+        found = (path.parent / file).resolve() if file else path
+        assert found.exists(), f"{path.name} links to {target}"
+        assert not anchor or anchor in anchors(found), f"{path.name} links to {target}"
+
+
+def test_the_index_lists_every_page():
+    listed = set(re.findall(r"\]\((\w+\.md)", TEXTS[ROOT / "docs" / "README.md"]))
+    assert listed == {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+
+
+def test_making_tokens_without_ros(tmp_path, monkeypatch):
+    """Two cameras of ten frames each, 10 ms apart: a message for each frame set, read again from its file."""
+    pytest.importorskip("timm")
+    monkeypatch.chdir(tmp_path)
+    image = np.random.default_rng(0).integers(0, 256, (240, 320, 3), np.uint8)
+    begin = 1_700_000_000_000_000_000
+    frames = [
+        (camera, begin + number * 100_000_000 + lag, image)
+        for number in range(10)
+        for camera, lag in (("front", 0), ("wrist", 10_000_000))
+    ]
+    names = {"frames": frames}
+    for program in blocks("without_ros.md", "python"):
+        exec(program, names)
+    assert names["same"].to_bytes() == names["message"].to_bytes() == Path("message.safetensors").read_bytes()
+    assert names["same"].shape == (2, 196, 256) and names["same"].dtype == "bfloat16"
+    assert [message.sequence for message in names["stored"]] == list(range(10))
+    assert [message.stamp_ns for message in names["stored"]] == [begin + number * 100_000_000 for number in range(10)]
+    assert names["synchronizer"].counts["wrist"].encoded == 10
+
+
+@pytest.mark.ros
+def test_the_tutorial(tmp_path):
+    """Its three programs, started as it says: the tokenizer gets ready, and the policy moves."""
+    pytest.importorskip("timm")
+    domain = free_domain()
+    commands = [line for block in blocks("tutorial.md", "bash") for line in block.splitlines()]
+    (tokenizer,) = (command for command in commands if command.startswith("visual_tokenizer "))
+    (player,) = (command for command in commands if command.startswith("bag_player "))
+    (program,) = blocks("tutorial.md", "python")
+    assert "python my_policy.py" in commands and "vla-perception doctor" in commands
+    (tmp_path / "my_policy.py").write_text(program, encoding="utf-8")
+    folder = Path(sys.executable).parent
+
+    def start(command: str) -> RosProcess:
+        name, *arguments = shlex.split(command.replace("examples/sample_bag", str(ROOT / "examples" / "sample_bag")))
+        return RosProcess([str(folder / name), *arguments], domain)
+
+    with start(tokenizer) as tokenizer, start(player), RosProcess([str(tmp_path / "my_policy.py")], domain) as policy:
+        tokenizer.wait_for("ready", 120.0)
+        policy.wait_for("pan", 60.0)
+        moves = re.search(r"message \d+: pan ([+-]\d\.\d+), tilt ([+-]\d\.\d+)\n", policy.output)
+        assert moves and all(abs(float(value)) <= 1.0 for value in moves.groups()), policy.output
+        assert policy.stop() == 0, policy.output
+        assert "Traceback" not in policy.output
