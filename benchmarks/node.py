@@ -35,7 +35,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "test" / "support"), str(ROOT / "benchmarks")]
 
-from ros_domain import free_domain, ros_environment  # noqa: E402
+from ros_harness import free_domain, ros_environment  # noqa: E402
 from transport import PROFILE, PROFILE_VARIABLES, percentile, processor  # noqa: E402
 
 from vla_perception.cli import add_placement  # noqa: E402

@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "test" / "support")]
 
-from ros_domain import free_domain, ros_environment  # noqa: E402
+from ros_harness import free_domain, ros_environment  # noqa: E402
 
 COMMANDS = {
     "node": ["-m", "vla_perception.nodes.visual_tokenizer", "--ros-args", "-p", "autostart:=true"],

@@ -31,7 +31,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "test" / "support")]
 
-from ros_domain import free_domain, ros_environment  # noqa: E402
+from ros_harness import free_domain, ros_environment  # noqa: E402
 
 TRANSPORTS = ("topic_default", "topic_profile", "shared_memory")
 PROFILE = str(ROOT / "config" / "fastdds.xml")

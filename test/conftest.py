@@ -6,11 +6,10 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 import pytest
-from ros_domain import ROOT, RosProcess, domains_of_a_module, free_domain, in_domain
+from ros_harness import ROOT, RosContext, RosProcess, domains_of_a_module, free_domain
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -80,29 +79,10 @@ def _keep_to_the_cpu() -> None:
 
 @pytest.fixture
 def ros():
-    """A context on a domain of its own: `node()` makes nodes, `spin(node)` spins one in a thread."""
-    rclpy = pytest.importorskip("rclpy")
-    from rclpy.executors import SingleThreadedExecutor
-    from rclpy.signals import SignalHandlerOptions
+    """Nodes of this process on a domain of its own, see `RosContext`; and a stand-in for the tokenizer's process."""
+    pytest.importorskip("rclpy")
 
-    class Ros:
-        domain = free_domain()
-        context = rclpy.Context()
-
-        def __init__(self):
-            self.nodes, self.spinning = [], []
-
-        def node(self, name="policy", **options):
-            self.nodes.append(rclpy.create_node(name, context=self.context, **options))
-            return self.nodes[-1]
-
-        def spin(self, node):
-            executor, stop = SingleThreadedExecutor(context=self.context), threading.Event()
-            executor.add_node(node)
-            thread = threading.Thread(target=lambda: [executor.spin_once(0.05) for _ in iter(stop.is_set, True)])
-            thread.start()
-            self.spinning.append((executor, stop, thread))
-
+    class Ros(RosContext):
         def publisher(self, topic="tokens"):
             from sensor_msgs.msg import CompressedImage
 
@@ -111,14 +91,5 @@ def ros():
         def fake(self, *arguments):
             return RosProcess([str(ROOT / "test" / "support" / "fake_tokenizer.py"), *map(str, arguments)], self.domain)
 
-    ros = Ros()
-    with in_domain(ros.domain):
-        rclpy.init(context=ros.context, signal_handler_options=SignalHandlerOptions.NO)
-    yield ros
-    for executor, stop, thread in ros.spinning:
-        stop.set()
-        thread.join()
-        executor.shutdown()
-    for node in ros.nodes:
-        node.destroy_node()
-    rclpy.try_shutdown(context=ros.context)
+    with Ros() as ros:
+        yield ros

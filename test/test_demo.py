@@ -22,7 +22,7 @@ pytest.importorskip("PIL")
 pytest.importorskip("cv2")
 
 from PIL import Image
-from ros_domain import ROOT
+from ros_harness import ROOT
 from rosbags.typesys import Stores, get_typestore
 
 from vla_perception import demo, demo_image

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ros_domain import ROOT, RosProcess, free_domain
+from ros_harness import ROOT, RosProcess, free_domain
 
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"]
 TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES}

@@ -7,7 +7,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from ros_domain import ROOT, free_domain, ros_environment
+from ros_harness import ROOT, free_domain, ros_environment
 
 PAGES = ("security.md", "reliability.md")
 TESTS = [path for path in (ROOT / "test").rglob("test_*.py")]

@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 import fake_cuda  # noqa: E402
-from ros_domain import ROOT  # noqa: E402
+from ros_harness import ROOT  # noqa: E402
 
 from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
 from vla_perception.tokenizer.cuda_graphs import CudaGraphs  # noqa: E402

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import yaml
 from node_sources import node_source
-from ros_domain import RosProcess, free_domain, in_domain, ros_environment, wait_until
+from ros_harness import RosProcess, free_domain, in_domain, ros_environment, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 BAG = ROOT / "examples" / "sample_bag"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from ros_domain import free_domain, in_domain, ros_environment, wait_until
+from ros_harness import free_domain, in_domain, ros_environment, wait_until
 
 import vla_perception
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_tokenizer import MODEL, make_tokens
-from ros_domain import ROOT, RosProcess, free_domain, ros_environment, wait_until
+from ros_harness import ROOT, RosProcess, free_domain, ros_environment, wait_until
 
 from vla_perception.tokens.visual_tokens import VisualTokens
 
@@ -186,7 +186,7 @@ def test_the_policy_on_the_page_works():
 @pytest.mark.ros
 def test_the_node_on_the_page_acts_on_two_frames():
     pytest.importorskip("rclpy")
-    from ros_listener import Listener
+    from ros_harness import Listener
     from sensor_msgs.msg import JointState
 
     domain = free_domain()

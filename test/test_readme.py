@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ros_domain import RosProcess, free_domain, in_domain, wait_until
+from ros_harness import RosProcess, free_domain, in_domain, wait_until
 
 from vla_perception.tokens.visual_tokens import View, VisualTokens, to_message
 

@@ -203,7 +203,7 @@ def read_images(bag: Bag, cameras: Cameras) -> dict[str, list[BagMessage]]:
 def free_domain() -> tuple[int, socket.socket]:
     """A ROS domain that nobody on this machine uses, and the lock that keeps it: hold on to it.
 
-    The lock is a name in Linux's abstract socket namespace (the tests' ros_domain.py takes the same ones), which the
+    The lock is a name in Linux's abstract socket namespace (the tests' ros_harness.py takes the same ones), which the
     kernel gives back however the process ends; the port is that of the domain's first DDS participant.
     """
     for domain in range(2, 100):

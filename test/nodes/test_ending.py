@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from importlib import metadata
 
 import pytest
-from ros_domain import ROOT, RosProcess, free_domain, ros_environment
+from ros_harness import ROOT, RosProcess, free_domain, ros_environment
 
 import vla_perception
 

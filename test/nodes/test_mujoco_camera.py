@@ -149,8 +149,7 @@ def test_what_is_missing_is_named():
 # The node.
 
 try:
-    from ros_domain import RosProcess, answer_of, free_domain
-    from ros_listener import Listener, wait_for_messages
+    from ros_harness import Listener, RosProcess, answer_of, free_domain, wait_for_messages
     from rosgraph_msgs.msg import Clock
     from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 

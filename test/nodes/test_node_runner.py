@@ -11,7 +11,7 @@ rclpy = pytest.importorskip("rclpy")
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup, ReentrantCallbackGroup  # noqa: E402
 from rclpy.executors import Executor  # noqa: E402
 from rclpy.node import Node  # noqa: E402
-from ros_domain import free_domain, in_domain  # noqa: E402
+from ros_harness import free_domain, in_domain  # noqa: E402
 
 from vla_perception.nodes import node_runner as process  # noqa: E402
 

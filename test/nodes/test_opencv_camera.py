@@ -275,8 +275,7 @@ def test_a_stream_that_breaks_says_so_and_can_be_opened_again(stream):
 # The node.
 
 try:
-    from ros_domain import RosProcess, free_domain
-    from ros_listener import Listener, wait_for_messages
+    from ros_harness import Listener, RosProcess, free_domain, wait_for_messages
     from sensor_msgs.msg import CameraInfo, CompressedImage, Image
     from test_camera_info import CALIBRATION
 

@@ -94,8 +94,7 @@ def test_images_side_by_side_have_one_height():
 # The node.
 
 try:
-    from ros_domain import RosProcess, answer_of, free_domain, wait_until
-    from ros_listener import Listener, wait_for_messages
+    from ros_harness import Listener, RosProcess, answer_of, free_domain, wait_for_messages, wait_until
     from sensor_msgs.msg import CompressedImage, Image
     from std_srvs.srv import Trigger
 

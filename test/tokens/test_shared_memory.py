@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fake_tokenizer import make_tokens
-from ros_domain import RosProcess, free_domain, ros_environment, wait_until
+from ros_harness import RosProcess, free_domain, ros_environment, wait_until
 
 from vla_perception.tokens import shared_memory, shared_memory_services
 from vla_perception.tokens.shared_memory import (

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from ros_domain import ROOT, ros_environment
+from ros_harness import ROOT, ros_environment
 
 from vla_perception.tokens import shared_memory, shared_memory_services
 from vla_perception.tokens.shared_memory_services import SharedMemoryError

@@ -12,8 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from ros_domain import ROOT, RosProcess, free_domain, wait_until
-from ros_listener import Listener
+from ros_harness import ROOT, Listener, RosProcess, free_domain, wait_until
 
 pytest.importorskip("timm")
 pytest.importorskip("transformers", reason="transformers (the extra `test`) makes the language model")

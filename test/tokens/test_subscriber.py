@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fake_tokenizer import MODEL, make_tokens
-from ros_domain import ROOT, RosProcess, free_domain, ros_environment, wait_until
+from ros_harness import ROOT, RosProcess, free_domain, ros_environment, wait_until
 
 from vla_perception.tokens.encode_service import FINAL
 from vla_perception.tokens.subscriber import FingerprintMismatchError, LocalTokenizer, TokenSubscriber, tokenize

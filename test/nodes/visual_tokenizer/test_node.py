@@ -26,7 +26,7 @@ from rcl_interfaces.srv import GetParameters, SetParameters  # noqa: E402
 from rclpy.executors import SingleThreadedExecutor  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 from rclpy.qos import QoSProfile, ReliabilityPolicy  # noqa: E402
-from ros_domain import RosProcess, answer_of, free_domain, in_domain, ros_environment, wait_until  # noqa: E402
+from ros_harness import RosProcess, answer_of, free_domain, in_domain, ros_environment, wait_until  # noqa: E402
 from sensor_msgs.msg import CompressedImage, Image  # noqa: E402
 from std_srvs.srv import Trigger  # noqa: E402
 

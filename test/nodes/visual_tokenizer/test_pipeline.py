@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from ros_domain import wait_until
+from ros_harness import wait_until
 
 torch = pytest.importorskip("torch")
 

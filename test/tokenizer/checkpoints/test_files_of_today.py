@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 import checkpoints  # noqa: E402
-from ros_domain import ROOT  # noqa: E402
+from ros_harness import ROOT  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from vla_perception.tokenizer import CheckpointError  # noqa: E402

@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 import checkpoints  # noqa: E402
-from ros_domain import ROOT  # noqa: E402
+from ros_harness import ROOT  # noqa: E402
 
 SHARD = "model.safetensors"
 CPU_SECONDS, MIB = 1.0, 64

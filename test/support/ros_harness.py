@@ -1,4 +1,8 @@
-"""ROS domains and ROS processes for tests that may run beside each other, and beside a robot's own nodes."""
+"""The one ROS harness of tests, benchmarks and the demo: domains, environments, processes, and nodes of this process.
+
+They may run beside each other and beside a robot's own nodes: every domain is locked, and seen by this machine only.
+rclpy is imported where nodes are made, so that what needs no ROS can use the rest.
+"""
 
 from __future__ import annotations
 
@@ -63,8 +67,9 @@ def _discovery_port_taken(domain: int) -> bool:
 def ros_environment(domain: int, extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of a ROS process of this Python on `domain`, seen by this machine only."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    reaching_out = ("ROS_LOCALHOST_ONLY", "ROS_STATIC_PEERS", "ROS_DISCOVERY_SERVER")
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name not in reaching_out},
         "ROS_DOMAIN_ID": str(domain),
         "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
         "PYTHONPATH": path,
@@ -191,3 +196,89 @@ class RosProcess:
                 self.process.wait()
         self._reader.join(5.0)
         self.process.stdout.close()
+
+
+class RosContext:
+    """Nodes of this process on one domain: `with RosContext(domain) as ros: node = ros.node("observer")`.
+
+    Attributes: domain (a free one where none is given), context (rclpy's), nodes, spinning (executor, stop event and
+    thread of each that is spun).
+    """
+
+    def __init__(self, domain: int | None = None) -> None:
+        import rclpy
+        from rclpy.signals import SignalHandlerOptions
+
+        self.domain = free_domain() if domain is None else domain
+        self.context = rclpy.Context()
+        self.nodes: list = []
+        self.spinning: list = []
+        with in_domain(self.domain):
+            rclpy.init(context=self.context, signal_handler_options=SignalHandlerOptions.NO)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the threads, the nodes and the context."""
+        import rclpy
+
+        for executor, stop, thread in self.spinning:
+            stop.set()
+            executor.wake()
+            thread.join()
+            executor.shutdown()
+        for node in self.nodes:
+            node.destroy_node()
+        rclpy.try_shutdown(context=self.context)
+
+    def node(self, name: str = "policy", **options):
+        """A node that nothing spins yet."""
+        import rclpy
+
+        self.nodes.append(rclpy.create_node(name, context=self.context, **options))
+        return self.nodes[-1]
+
+    def spin(self, node):
+        """Spins a node in a thread from here on; returns its executor."""
+        from rclpy.executors import SingleThreadedExecutor
+
+        executor, stop = SingleThreadedExecutor(context=self.context), threading.Event()
+        executor.add_node(node)
+        thread = threading.Thread(target=lambda: [executor.spin_once(0.1) for _ in iter(stop.is_set, True)])
+        thread.start()
+        self.spinning.append((executor, stop, thread))
+        return executor
+
+
+class Listener:
+    """A node that is spun from the start: `listener.collect(Image, "/image_raw")` is a list that fills up."""
+
+    def __init__(self, domain: int | None = None) -> None:
+        self._ros = RosContext(domain)
+        self.domain = self._ros.domain
+        self.node = self._ros.node("listener")
+        self._executor = self._ros.spin(self.node)
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._ros.close()
+
+    def collect(self, message_type, topic: str, depth: int = 50) -> list:
+        received: list = []
+        self.node.create_subscription(message_type, topic, received.append, depth)
+        self._executor.wake()
+        return received
+
+    def publisher(self, message_type, topic: str, depth: int = 10):
+        return self.node.create_publisher(message_type, topic, depth)
+
+
+def wait_for_messages(received: list, count: int, timeout: float = 20.0) -> list:
+    wait_until(lambda: len(received) >= count, timeout, f"{count} messages (got {len(received)})")
+    return received[:count]
