@@ -16,7 +16,6 @@ runs with config/fastdds.xml. The first --warm-up sets count for nothing, but fo
 from __future__ import annotations
 
 import argparse
-import array
 import contextlib
 import itertools
 import json
@@ -144,6 +143,8 @@ def to_messages(size: str, encoding: str) -> list:
     """sensor_msgs/Image or CompressedImage, filled."""
     from sensor_msgs.msg import CompressedImage, Image
 
+    from vla_perception.byte_array import byte_array
+
     messages = []
     for image in images(size):
         height, width = image.shape[:2]
@@ -151,10 +152,10 @@ def to_messages(size: str, encoding: str) -> list:
             import cv2
 
             data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
-            messages.append(CompressedImage(format="bgr8; jpeg compressed bgr8", data=array.array("B", data)))
+            messages.append(CompressedImage(format="bgr8; jpeg compressed bgr8", data=byte_array(data)))
             continue
         pixels = {"mono8": image[..., :1], "yuv422_yuy2": image[..., :2]}.get(encoding, image)
-        data = array.array("B", np.ascontiguousarray(pixels).tobytes())
+        data = byte_array(np.ascontiguousarray(pixels))
         step = width * pixels.shape[2]
         messages.append(Image(height=height, width=width, step=step, encoding=encoding, data=data))
     return messages
@@ -273,7 +274,7 @@ def receive_images(options: argparse.Namespace) -> None:
     from rclpy.executors import SingleThreadedExecutor
     from sensor_msgs.msg import CompressedImage, Image
 
-    from vla_perception.images.decode import compressed_to_rgb, image_to_rgb
+    from vla_perception.images.decode import decode_image
 
     rclpy.init()
     node, ages, kind = rclpy.create_node("receiver"), [], options.kind
@@ -284,7 +285,7 @@ def receive_images(options: argparse.Namespace) -> None:
             stamp = message.stamp_ns
         else:
             stamp = message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
-        image = compressed_to_rgb(message) if kind == "jpeg" else image_to_rgb(message)
+        image = decode_image(message)
         assert image.ndim == 3
         ages.append((time.monotonic_ns() - stamp) / 1e6)
 

@@ -113,12 +113,13 @@ def test_every_ros_package_in_use_is_declared():
     "part, forbidden",
     [
         ("tokenizer", r"vla_perception\.(?!tokenizer\b|printable\b).*"),
-        ("images", r"vla_perception\.(?!images\b|printable\b).*|rclpy|torchvision|timm"),
+        ("images", r"vla_perception\.(?!images\b|printable\b|byte_array\b).*|rclpy|torchvision|timm"),
         ("sources", r"vla_perception\.(?!sources\b|images\b|printable\b).*|rclpy"),
-        ("tokens", r"vla_perception\.(?!tokens\b|tokenizer\b|printable\b).*|torchvision|timm"),
+        ("tokens", r"vla_perception\.(?!tokens\b|tokenizer\b|printable\b|byte_array\b).*|torchvision|timm"),
         ("visualization", r"vla_perception\.(?!tokens\b|visualization\b).*|rclpy|torch"),
         ("synchronizer.py", r"vla_perception\.(?!tokens\.arrivals\b).*|rclpy|torch"),
         ("printable.py", r"vla_perception\..*"),
+        ("byte_array.py", r"vla_perception\..*"),
         ("cli.py", r"rclpy"),
     ],
 )

@@ -25,7 +25,7 @@ def messages(count: int) -> list[bytes]:
     """The first `count` token messages that the node makes of the sample bag, one frame set after the other."""
     from rosbags.typesys import Stores, get_typestore
 
-    from vla_perception.images.decode import compressed_to_rgb
+    from vla_perception.images.decode import decode_image
     from vla_perception.sources.bags import Bag
     from vla_perception.synchronizer import SetSynchronizer
     from vla_perception.tokenizer import VisualTokenizer
@@ -41,7 +41,7 @@ def messages(count: int) -> list[bytes]:
             if not synchronizer.add(recorded.topic.split("/")[1], stamp_ns, image):
                 continue
             frames = synchronizer.take()
-            images = [compressed_to_rgb(frame.image) for frame in frames]
+            images = [decode_image(frame.image) for frame in frames]
             views = [
                 View(
                     frame.camera,

@@ -506,7 +506,7 @@ def draw_image(
     from rclpy.serialization import deserialize_message
 
     from vla_perception.demo_image import Moment, draw
-    from vla_perception.images import decode as decoding
+    from vla_perception.images.decode import decode_image
     from vla_perception.nodes.bag_player import message_class
     from vla_perception.tokens.visual_tokens import VisualTokens
 
@@ -521,8 +521,7 @@ def draw_image(
             # The n-th stamp that the player gave to a topic is that of its n-th image in the bag.
             recorded = images[view.camera][order[view.camera][view.stamp_ns]]
             message = deserialize_message(recorded.cdr, message_class(recorded.type))
-            decode = decoding.compressed_to_rgb if recorded.type == COMPRESSED_IMAGE else decoding.image_to_rgb
-            shown.append(decode(message))
+            shown.append(decode_image(message))
         index = order[tokens.views[0].camera][tokens.views[0].stamp_ns]
         start = images[tokens.views[0].camera][0].time_ns
         seconds = (images[tokens.views[0].camera][index].time_ns - start) / 1e9

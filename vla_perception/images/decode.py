@@ -25,6 +25,7 @@ __all__ = [
     "ImageDecodeError",
     "check_message_size",
     "compressed_to_rgb",
+    "decode_image",
     "image_to_rgb",
     "narrow",
     "warm_up",
@@ -63,6 +64,14 @@ def check_message_size(msg, max_pixels: int) -> None:
         check_size(int(msg.width), int(msg.height), max_pixels)
     if len(msg.data) > _MOST_BYTES * max_pixels + 65536:
         raise ImageDecodeError(f"a message of {len(msg.data)} bytes is more than an image of max_image_pixels takes")
+
+
+def decode_image(msg, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """uint8 [height, width, 3] RGB of a sensor_msgs Image or CompressedImage of at most `max_pixels`.
+
+    See `image_to_rgb` and `compressed_to_rgb`. Raises ImageDecodeError.
+    """
+    return image_to_rgb(msg, max_pixels) if hasattr(msg, "encoding") else compressed_to_rgb(msg, max_pixels)
 
 
 def image_to_rgb(msg, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from array import array
-
 import numpy as np
 from builtin_interfaces.msg import Time
 from rclpy.duration import Duration
 from rclpy.node import Node
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+
+from vla_perception.images.encode import to_image, to_jpeg
 
 QUEUE_DEPTH = 5
 
@@ -36,32 +36,12 @@ class CameraPublisher:
         """pixels: uint8 [height, width, 3] in the order that encoding, "rgb8" or "bgr8", says."""
         info.header.stamp, info.header.frame_id = stamp, self.frame_id
         if self._raw.get_subscription_count():
-            height, width = pixels.shape[:2]
-            image = Image(height=height, width=width, encoding=encoding, step=3 * width)
-            image.header = info.header
-            image.data = _octets(np.ascontiguousarray(pixels))
-            self._raw.publish(image)
+            self._raw.publish(to_image(pixels, info.header, encoding))
         if self._compressed.get_subscription_count():
-            compressed = CompressedImage(format=f"{encoding}; jpeg compressed bgr8")
-            compressed.header = info.header
-            compressed.data = _octets(_jpeg(pixels if encoding == "bgr8" else pixels[:, :, ::-1], jpeg_quality))
-            self._compressed.publish(compressed)
+            self._compressed.publish(to_jpeg(pixels, info.header, encoding, jpeg_quality))
         self._info.publish(info)
 
     def flush(self, timeout_sec: float):
         """Waits until reliable subscribers have everything, for a publisher that is about to end."""
         for publisher in (self._raw, self._compressed, self._info):
             publisher.wait_for_all_acked(Duration(seconds=timeout_sec))
-
-
-def _octets(data: np.ndarray) -> array:
-    # rclpy takes an array.array as it is, but checks anything else element by element.
-    octets = array("B")
-    octets.frombytes(memoryview(data).cast("B"))
-    return octets
-
-
-def _jpeg(bgr: np.ndarray, quality: int) -> np.ndarray:
-    import cv2
-
-    return cv2.imencode(".jpg", np.ascontiguousarray(bgr), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]

@@ -11,7 +11,6 @@ if __name__ == "__main__":
     executables.begin()  # before what takes long to import
 
 import time
-from array import array
 from collections import deque
 
 import numpy as np
@@ -21,7 +20,8 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CompressedImage, Image
 from std_srvs.srv import Trigger
 
-from vla_perception.images.decode import compressed_to_rgb, image_to_rgb, warm_up
+from vla_perception.images.decode import decode_image, warm_up
+from vla_perception.images.encode import to_image
 from vla_perception.nodes.node_runner import Stop, run_node
 from vla_perception.nodes.parameters import declare, warn_of_ignored
 from vla_perception.printable import printable
@@ -111,13 +111,7 @@ class TokenViewer(Node):
             tokens = from_message(message)
             shown = self._shown(tokens)
             self._watch([tokens.views[index].camera for index in shown])
-            rgb = self._draw(tokens, shown)
-            height, width = rgb.shape[:2]
-            image = Image(header=message.header, height=height, width=width, encoding="rgb8", step=3 * width)
-            data = array("B")
-            data.frombytes(memoryview(np.ascontiguousarray(rgb)).cast("B"))
-            image.data = data
-            self._publisher.publish(image)
+            self._publisher.publish(to_image(self._draw(tokens, shown), message.header))
         except KeyError as error:  # another camera may come with the next message
             self._complain(str(error.args[0]), self.get_logger().warning)
         except ValueError as error:
@@ -174,8 +168,7 @@ class TokenViewer(Node):
         if nearest is None:
             return None
         try:
-            decode = compressed_to_rgb if self._compressed else image_to_rgb
-            image = decode(nearest, view.height * view.width)
+            image = decode_image(nearest, view.height * view.width)
         except ValueError:
             return None  # the tokenizer counts and reports these
         return image if image.shape[:2] == (view.height, view.width) else None

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vla_perception.byte_array import byte_array
 from vla_perception.tokens.fingerprint import checked_inputs
 
 if TYPE_CHECKING:
@@ -557,11 +558,7 @@ def to_message(tokens: VisualTokens, stamp_ns: int | None = None, frame_id: str 
     message.header.stamp.sec, message.header.stamp.nanosec = divmod(stamp_ns, 10**9)
     message.header.frame_id = tokens.views[0].frame_id if frame_id is None else frame_id
     message.format = FORMAT
-    # rclpy takes an array.array as it is; it would check bytes or NumPy arrays element by element.
-    data = array.array("B")
-    for part in tokens.to_parts():
-        data.frombytes(part)
-    message.data = data
+    message.data = byte_array(*tokens.to_parts())
     return message
 
 

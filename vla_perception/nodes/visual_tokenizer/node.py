@@ -598,8 +598,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                 camera.senders.add(number, now)
 
     def _to_rgb(self, message: Image | CompressedImage) -> np.ndarray:
-        decode = images.compressed_to_rgb if isinstance(message, CompressedImage) else images.image_to_rgb
-        return decode(message, self._settings["max_image_pixels"])
+        return images.decode_image(message, self._settings["max_image_pixels"])
 
     def _on_encode(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         if (pipeline := self._pipeline) is None:
