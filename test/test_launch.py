@@ -277,7 +277,7 @@ def test_what_is_launched_on_a_gpu_computes_there_in_bfloat16_by_itself(launch_f
     program.write_text(NODE_ON_A_GPU)
     command = [program, "--ros-args", "-r", f"__node:={node.name}"]
     command += ["--params-file", node.kwargs["parameters"][0], "--params-file", given]
-    path = os.pathsep.join(map(str, (ROOT / "test", ROOT)))
+    path = os.pathsep.join(map(str, (ROOT / "test" / "support", ROOT)))
     with RosProcess(list(map(str, command)), free_domain(), {"PYTHONPATH": path}) as process:
         process.wait_for("ready after")
         assert "computes on cuda:0 in bfloat16: a fake, compute capability 9.0" in process.output
