@@ -21,11 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vla_perception.tokenizer import upload
+from vla_perception.tokenizer import PRESETS, EncoderConfig, upload
 from vla_perception.tokenizer.image_transforms import Prepare, Step
 from vla_perception.tokenizer.preprocess import Preprocessor
 from vla_perception.tokenizer.preprocess_gpu import DevicePreprocessor, PreprocessPlan
-from vla_perception.tokenizer.presets import PRESETS, EncoderConfig
 
 LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "rgb8": lambda image: np.ascontiguousarray(image[:, :, :3]),

@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT)]
 from vla_perception.cli import add_placement  # noqa: E402
 from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
 from vla_perception.tokenizer.projector import Projector  # noqa: E402
-from vla_perception.tokenizer.tokenizer import random_weight  # noqa: E402
+from vla_perception.tokenizer.weights import random_weight  # noqa: E402
 
 SIDE, RADIUS, MARGIN = 224, 13, 20
 

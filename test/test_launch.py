@@ -247,7 +247,7 @@ def test_the_device_and_the_precision_are_left_open_unless_given(launch_file):
 NODE_ON_A_GPU = """
 import pytest, torch
 import fake_cuda
-from vla_perception.tokenizer import cuda_graphs, devices, tokenizer
+from vla_perception.tokenizer import cuda_graphs, devices, tokenizer, weights
 
 patch = pytest.MonkeyPatch()
 fake_cuda.install(patch)
@@ -255,8 +255,8 @@ cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
 for name, value in {"init": None, "device_count": 1, "get_device_capability": (9, 0)}.items():
     patch.setattr(torch.cuda, name, lambda *_, value=value: value)
 patch.setattr(devices, "_operate", lambda device: None)
-fill, make_runtime, graphs = tokenizer._fill, tokenizer.make_runtime, cuda_graphs.CudaGraphs
-patch.setattr(tokenizer, "_fill", lambda *given: fill(*given[:4], {gpu: cpu}[given[4]], given[5]))
+fill, make_runtime, graphs = weights._fill, tokenizer.make_runtime, cuda_graphs.CudaGraphs
+patch.setattr(weights, "_fill", lambda *given: fill(*given[:3], {gpu: cpu}[given[3]], given[4]))
 patch.setattr(tokenizer, "make_runtime", lambda name, network, _, *rest: make_runtime(name, network, gpu, *rest))
 patch.setattr(cuda_graphs, "CudaGraphs", lambda network, _, dtype, **rest: graphs(network, cpu, dtype, **rest))
 

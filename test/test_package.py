@@ -109,15 +109,20 @@ def test_every_ros_package_in_use_is_declared():
 # --- which way imports point
 
 
+#: Modules without ROS, PyTorch or anything else of the package, which every part may import.
+FOR_ALL = r"(?:options|printable|byte_array)\b"
+
+
 @pytest.mark.parametrize(
     "part, forbidden",
     [
-        ("tokenizer", r"vla_perception\.(?!tokenizer\b|printable\b).*"),
-        ("images", r"vla_perception\.(?!images\b|printable\b|byte_array\b).*|rclpy|torchvision|timm"),
-        ("sources", r"vla_perception\.(?!sources\b|images\b|printable\b).*|rclpy"),
-        ("tokens", r"vla_perception\.(?!tokens\b|tokenizer\b|printable\b|byte_array\b).*|torchvision|timm"),
-        ("visualization", r"vla_perception\.(?!tokens\b|visualization\b).*|rclpy|torch"),
-        ("synchronizer.py", r"vla_perception\.(?!tokens\.arrivals\b).*|rclpy|torch"),
+        ("tokenizer", rf"vla_perception\.(?!tokenizer\b|{FOR_ALL}).*"),
+        ("images", rf"vla_perception\.(?!images\b|{FOR_ALL}).*|rclpy|torchvision|timm"),
+        ("sources", rf"vla_perception\.(?!sources\b|images\b|{FOR_ALL}).*|rclpy"),
+        ("tokens", rf"vla_perception\.(?!tokens\b|tokenizer\b|{FOR_ALL}).*|torchvision|timm"),
+        ("visualization", rf"vla_perception\.(?!tokens\b|visualization\b|{FOR_ALL}).*|rclpy|torch"),
+        ("synchronizer.py", rf"vla_perception\.(?!tokens\.arrivals\b|{FOR_ALL}).*|rclpy|torch"),
+        ("options.py", r"(?!__future__|re\b).*"),
         ("printable.py", r"vla_perception\..*"),
         ("byte_array.py", r"vla_perception\..*"),
         ("cli.py", r"rclpy"),

@@ -27,13 +27,14 @@ from torchvision.transforms import functional as transforms
 from vla_perception import __version__
 from vla_perception.startup import Progress
 from vla_perception.tokenizer import VisualTokenizer
-from vla_perception.tokenizer.devices import COMPUTE_DTYPES
+from vla_perception.tokenizer.config import EncoderConfig
+from vla_perception.tokenizer.devices import TORCH_DTYPES
 from vla_perception.tokenizer.fused_blocks import patches_as_products
+from vla_perception.tokenizer.network import empty_network
 from vla_perception.tokenizer.preprocess import letterbox_padding
-from vla_perception.tokenizer.presets import EncoderConfig
 from vla_perception.tokenizer.projector import Projector
 from vla_perception.tokenizer.runtime import PackedLinear, limit_threads
-from vla_perception.tokenizer.tokenizer import empty_network, random_weight
+from vla_perception.tokenizer.weights import random_weight
 
 #: Relative L2 distance of tokens from the baseline in float32 that rounding accounts for (docs/performance.md).
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "float8": 1.4e-1}
@@ -199,7 +200,7 @@ def run(
     reference = tokenizer
     if compute_dtype == "float8":  # which has given up the weights that it is compared with
         reference = VisualTokenizer.load(model, device=str(tokenizer.device), compute_dtype="bfloat16", runtime="eager")
-    plain = ReferenceModel(reference, COMPUTE_DTYPES[compute_dtype])
+    plain = ReferenceModel(reference, TORCH_DTYPES[compute_dtype])
     # On a CPU in float32 the baseline is what is compared with: its weights need not be there twice.
     as_it_is = compute_dtype == "float32" and tokenizer.device.type == "cpu"
     exact = plain if as_it_is else ReferenceModel(reference, torch.float32, exact=True)
@@ -270,7 +271,7 @@ def _measure(
     progress: Progress,
 ) -> dict:
     progress(f"{views} view(s): measuring the machine", begins=True)
-    dtype = COMPUTE_DTYPES[tokenizer.compute_dtype]
+    dtype = TORCH_DTYPES[tokenizer.compute_dtype]
     rates = _rates(tokenizer.device, dtype)
     random = np.random.default_rng()
     images = [random.integers(0, 256, (*SIZE, 3), dtype=np.uint8) for _ in range(_IMAGES)]
@@ -407,7 +408,7 @@ def _percentiles(times: list[dict[str, float]]) -> dict[str, dict[str, float]]:
 def _work(tokenizer: VisualTokenizer, views: int) -> tuple[int, int]:
     """Floating point operations for one batch, and bytes of all weights."""
     network = empty_network(tokenizer.config)
-    size = torch.empty(0, dtype=COMPUTE_DTYPES[tokenizer.compute_dtype]).element_size()
+    size = torch.empty(0, dtype=TORCH_DTYPES[tokenizer.compute_dtype]).element_size()
     weight_bytes = size * sum(weight.numel() for weight in network.state_dict().values())
     if tokenizer.compute_dtype == "float8":  # of several sizes
         weight_bytes = sum(weight.nbytes for weight in tokenizer.network.state_dict().values())

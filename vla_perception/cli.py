@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vla_perception import __version__, startup
+from vla_perception import __version__, options, startup
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,12 +21,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_describe(commands)
     _add_bench(commands)
     _add_doctor(commands)
-    options = parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
     # What takes long, as a download does, and what is assumed.
     logging.basicConfig(format=startup.log_format("vla-perception: %(message)s"))
     logging.getLogger("vla_perception").setLevel(logging.INFO)
     try:
-        code = options.run(options)
+        code = given.run(given)
     except ModuleNotFoundError as error:
         print(
             f"vla-perception: {error}; install what it needs with pip install '.[tokenizer]' in this package's sources, "
@@ -67,7 +66,7 @@ def _add_tokenize(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--output",
         default="tokens",
-        choices=("tokens", "features"),
+        choices=options.OUTPUTS,
         help="tokens: after the projector; features: before it (default: %(default)s)",
     )
     parser.add_argument(
@@ -82,10 +81,10 @@ def _add_tokenize(commands: argparse._SubParsersAction) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """The options that say which tokenizer; `choices` reads them."""
+    """The options that say which tokenizer; `model_options` reads them."""
     parser.add_argument("--model", required=True, help=MODEL_HELP)
     parser.add_argument("--adapter", metavar="DIRECTORY", help="LoRA adapter to add; none: not even the model's own")
-    add_choices(parser)
+    add_options(parser)
 
 
 def add_placement(parser: argparse.ArgumentParser) -> None:
@@ -100,19 +99,19 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compute-dtype",
         default="auto",
-        choices=("auto", "float32", "bfloat16", "float16", "float8"),
+        choices=options.COMPUTE_DTYPES,
         help="auto: bfloat16 on CUDA (float16 before Ampere), float32 on a CPU; float8: the encoders' linear layers in "
         "float8, from Ada and Hopper on, less exact (default: %(default)s)",
     )
 
 
 def _device(text: str) -> str:
-    if not re.fullmatch(r"auto|[a-z]+(:\d+)?", text):
+    if not options.is_device(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a device; choose auto, cpu, cuda or cuda:N")
     return text
 
 
-def add_choices(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that any model has."""
     parser.add_argument("--encoders", nargs="+", metavar="NAME", help="encoders to keep, such as dinov2; default: all")
     parser.add_argument(
@@ -123,11 +122,9 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
         help="one for all encoders, or one for each; 0: the model's own",
     )
     parser.add_argument(
-        "--token-strategy", default="patch", choices=("patch", "cls", "cls+patch"), help="default: %(default)s"
+        "--token-strategy", default="patch", choices=options.TOKEN_STRATEGIES, help="default: %(default)s"
     )
-    parser.add_argument(
-        "--projector", choices=("linear", "gelu-mlp", "fused-gelu-mlp", "none"), help="default: the model's own"
-    )
+    parser.add_argument("--projector", choices=options.PROJECTORS, help="default: the model's own")
     parser.add_argument("--pool", type=int, default=1, metavar="K", help="average K × K patch tokens into one")
     parser.add_argument(
         "--prepare",
@@ -139,10 +136,10 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def choices(options: argparse.Namespace) -> dict:
-    """What `add_model` or `add_choices` read, as keywords of `VisualTokenizer.load`."""
+def model_options(given: argparse.Namespace) -> dict:
+    """What `add_model` or `add_options` read, as keywords of `VisualTokenizer.load`."""
     names = ("adapter", "encoders", "image_size", "token_strategy", "projector", "pool", "prepare")
-    return {name: value for name, value in vars(options).items() if name in names}
+    return {name: value for name, value in vars(given).items() if name in names}
 
 
 def _add_describe(commands: argparse._SubParsersAction) -> None:
@@ -153,13 +150,13 @@ def _add_describe(commands: argparse._SubParsersAction) -> None:
         "No weights are read or fetched.",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    add_choices(parser)
+    add_options(parser)
     parser.add_argument("--views", type=int, default=1, help="cameras in one message (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=30.0, metavar="HZ", help="messages per second (default: 30)")
     parser.add_argument(
         "--dtype",
         default="bfloat16",
-        choices=("float32", "bfloat16", "float16"),
+        choices=options.TOKEN_DTYPES,
         help="of weights, tokens and the language model's cache (default: %(default)s)",
     )
     model = parser.add_argument_group("the language model that reads the tokens", "by default Llama-2-7B, OpenVLA's")
@@ -173,23 +170,23 @@ def _add_describe(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_describe)
 
 
-def _describe(options: argparse.Namespace) -> None:
-    from vla_perception.tokenizer.cost import LanguageModel, as_text, describe, model_config
-    from vla_perception.tokenizer.presets import check_model
+def _describe(given: argparse.Namespace) -> None:
+    from vla_perception.tokenizer.checkpoints.open import check_model, read_config
+    from vla_perception.tokenizer.cost import LanguageModel, as_text, describe
 
-    check_model(options.model, **choices(options))
+    check_model(given.model, **model_options(given))
     language_model = LanguageModel(
-        options.llm_width, options.llm_layers, options.llm_heads, options.llm_kv_heads, options.llm_mlp_width
+        given.llm_width, given.llm_layers, given.llm_heads, given.llm_kv_heads, given.llm_mlp_width
     )
     description = describe(
-        model_config(options.model, **choices(options)),
-        views=options.views,
-        rate_hz=options.rate,
-        dtype=options.dtype,
+        read_config(given.model, **model_options(given)),
+        views=given.views,
+        rate_hz=given.rate,
+        dtype=given.dtype,
         language_model=language_model,
-        text_tokens=options.text_tokens,
+        text_tokens=given.text_tokens,
     )
-    print(json.dumps(description, indent=2) if options.json else as_text(description), end="\n" if options.json else "")
+    print(json.dumps(description, indent=2) if given.json else as_text(description), end="\n" if given.json else "")
 
 
 def _check_folder(file: Path) -> None:
@@ -197,17 +194,17 @@ def _check_folder(file: Path) -> None:
         raise ValueError(f"the folder {file.parent} does not exist")
 
 
-def _tokenize(options: argparse.Namespace) -> None:
+def _tokenize(given: argparse.Namespace) -> None:
     from PIL import Image
 
     from vla_perception.sources import image_files
-    from vla_perception.tokenizer.presets import check_model
+    from vla_perception.tokenizer.checkpoints.open import check_model
 
     Image.MAX_IMAGE_PIXELS = None  # image_files has the bound that the user gave
-    for path in options.images:  # before anything that takes long, as importing PyTorch does
-        image_files.check(path, options.max_image_pixels)
-    _check_folder(options.out)
-    check_model(options.model, **choices(options))
+    for path in given.images:  # before anything that takes long, as importing PyTorch does
+        image_files.check(path, given.max_image_pixels)
+    _check_folder(given.out)
+    check_model(given.model, **model_options(given))
     with startup.Progress() as progress:
         progress("importing PyTorch and timm", begins=True)
         with startup.imports():
@@ -218,9 +215,9 @@ def _tokenize(options: argparse.Namespace) -> None:
             from vla_perception.tokenizer.tokenizer import VisualTokenizer
 
             limit_threads()
-        progress(f"loading {options.model}", begins=True)
+        progress(f"loading {given.model}", begins=True)
         tokenizer = VisualTokenizer.load(
-            options.model, device=options.device, compute_dtype=options.compute_dtype, **choices(options)
+            given.model, device=given.device, compute_dtype=given.compute_dtype, **model_options(given)
         )
     for note in tokenizer.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -228,17 +225,17 @@ def _tokenize(options: argparse.Namespace) -> None:
         print(f"note: {tokenizer.model} is a preset with random weights; its tokens mean nothing", file=sys.stderr)
     result = None
     with startup.Progress() as progress:
-        for index, path in enumerate(options.images):  # one at a time: however many there are, only their tokens add up
-            progress(f"encoding image {index + 1} of {len(options.images)}", begins=index == 0)
-            output = tokenizer(image_files.read(path, options.max_image_pixels), features=options.output == "features")
-            row = (output.features if options.output == "features" else output.tokens)[0]
+        for index, path in enumerate(given.images):  # one at a time: however many there are, only their tokens add up
+            progress(f"encoding image {index + 1} of {len(given.images)}", begins=index == 0)
+            output = tokenizer(image_files.read(path, given.max_image_pixels), features=given.output == "features")
+            row = (output.features if given.output == "features" else output.tokens)[0]
             if result is None:
-                result = torch.empty(len(options.images), *row.shape, dtype=row.dtype)
+                result = torch.empty(len(given.images), *row.shape, dtype=row.dtype)
             result[index] = row
-    metadata = tokenizer.metadata() | {"images": [str(path) for path in options.images]}
-    save_file({options.output: result}, options.out, metadata={"vla_perception": json.dumps(metadata, sort_keys=True)})
+    metadata = tokenizer.metadata() | {"images": [str(path) for path in given.images]}
+    save_file({given.output: result}, given.out, metadata={"vla_perception": json.dumps(metadata, sort_keys=True)})
     print(
-        f"{options.out}: {options.output} {list(result.shape)} {tokenizer.compute_dtype}, "
+        f"{given.out}: {given.output} {list(result.shape)} {tokenizer.compute_dtype}, "
         f"{tokenizer.model} ({tokenizer.weights} weights), fingerprint {tokenizer.fingerprint[:12]}"
     )
 
@@ -259,7 +256,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--runtime",
         default="auto",
-        choices=("auto", "eager", "onednn", "graph", "compile"),
+        choices=options.RUNTIMES,
         help="docs/performance.md says what they are (default: %(default)s)",
     )
     parser.add_argument(
@@ -281,25 +278,25 @@ def _numbers(text: str) -> list[int]:
     return numbers
 
 
-def _bench(options: argparse.Namespace) -> None:
-    from vla_perception.tokenizer.presets import check_model
+def _bench(given: argparse.Namespace) -> None:
+    from vla_perception.tokenizer.checkpoints.open import check_model
 
-    check_model(options.model)
-    if options.json is not None:
-        _check_folder(options.json)
+    check_model(given.model)
+    if given.json is not None:
+        _check_folder(given.json)
     with startup.Progress() as progress, startup.imports():
         progress("importing PyTorch, torchvision and timm", begins=True)
         from vla_perception import bench
 
     bench.run(
-        options.model,
-        device=options.device,
-        compute_dtype=options.compute_dtype,
-        runtime=options.runtime,
-        views=options.views,
-        baseline=options.baseline,
-        seconds=options.seconds,
-        json_file=options.json,
+        given.model,
+        device=given.device,
+        compute_dtype=given.compute_dtype,
+        runtime=given.runtime,
+        views=given.views,
+        baseline=given.baseline,
+        seconds=given.seconds,
+        json_file=given.json,
     )
 
 
@@ -320,21 +317,21 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_doctor)
 
 
-def _doctor(options: argparse.Namespace) -> int:
+def _doctor(given: argparse.Namespace) -> int:
     from vla_perception import doctor
 
     logging.getLogger("vla_perception").setLevel(logging.ERROR)  # what is assumed is among the findings
     findings = []
     with startup.Progress() as progress:
         progress("looking", begins=True)
-        for finding in doctor.examine(options.model, check=options.check):
+        for finding in doctor.examine(given.model, check=given.check):
             findings.append(finding)
             progress.clear()
-            if not options.json:
+            if not given.json:
                 print(finding, flush=True)
             progress(f"doctor: looked at {finding.subject}, goes on", begins=True)
     result = doctor.as_dict(findings)
-    if options.json:
+    if given.json:
         print(json.dumps(result, indent=2))
     return int(result["state"] == "fail")
 

@@ -295,7 +295,7 @@ def iceoryx2() -> Iterator[Finding]:
 
 
 def checkpoint(model: str) -> Iterator[Finding]:
-    from vla_perception.tokenizer.presets import check_model
+    from vla_perception.tokenizer.checkpoints.open import check_model
 
     try:
         check_model(model)

@@ -9,7 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vla_perception.tokenizer import PRESETS, cuda_graphs, dependent_launches, presets, tokenizer
+from vla_perception.tokenizer import PRESETS, cuda_graphs, dependent_launches, tokenizer
+from vla_perception.tokenizer.checkpoints import open as checkpoints
 
 
 class Recorder(TorchDispatchMode):
@@ -181,7 +182,7 @@ def install(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_releasePool", release, raising=False)
     monkeypatch.setattr(cuda_graphs, "_spare", {})
     monkeypatch.setattr(dependent_launches, "WANTED", False)  # of a GPU that the machine may have
-    for module in (presets, tokenizer):
+    for module in (checkpoints, tokenizer):
         monkeypatch.setattr(module, "PRESETS", {**PRESETS, "tiny-random": _narrow(PRESETS["tiny-random"])})
     monkeypatch.setattr(cuda_graphs, "_RUNS_BEFORE_CAPTURE", 1)  # takes a third of the time
     monkeypatch.setattr(cuda_graphs.time, "sleep", happened.slept.append)

@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from vla_perception import cli  # noqa: E402
 from vla_perception.tokenizer import VisualTokenizer, vits  # noqa: E402
-from vla_perception.tokenizer.checkpoints import files  # noqa: E402
-from vla_perception.tokenizer.checkpoints import timm_encoders as pretrained  # noqa: E402
-from vla_perception.tokenizer.cost import LanguageModel, as_text, describe, model_config  # noqa: E402
+from vla_perception.tokenizer.checkpoints import files, timm_encoders  # noqa: E402
+from vla_perception.tokenizer.checkpoints.open import read_config  # noqa: E402
+from vla_perception.tokenizer.cost import LanguageModel, as_text, describe  # noqa: E402
 from vla_perception.tokenizer.encoder import PatchEncoder  # noqa: E402
 from vla_perception.tokenizer.presets import PRESETS  # noqa: E402
 from vla_perception.tokenizer.timm_import import on_meta  # noqa: E402
@@ -45,14 +45,14 @@ def counted(function) -> int:
 )
 def test_operations_parameters_and_bytes_are_those_of_a_real_forward_pass(choices):
     tokenizer = VisualTokenizer.load("tiny-random", runtime="eager", **choices)
-    it = describe(model_config("tiny-random", **choices), views=2, dtype="float32")
+    it = describe(read_config("tiny-random", **choices), views=2, dtype="float32")
     pixels = tokenizer.preprocess([checkpoints.image(), checkpoints.image()])
     flops = counted(lambda: tokenizer.encode(pixels))
     assert 2 * it["flops_per_view"] == pytest.approx(flops, rel=0.01)
     output = tokenizer.encode(pixels)
     assert it["bytes"]["message"] == output.tokens.nbytes
     assert [it["tokens_per_view"], it["token_width"]] == list(output.tokens.shape[1:])
-    assert tuple(it["grid"]) == output.grid
+    assert tuple(it["grid"]) == tokenizer.grid
     network = tokenizer.network
     assert it["parameters"] == sum(parameter.numel() for parameter in network.parameters())
     assert it["bytes"]["weights"] == sum(parameter.nbytes for parameter in network.parameters())
@@ -60,13 +60,13 @@ def test_operations_parameters_and_bytes_are_those_of_a_real_forward_pass(choice
     assert it["bytes"]["pixel_values_per_view"] * 2 == sum(values.nbytes for values in pixels)
 
 
-@pytest.mark.parametrize("summary", [False, True])
+@pytest.mark.parametrize("cls_token", [False, True])
 @pytest.mark.parametrize("name", TINY)
-def test_operations_of_each_encoder(name, summary):
-    config = model_config(f"timm:{name}@96", token_strategy="cls+patch" if summary else "patch")
-    tower = PatchEncoder(config.encoders[0], summary=summary).eval()
+def test_operations_of_each_encoder(name, cls_token):
+    config = read_config(f"timm:{name}@96", token_strategy="cls+patch" if cls_token else "patch")
+    tower = PatchEncoder(config.encoders[0], cls_token=cls_token).eval()
     pixels = torch.zeros(1, 3, 96, 96)
-    flops = counted(lambda: tower.forward_both(pixels) if summary else tower(pixels))
+    flops = counted(lambda: tower.forward_both(pixels) if cls_token else tower(pixels))
     (encoder,) = describe(config)["encoders"]
     assert encoder["flops"] == pytest.approx(flops, rel=0.01)
     assert encoder["parameters"] == sum(parameter.numel() for parameter in tower.parameters())
@@ -76,11 +76,11 @@ def test_operations_of_each_encoder(name, summary):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_presets_encoders_are_timms(preset, strategy):
     """What is known of them without timm, and what timm builds."""
-    config = PRESETS[preset].choose(trained=False, token_strategy=strategy)
+    config = PRESETS[preset].with_options(trained=False, token_strategy=strategy)
     for encoder in config.encoders:
         with on_meta():
-            tower = PatchEncoder(encoder, summary=config.summary)
-        known, built = vits.by_name(encoder, config.summary), vits.of_module(tower)
+            tower = PatchEncoder(encoder, cls_token=config.cls_token)
+        known, built = vits.by_name(encoder, config.cls_token), vits.of_module(tower)
         assert replace(known, layers=()) == replace(built, layers=())
         assert sorted(map(astuple, known.layers)) == sorted(map(astuple, built.layers))
 
@@ -92,7 +92,7 @@ def test_other_encoders_are_not_guessed(change):
 
 def test_openvlas_own_numbers_from_torch_on_the_meta_device():
     """The whole of openvla-7b, too large to run here: torch's counter needs no values."""
-    from vla_perception.tokenizer.tokenizer import empty_network
+    from vla_perception.tokenizer.network import empty_network
 
     network = empty_network(PRESETS["openvla-7b"])
     pixels = [torch.empty(1, 3, 224, 224, device="meta")] * 2
@@ -137,18 +137,18 @@ def test_llama_2_has_the_width_of_its_mlp():
 
 
 def test_arithmetic_is_shown():
-    text = as_text(describe(model_config("prism-dinosiglip-384px")))
+    text = as_text(describe(read_config("prism-dinosiglip-384px")))
     assert "384 / 14 = 27.43 → 27 × 27 = 729; 6 pixels at the right and bottom not seen" in text
     assert "1024 + 1152 = 2176" in text
     assert "fused-gelu-mlp 2176 → 8704 → 4096 → 4096" in text
-    text = as_text(describe(model_config("base")))
+    text = as_text(describe(read_config("base")))
     assert "224 / 16 = 14 → 14 × 14 = 196" in text and "768 + 768 = 1536" in text
-    text = as_text(describe(model_config("openvla-7b", pool=4)))
+    text = as_text(describe(read_config("openvla-7b", pool=4)))
     assert "16 / 4 × 16 / 4 = 4 × 4 = 16 per view" in text
 
 
 def test_tokens_cost_the_language_model_more_than_in_proportion():
-    rows = describe(model_config("openvla-7b"), views=4, text_tokens=0)["downstream"]
+    rows = describe(read_config("openvla-7b"), views=4, text_tokens=0)["downstream"]
     cost = {(row["views"], row["pool"]): row for row in rows}
     assert {views for views, _ in cost} == {1, 2, 4} and {pool for _, pool in cost} == {1, 2, 4, 8}
     assert cost[4, 1]["visual_tokens"] == 4 * 256 and cost[4, 2]["visual_tokens"] == 256
@@ -163,18 +163,18 @@ def test_a_checkpoint_is_described_by_its_headers(tmp_path, monkeypatch):
     tensors = checkpoints.openvla_tensors(models, weights)
     folder = checkpoints.write(tmp_path / "model", tensors, timm_ids=TINY, sizes=(160, 160))
     monkeypatch.setattr(files.SafetensorsFile, "get", lambda *_: pytest.fail("a weight was read"))
-    it = describe(model_config(str(folder)))
+    it = describe(read_config(str(folder)))
     assert it["model"] == "model" and it["token_width"] == checkpoints.WIDTH
     assert it["grid"] == [10, 10] and len(it["encoders"]) == 2
 
 
 def test_timms_encoders_are_described_without_their_weights(monkeypatch):
-    monkeypatch.setattr(pretrained, "_download", lambda *_, **__: pytest.fail("something was fetched"))
+    monkeypatch.setattr(timm_encoders, "_download", lambda *_, **__: pytest.fail("something was fetched"))
     name = "timm:vit_base_patch14_reg4_dinov2.lvd142m@196+vit_base_patch16_siglip_224.webli"
-    it = describe(model_config(name))
+    it = describe(read_config(name))
     assert it["channels"] == 768 + 768 and it["tokens_per_view"] == 196
     assert it["projector"]["kind"] == "none" and "a projector of the policy's own" in as_text(it)
-    resized = describe(model_config(name, image_size=[0, 225]))
+    resized = describe(read_config(name, image_size=[0, 225]))
     assert [encoder["image_size"] for encoder in resized["encoders"]] == [196, 225]
 
 

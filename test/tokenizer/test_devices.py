@@ -8,8 +8,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 
 from vla_perception import cli  # noqa: E402
-from vla_perception.tokenizer import VisualTokenizer, devices  # noqa: E402
-from vla_perception.tokenizer import tokenizer as tokenizer_module  # noqa: E402
+from vla_perception.tokenizer import (  # noqa: E402
+    VisualTokenizer,
+    devices,
+    weights,  # noqa: E402
+)
 from vla_perception.tokenizer.devices import place  # noqa: E402
 
 first_that_works = devices._first_that_works  # conftest.py replaces it later where there is a GPU
@@ -149,13 +152,13 @@ def test_this_machine(monkeypatch):
 def test_a_tokenizer_is_loaded_into_the_gpu_in_bfloat16_unless_told_otherwise(machine, monkeypatch, caplog):
     machine(("A chip", (9, 0), None))
     asked = []
-    real = tokenizer_module._fill
+    real = weights._fill
 
-    def fill(network, names, tensors, digest, device, dtype):
+    def fill(network, tensors, digest, device, dtype):
         asked.append((device, dtype))
-        real(network, names, tensors, digest, torch.device("cpu"), dtype)  # there is none to fill
+        real(network, tensors, digest, torch.device("cpu"), dtype)  # there is none to fill
 
-    monkeypatch.setattr(tokenizer_module, "_fill", fill)
+    monkeypatch.setattr(weights, "_fill", fill)
     with caplog.at_level(logging.INFO, logger="vla_perception"):
         tokenizer = VisualTokenizer.load("tiny-random")
     assert asked == [(torch.device("cuda", 0), torch.bfloat16)]

@@ -345,7 +345,7 @@ def test_bench_holds_it_to_both_bars(share, cosine, within):
 
 
 def test_bars_are_the_same_everywhere():
-    assert bench.TOLERANCES.keys() == devices.COMPUTE_DTYPES.keys()
+    assert bench.TOLERANCES.keys() == devices.TORCH_DTYPES.keys()
     table = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert f"| `float8` | {bench.TOLERANCES['float8']:.1e}".replace("e-0", "e-") in table
     assert f"cosine of every token at least {bench.LOWEST_COSINES['float8']}" in table

@@ -14,8 +14,8 @@ from torch.nn import functional  # noqa: E402
 
 from vla_perception import cli  # noqa: E402
 from vla_perception.cli import main  # noqa: E402
-from vla_perception.tokenizer import PRESETS, EncoderConfig, ModelConfig, VisualTokenizer  # noqa: E402
-from vla_perception.tokenizer.tokenizer import empty_network  # noqa: E402
+from vla_perception.tokenizer import PRESETS, EncoderConfig, TokenizerConfig, VisualTokenizer  # noqa: E402
+from vla_perception.tokenizer.network import empty_network  # noqa: E402
 from vla_perception.tokens.subscriber import tokenize  # noqa: E402
 from vla_perception.tokens.visual_tokens import VisualTokens  # noqa: E402
 
@@ -28,7 +28,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """(timm's models, projector weights, a checkpoint of them)"""
-    # Both give a summary: DINOv2 a class token, test_vit3 (a small one of SigLIP's kind) by attention pooling.
+    # Both give a cls token: DINOv2 its class token, test_vit3 (a small one of SigLIP's kind) by attention pooling.
     models = checkpoints.towers()
     weights = checkpoints.projector(sum(model.embed_dim for model in models))
     folder = checkpoints.write(tmp_path_factory.mktemp("model") / "dual", checkpoints.openvla_tensors(models, weights))
@@ -143,7 +143,7 @@ def test_projectors(kind, widths):
     ],
 )
 def test_shapes_without_weights(name, choices, tokens, channels):
-    config = PRESETS[name].choose(trained=False, **choices)
+    config = PRESETS[name].with_options(trained=False, **choices)
     network = empty_network(config)
     with torch.device("meta"):
         pixels = [torch.empty(2, 3, encoder.image_size, encoder.image_size) for encoder in config.encoders]
@@ -155,30 +155,32 @@ def test_a_locked_model_locks_all_that_it_is_loaded_with():
     pytest.importorskip("rclpy")
     from vla_perception.nodes.visual_tokenizer.node import MODEL, SETTINGS
     from vla_perception.tokenizer import VisualTokenizer
-    from vla_perception.tokenizer.presets import ModelConfig
 
-    taken = {*inspect.signature(VisualTokenizer.load).parameters, *inspect.signature(ModelConfig.choose).parameters}
-    assert set(MODEL) == taken - {"self", "seed", "choices", "trained"}
+    taken = {
+        *inspect.signature(VisualTokenizer.load).parameters,
+        *inspect.signature(TokenizerConfig.with_options).parameters,
+    }
+    assert set(MODEL) == taken - {"self", "seed", "options", "trained"}
     assert all(not SETTINGS[name].live for name in MODEL)
 
 
 def test_the_node_and_the_command_offer_what_the_tokenizer_takes():
-    """They have lists of their own, because they start without torch (test_package.py)."""
+    """What can be chosen stands in options.py; what torch and arithmetic make of it, beside them."""
     pytest.importorskip("rclpy")
+    from vla_perception import options
     from vla_perception.nodes.visual_tokenizer.node import SETTINGS
-    from vla_perception.tokenizer import presets, runtime
-    from vla_perception.tokenizer.devices import COMPUTE_DTYPES
-    from vla_perception.tokens import visual_tokens as tokens
+    from vla_perception.tokenizer.cost import DTYPE_BYTES
+    from vla_perception.tokenizer.devices import TORCH_DTYPES
 
     taken = {
-        "token_strategy": presets.TOKEN_STRATEGIES,
-        "projector": presets.PROJECTORS,
-        "runtime": runtime.RUNTIMES,
-        "compute_dtype": ("auto", *COMPUTE_DTYPES),
+        "token_strategy": options.TOKEN_STRATEGIES,
+        "projector": options.PROJECTORS,
+        "runtime": options.RUNTIMES,
+        "compute_dtype": options.COMPUTE_DTYPES,
     }
+    assert options.COMPUTE_DTYPES == ("auto", *TORCH_DTYPES) and options.TOKEN_DTYPES == tuple(DTYPE_BYTES)
     node = {name: tuple(filter(None, SETTINGS[name].choices)) for name in taken}  # "" is the model's own
     assert node == taken
-    assert tokens.TOKEN_STRATEGIES == presets.TOKEN_STRATEGIES
     commands = argparse.ArgumentParser().add_subparsers()
     for add in (cli._add_tokenize, cli._add_describe, cli._add_bench):
         add(commands)
@@ -194,7 +196,7 @@ def test_the_node_and_the_command_offer_what_the_tokenizer_takes():
         ("tokenize", "compute_dtype"): taken["compute_dtype"],
         ("describe", "token_strategy"): taken["token_strategy"],
         ("describe", "projector"): taken["projector"],
-        ("describe", "dtype"): tuple(presets.DTYPE_BYTES),
+        ("describe", "dtype"): options.TOKEN_DTYPES,
         ("bench", "compute_dtype"): taken["compute_dtype"],
         ("bench", "runtime"): taken["runtime"],
     }
@@ -215,7 +217,7 @@ def test_the_node_and_the_command_offer_what_the_tokenizer_takes():
     ],
 )
 def test_an_image_size_of_0_is_the_models_own(given, sizes):
-    config = PRESETS["tiny-random"].choose(trained=False, image_size=given)
+    config = PRESETS["tiny-random"].with_options(trained=False, image_size=given)
     assert [encoder.image_size for encoder in config.encoders] == sizes
 
 
@@ -252,9 +254,9 @@ def test_choices_that_make_no_sense_say_why(model, choices, words):
         VisualTokenizer.load(model[2], **choices)
 
 
-def test_a_summary_from_an_encoder_that_has_none():
+def test_a_cls_token_from_an_encoder_that_has_none():
     encoder = EncoderConfig("siglip", "vit_base_patch16_siglip_gap_224", 224, (0.5,) * 3, (0.5,) * 3)  # pools by mean
-    config = ModelConfig("gap", (encoder,), "none", 0, token_strategy="cls")
+    config = TokenizerConfig("gap", (encoder,), "none", 0, token_strategy="cls")
     with pytest.raises(ValueError, match="has neither a class token that is used nor an attention-pooling head"):
         empty_network(config)
 

@@ -13,8 +13,7 @@ from PIL import Image  # noqa: E402
 from torchvision.transforms import functional  # noqa: E402
 
 from vla_perception.tokenizer import preprocess as preprocess_module  # noqa: E402
-from vla_perception.tokenizer.preprocess import Preprocessor, source_to_grid  # noqa: E402
-from vla_perception.tokenizer.presets import (  # noqa: E402
+from vla_perception.tokenizer.config import (  # noqa: E402
     HALF,
     IMAGENET_MEAN,
     IMAGENET_MEAN_BF16,
@@ -22,6 +21,7 @@ from vla_perception.tokenizer.presets import (  # noqa: E402
     IMAGENET_STD_BF16,
     EncoderConfig,
 )
+from vla_perception.tokenizer.preprocess import Preprocessor, source_to_grid  # noqa: E402
 
 SIZES = [(480, 640), (640, 480), (224, 224), (100, 37), (97, 223), (720, 1281), (225, 224), (31, 500), (1, 9)]
 STATISTICS = [(IMAGENET_MEAN_BF16, IMAGENET_STD_BF16), (IMAGENET_MEAN, IMAGENET_STD), (HALF, HALF)]

@@ -10,9 +10,9 @@ from PIL import Image  # noqa: E402
 from test_preprocess import SIZES, STATISTICS, reference  # noqa: E402
 
 from vla_perception.tokenizer import preprocess_gpu as device_preprocess  # noqa: E402
+from vla_perception.tokenizer.config import HALF, EncoderConfig  # noqa: E402
 from vla_perception.tokenizer.preprocess import Preprocessor  # noqa: E402
 from vla_perception.tokenizer.preprocess_gpu import FILTERS, DevicePreprocessor  # noqa: E402
-from vla_perception.tokenizer.presets import HALF, EncoderConfig  # noqa: E402
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -10,10 +10,10 @@ triton = pytest.importorskip("triton", reason="this PyTorch comes without Triton
 from test_preprocess import STATISTICS, reference  # noqa: E402
 
 from vla_perception.tokenizer import preprocess_kernels  # noqa: E402
+from vla_perception.tokenizer.config import HALF, EncoderConfig  # noqa: E402
 from vla_perception.tokenizer.image_layout import memory_of  # noqa: E402
 from vla_perception.tokenizer.preprocess import Preprocessor  # noqa: E402
 from vla_perception.tokenizer.preprocess_gpu import FILTERS, DevicePreprocessor  # noqa: E402
-from vla_perception.tokenizer.presets import HALF, EncoderConfig  # noqa: E402
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])

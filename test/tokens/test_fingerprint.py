@@ -18,7 +18,7 @@ WEIGHTS, OTHER = "12" * 32, "34" * 32
 
 def made(model="openvla-7b", weights=WEIGHTS, **choices):
     """(fingerprint as the tokenizer computes it, its inputs as they come out of a message)."""
-    settings = presets.PRESETS[model].choose(trained=False, **choices).settings()
+    settings = presets.PRESETS[model].with_options(trained=False, **choices).settings()
     return fingerprint(weights, settings), json.loads(json.dumps({"settings": settings, "weights": weights}))
 
 

@@ -280,8 +280,8 @@ def test_tokens_that_are_no_numbers_are_refused_in_process_too(tokenizer):
 def test_places_through_resize_pooling_and_uncovered_pixels(strategy, pool):
     """A pixel and its token against the preprocessing itself: a bright dot is followed to its 14-pixel patch."""
     pytest.importorskip("timm")
+    from vla_perception.tokenizer.config import EncoderConfig
     from vla_perception.tokenizer.preprocess import resize, source_to_grid
-    from vla_perception.tokenizer.presets import EncoderConfig
 
     # 384 / 14: 27 patches, 6 pixels at the right and the bottom that no token sees.
     config = EncoderConfig("siglip", "x", 384, (0.5,) * 3, (0.5,) * 3, strategy, letterbox_fill=(0, 0, 0))
@@ -331,7 +331,7 @@ def test_places_through_everything_that_the_tokenizer_does(tokenizer, steps, str
     from dataclasses import replace
 
     from vla_perception.tokenizer import VisualTokenizer
-    from vla_perception.tokenizer.tokenizer import empty_network
+    from vla_perception.tokenizer.network import empty_network
 
     chosen = VisualTokenizer.from_preset("tiny-random", prepare=steps, token_strategy="cls+patch", pool=2).config
     encoders = tuple(

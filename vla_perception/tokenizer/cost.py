@@ -7,20 +7,16 @@ Multiplications and additions of matrix products and attention are counted as tw
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from types import MappingProxyType
 
-from vla_perception.tokenizer.presets import (
-    DTYPE_BYTES,
-    PRESETS,
-    EncoderConfig,
-    ModelConfig,
-    encoder_name,
-    per_encoder,
-    projector_widths,
-)
+from vla_perception.options import tokens_per_view
+from vla_perception.tokenizer.config import EncoderConfig, TokenizerConfig, projector_widths
 from vla_perception.tokenizer.vits import Vit, by_name, of_module
+
+#: Bytes of a number, for each of `options.TOKEN_DTYPES`.
+DTYPE_BYTES = MappingProxyType({"float32": 4, "bfloat16": 2, "float16": 2})
 
 
 @dataclass(frozen=True)
@@ -83,38 +79,8 @@ class LanguageModel:
         }
 
 
-def model_config(model: str, *, image_size: int | Sequence[int] | None = None, **choices: object) -> ModelConfig:
-    """The configuration of whatever `VisualTokenizer.load` takes, with a user's choices; reads no weights.
-
-    Of a Hugging Face id its configuration files are fetched, of a checkpoint the headers are read.
-
-    Raises:
-        ValueError: no such model, or choices that make no sense; CheckpointError for unusable files.
-    """
-    if model in PRESETS and not Path(model).is_dir():
-        return PRESETS[model].choose(trained=False, image_size=image_size, **choices)
-
-    from vla_perception.tokenizer.checkpoints import hub
-    from vla_perception.tokenizer.checkpoints import open as layouts
-    from vla_perception.tokenizer.checkpoints import timm_encoders as pretrained
-    from vla_perception.tokenizer.checkpoints.files import exists, local_path
-
-    if exists(local_path(model)):
-        config = layouts.open_checkpoint(model).config
-    elif pretrained.is_name(model):
-        return _timm_config(model, image_size).choose(trained=True, **choices)
-    elif hub.is_id(model):
-        config = layouts.read_config(hub.fetch_configuration(model))
-    else:
-        raise ValueError(
-            f"{model!r} is neither a checkpoint here, nor a preset ({', '.join(PRESETS)}), nor the name of timm's "
-            "encoders, nor a Hugging Face id"
-        )
-    return config.choose(trained=True, image_size=image_size, **choices)
-
-
 def describe(
-    config: ModelConfig,
+    config: TokenizerConfig,
     *,
     views: int = 1,
     rate_hz: float = 30.0,
@@ -145,7 +111,8 @@ def describe(
     vits = _vits(config)
     rows, columns = config.joint_grid({encoder.name: vit.grid for encoder, vit in zip(config.encoders, vits)})
     encoders = [_encoder(encoder, vit, config) for encoder, vit in zip(config.encoders, vits)]
-    projected, tokens = _count(config, rows * columns, 1), _count(config, rows * columns, config.pool)
+    projected = tokens_per_view(config.token_strategy, rows * columns)
+    tokens = tokens_per_view(config.token_strategy, rows * columns // config.pool**2)
     channels = sum(encoder["channels"] for encoder in encoders)
     widths = projector_widths(config.projector, channels, config.output_channels)
     layers = list(zip(widths, widths[1:]))
@@ -199,39 +166,17 @@ def as_text(description: dict) -> str:
     return "\n".join(_lines(description)) + "\n"
 
 
-def _timm_config(model: str, image_size: int | Sequence[int] | None) -> ModelConfig:
-    """As `pretrained.open_encoders` would have it, without its weights; local and hub forms are opened by it."""
-    from vla_perception.tokenizer.checkpoints import timm_encoders as pretrained
-    from vla_perception.tokenizer.timm_import import get_pretrained_cfg, is_model, timm
-
-    if ":" in model.removeprefix("timm:") or "=" in model:
-        return pretrained.open_encoders(model, image_size).config
-    parts = model.removeprefix("timm:").split("+")
-    encoders: list[EncoderConfig] = []
-    for part, size in zip(parts, per_encoder(image_size, len(parts))):
-        name, _, own = part.partition("@")
-        facts = get_pretrained_cfg(name) if is_model(name.split(".")[0]) else None
-        if facts is None:
-            raise ValueError(f"timm {timm.__version__} does not know the encoder {name!r}; check the name")
-        short = encoder_name(name)
-        if short in {encoder.name for encoder in encoders}:
-            short = f"{short}_{len(encoders) + 1}"
-        side = size or (int(own) if own.isdecimal() else int(facts.input_size[-1]))
-        encoders.append(EncoderConfig(short, name, side, facts.mean, facts.std))
-    return ModelConfig("+".join(encoder.timm_id for encoder in encoders), tuple(encoders), "none", 0)
-
-
-def _vits(config: ModelConfig) -> list[Vit]:
+def _vits(config: TokenizerConfig) -> list[Vit]:
     """Each encoder: a preset's from the table, others as timm builds them, without memory."""
-    vits = [by_name(encoder, config.summary) for encoder in config.encoders]
-    if None in vits:
-        from vla_perception.tokenizer.tokenizer import empty_network
+    known = [vit for encoder in config.encoders if (vit := by_name(encoder, config.cls_token))]
+    if len(known) == len(config.encoders):
+        return known
+    from vla_perception.tokenizer.network import empty_network
 
-        vits = [of_module(tower) for tower in empty_network(config).encoders.values()]
-    return vits
+    return [of_module(tower) for tower in empty_network(config).towers]
 
 
-def _encoder(encoder: EncoderConfig, vit: Vit, config: ModelConfig) -> dict:
+def _encoder(encoder: EncoderConfig, vit: Vit, config: TokenizerConfig) -> dict:
     rows, columns = vit.grid
     tokens = rows * columns + vit.prefix_tokens
     flops = sum(2 * layer.count * layer.inputs * layer.outputs for layer in vit.layers)
@@ -246,7 +191,7 @@ def _encoder(encoder: EncoderConfig, vit: Vit, config: ModelConfig) -> dict:
         "unseen_pixels": encoder.image_size - rows * vit.patch_size,
         "channels": vit.channels,
         "blocks": vit.blocks,
-        "blocks_left_out": 0 if config.summary else 1,
+        "blocks_left_out": 0 if config.cls_token else 1,
         "heads": vit.heads,
         "prefix_tokens": vit.prefix_tokens,
         "parameters": vit.parameters,
@@ -255,20 +200,14 @@ def _encoder(encoder: EncoderConfig, vit: Vit, config: ModelConfig) -> dict:
     }
 
 
-def _count(config: ModelConfig, patches: int, pool: int) -> int:
-    """Tokens of a view."""
-    pooled = patches // pool**2
-    return {"patch": pooled, "cls": 1, "cls+patch": 1 + pooled}[config.token_strategy]
-
-
-def _pools(config: ModelConfig, rows: int, columns: int) -> list[int]:
+def _pools(config: TokenizerConfig, rows: int, columns: int) -> list[int]:
     if config.token_strategy == "cls":
         return [1]
     return [k for k in range(1, min(rows, columns) // 2 + 1) if rows % k == columns % k == 0]
 
 
 def _downstream(
-    config: ModelConfig,
+    config: TokenizerConfig,
     grid: tuple[int, int],
     width: int,
     views: int,
@@ -277,7 +216,7 @@ def _downstream(
     model: LanguageModel,
     element: int,
 ) -> dict:
-    tokens = views * _count(config, grid[0] * grid[1], pool)
+    tokens = views * tokens_per_view(config.token_strategy, grid[0] * grid[1] // pool**2)
     flops, attention = model.prefill(tokens + text)
     return {
         "views": views,
@@ -371,13 +310,13 @@ def _patches(encoder: dict) -> str:
 def _tokens(it: dict) -> str:
     rows, columns = it["grid"]
     if it["token_strategy"] == "cls":
-        return f"1 per view, the summary, {it['token_width']} wide"
+        return f"1 per view, the cls token, {it['token_width']} wide"
     text = f"{rows} × {columns} = {rows * columns}"
     if it["pool"] > 1:
         pool = it["pool"]
         text = f"{rows * pool} / {pool} × {columns * pool} / {pool} = {text}"
     if it["token_strategy"] == "cls+patch":
-        text = f"1 summary + {text} patches, {it['tokens_per_view']}"
+        text = f"1 cls token + {text} patches, {it['tokens_per_view']}"
     return f"{text} per view, {it['token_width']} wide, row by row"
 
 

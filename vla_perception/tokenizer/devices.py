@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 #: Name → dtype of weights and results; those of ``float8`` are float8 within the encoders' blocks alone (float8.py).
-COMPUTE_DTYPES = {
+TORCH_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -33,7 +33,7 @@ class Placement:
 
     Attributes:
         device: a device on which an operation has succeeded.
-        compute_dtype: a key of `COMPUTE_DTYPES`.
+        compute_dtype: a key of `TORCH_DTYPES`.
         reason: why it is these, as part of a sentence.
         warnings: sentences about what this choice costs, or what keeps a GPU from being used.
     """
@@ -45,7 +45,7 @@ class Placement:
 
     @property
     def dtype(self) -> torch.dtype:
-        return COMPUTE_DTYPES[self.compute_dtype]
+        return TORCH_DTYPES[self.compute_dtype]
 
     def __str__(self) -> str:
         return f"{self.device} in {self.compute_dtype}: {self.reason}"
@@ -56,14 +56,14 @@ def place(device: str = "auto", compute_dtype: str = "auto") -> Placement:
 
     Args:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; other devices of PyTorch's are taken as they are.
-        compute_dtype: ``auto``, or a key of `COMPUTE_DTYPES`. ``auto`` is bfloat16 on CUDA from compute capability 8.0
+        compute_dtype: ``auto``, or a key of `TORCH_DTYPES`. ``auto`` is bfloat16 on CUDA from compute capability 8.0
             (Ampere) on, float16 before, and float32 on a CPU; never float8.
 
     Raises:
         ValueError: no such precision, not on this device, or a device that does not work; says why.
     """
-    if compute_dtype != "auto" and compute_dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"unknown compute dtype {compute_dtype!r}; choose one of auto, {', '.join(COMPUTE_DTYPES)}")
+    if compute_dtype != "auto" and compute_dtype not in TORCH_DTYPES:
+        raise ValueError(f"unknown compute dtype {compute_dtype!r}; choose one of auto, {', '.join(TORCH_DTYPES)}")
     if device == "auto":
         target, reason, warnings = _first_that_works()
     else:

@@ -1,9 +1,9 @@
-"""One timm vision transformer → patch features on a grid, and its summary of the image where that is wanted.
+"""One timm vision transformer → patch features on a grid, and its cls token where that is wanted.
 
 Patch features as prismatic-vlms takes them: the output of the second-to-last block, without the final norm, prefix
-tokens (class token, registers) sliced off. The last block, final norm and pooling head matter for the summary alone
-and are not built otherwise. The summary is what the encoder was trained to give: the class token after the last
-block and norm (DINOv2), or what the attention-pooling head makes of all patches there (SigLIP).
+tokens (class token, registers) sliced off. The last block, final norm and pooling head matter for the cls token alone
+and are not built otherwise. The cls token is the one vector that the encoder was trained to give for the image: DINOv2's
+class token after the last block and norm, or what SigLIP's attention-pooling head makes of all patches there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vla_perception.tokenizer.checkpoints.model_args import check_architecture
-from vla_perception.tokenizer.presets import MAX_PATCHES, EncoderConfig
+from vla_perception.tokenizer.config import MAX_PATCHES, EncoderConfig
 from vla_perception.tokenizer.timm_import import VisionTransformer, create_model, timm
 
 
@@ -22,7 +22,7 @@ class PatchEncoder(nn.Module):
     """Patch features of one encoder.
 
     Args:
-        summary: build what the summary takes, too.
+        cls_token: build what the cls token takes, too.
 
     Attributes:
         grid: (rows, columns) of the patches; pixels beyond the last whole patch are not seen.
@@ -31,10 +31,10 @@ class PatchEncoder(nn.Module):
         patch_size: side of a patch in pixels of the encoder's input.
     """
 
-    def __init__(self, config: EncoderConfig, summary: bool = False) -> None:
+    def __init__(self, config: EncoderConfig, cls_token: bool = False) -> None:
         """Builds the module on the current default device; `torch.device("meta")` allocates nothing."""
         super().__init__()
-        self.summary = summary
+        self.cls_token = cls_token
         self.config = config
         name = check_architecture(config.timm_id.split(".")[0], f"encoder {config.name!r}")
         try:
@@ -54,14 +54,14 @@ class PatchEncoder(nn.Module):
                 f"at most {MAX_PATCHES} are encoded"
             )
         self.layer = len(vit.blocks) - 2
-        if not summary:
+        if not cls_token:
             vit.blocks = vit.blocks[:-1]
             vit.norm = nn.Identity()
             vit.fc_norm = nn.Identity()
             vit.attn_pool = None
         elif not (vit.global_pool == "map" or (vit.global_pool == "token" and vit.has_class_token)):
             raise ValueError(
-                f"{config.timm_id!r} was trained to give no summary: it has neither a class token that is used nor an "
+                f"{config.timm_id!r} was trained to give no cls token: it has neither a class token that is used nor an "
                 f"attention-pooling head (its pooling is {vit.global_pool!r}); take token_strategy patch"
             )
         self.vit = vit
@@ -71,11 +71,11 @@ class PatchEncoder(nn.Module):
         self._prefix: int = vit.num_prefix_tokens
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[views, 3, side, side] → patch features, [views, rows * columns, channels]; needs no summary."""
+        """[views, 3, side, side] → patch features, [views, rows * columns, channels]; needs no cls token."""
         return self.vit.forward_features(pixel_values)[:, self._prefix :]
 
     def forward_both(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[views, 3, side, side] → patch features, and the summary [views, 1, channels]."""
+        """[views, 3, side, side] → patch features, and the cls token [views, 1, channels]."""
         final, (patches,) = self.vit.forward_intermediates(
             pixel_values, indices=[self.layer], norm=False, output_fmt="NLC"
         )
@@ -83,5 +83,5 @@ class PatchEncoder(nn.Module):
         return patches, self.vit.forward_head(final).unsqueeze(1)
 
     def parts(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[views, 3, side, side] → patch features, and the summary where it is built."""
-        return self.forward_both(pixel_values) if self.summary else (self(pixel_values),)
+        """[views, 3, side, side] → patch features, and the cls token where it is built."""
+        return self.forward_both(pixel_values) if self.cls_token else (self(pixel_values),)

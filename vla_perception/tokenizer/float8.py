@@ -107,7 +107,7 @@ def quantize_encoders(network: nn.Module) -> None:
                 f"compute_dtype float8 needs widths that are multiples of 16, and those of encoder {name} are "
                 f"{', '.join(map(str, sorted(widths)))}; choose bfloat16"
             )
-        # With a summary the layer that patch features are taken from is not the last one.
+        # With a cls token the layer that patch features are taken from is not the last one.
         last = {encoder.layer, len(blocks) - 1}
         try:
             with _on(blocks[0].norm1.weight.device):

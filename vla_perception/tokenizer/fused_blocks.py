@@ -150,7 +150,7 @@ def fuse_blocks(network: nn.Module, dtype: torch.dtype) -> str:
             reasons.append(f"{encoder.config.name}: {type(error).__name__}: {text[:300]}")
             continue
         for index, block in enumerate(blocks):
-            # With a summary the layer that patch features are taken from is not the last one.
+            # With a cls token the layer that patch features are taken from is not the last one.
             blocks[index] = FusedBlock(block, hand_on=index not in (encoder.layer, len(blocks) - 1))
     return "; ".join(reasons)
 

@@ -27,9 +27,10 @@ from types import MappingProxyType
 import numpy as np
 from PIL import Image
 
+from vla_perception.options import IMAGE_TRANSFORMS
+
 #: Row-major 2 × 3 map of image coordinates, in which pixel i covers [i, i + 1).
 Affine = tuple[float, float, float, float, float, float]
-STEPS = ("rotate180", "region", "jpeg", "lanczos3", "center_crop_tf", "center_crop_pil")
 #: Steps that only look at an image differently.
 VIEWS = ("rotate180", "region")
 #: Bytes of an image from which on its JPEG round trip takes longer than starting a thread.
@@ -119,7 +120,7 @@ def parse_step(text: str, image_sizes: Sequence[int] = ()) -> Step:
         )
     if name == "center_crop_pil" and not argument:
         return Step(name, _center_crop_pil, _map_center_crop_pil)
-    raise ValueError(f"unknown prepare step {text!r}; choose from {', '.join(STEPS)}")
+    raise ValueError(f"unknown prepare step {text!r}; choose from {', '.join(IMAGE_TRANSFORMS)}")
 
 
 class Prepare:

@@ -16,7 +16,7 @@ import PIL
 import torch
 from PIL import Image
 
-from vla_perception.tokenizer.presets import EncoderConfig
+from vla_perception.tokenizer.config import EncoderConfig
 
 #: Pixels of a padded or scaled image; PIL takes 4 bytes for each.
 _MAX_PIXELS = 1 << 28

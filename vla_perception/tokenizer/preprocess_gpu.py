@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from vla_perception.tokenizer.config import EncoderConfig
 from vla_perception.tokenizer.image_layout import Layout, memory_of
 from vla_perception.tokenizer.image_transforms import Step, parse_step
 from vla_perception.tokenizer.preprocess import (
@@ -33,7 +34,6 @@ from vla_perception.tokenizer.preprocess import (
     normalization_table,
     resized_size,
 )
-from vla_perception.tokenizer.presets import EncoderConfig
 from vla_perception.tokenizer.upload import upload
 
 if TYPE_CHECKING:

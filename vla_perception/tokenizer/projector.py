@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from vla_perception.tokenizer.presets import projector_widths
+from vla_perception.tokenizer.config import projector_widths
 
 
 class Projector(nn.Module):

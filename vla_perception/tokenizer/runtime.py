@@ -27,13 +27,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from vla_perception.options import RUNTIMES
 from vla_perception.tokenizer.float8 import quantize_encoders
 from vla_perception.tokenizer.fused_blocks import fuse_blocks, patches_as_products, replace_modules, scale_in_one
 from vla_perception.tokenizer.preprocess_gpu import PreprocessPlan
 
 log = logging.getLogger(__name__)
-
-RUNTIMES = ("auto", "eager", "onednn", "graph", "compile")
 
 Branch = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 

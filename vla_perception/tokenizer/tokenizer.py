@@ -5,33 +5,31 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
 
-from vla_perception.tokenizer.checkpoints.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    WeightsDigest,
-    fingerprint,
-    merged,
-)
-from vla_perception.tokenizer.checkpoints.open import open_model
-from vla_perception.tokenizer.devices import COMPUTE_DTYPES, Placement, place
-from vla_perception.tokenizer.encoder import PatchEncoder
+from vla_perception.options import tokens_per_view
+from vla_perception.tokenizer.checkpoints import CheckpointError
+from vla_perception.tokenizer.checkpoints.checkpoint import fingerprint
+from vla_perception.tokenizer.checkpoints.open import check_model, is_preset, open_model
+from vla_perception.tokenizer.config import TokenizerConfig
+from vla_perception.tokenizer.devices import TORCH_DTYPES, Placement, place
 from vla_perception.tokenizer.image_transforms import Prepare, Step, compose
+from vla_perception.tokenizer.network import TokenizerNetwork, empty_network
 from vla_perception.tokenizer.preprocess import Preprocessor, source_to_grid
 from vla_perception.tokenizer.preprocess_gpu import FILTERS, DevicePreprocessor
-from vla_perception.tokenizer.presets import PRESETS, ModelConfig, check_model
-from vla_perception.tokenizer.projector import Projector
+from vla_perception.tokenizer.presets import PRESETS
 from vla_perception.tokenizer.runtime import make_runtime
-from vla_perception.tokenizer.timm_import import on_meta
+from vla_perception.tokenizer.weights import draw_random, load_checkpoint
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from vla_perception.tokenizer.config import TokenizerOptions
 
 log = logging.getLogger(__name__)
 
@@ -43,65 +41,10 @@ class TokenizerOutput:
     Attributes:
         tokens: [views, tokens, channels] in the compute dtype, on the tokenizer's device.
         features: [views, tokens, encoder channels], before the projector; None unless asked for.
-        grid: (rows, columns); patch tokens run row by row.
     """
 
     tokens: torch.Tensor
     features: torch.Tensor | None
-    grid: tuple[int, int]
-
-
-class _Network(nn.Module):
-    """Encoders, concatenation along channels, projector, pooling."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.encoders = nn.ModuleDict(
-            {encoder.name: PatchEncoder(encoder, summary=config.summary) for encoder in config.encoders}
-        )
-        self.patch_grid = config.joint_grid({name: encoder.grid for name, encoder in self.encoders.items()})
-        channels = sum(encoder.channels for encoder in self.encoders.values())
-        self.projector = Projector(config.projector, channels, config.output_channels)
-
-    def canonical_tensors(self) -> dict[str, str]:
-        """Canonical tensor name → name in this module's state dict."""
-        names = {}
-        for name in self.state_dict():
-            if name.startswith("encoders."):
-                names[re.sub(r"^encoders\.([^.]+)\.vit\.", r"\1.", name)] = name
-            else:
-                names[name] = name
-        return names
-
-    def forward(self, pixel_values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """One [views, 3, side, side] per encoder → features and tokens, [views, tokens, channels] each."""
-        return self.join([branch(pixels) for branch, pixels in zip(self.branches(), pixel_values)])
-
-    def branches(self) -> list[Callable[[torch.Tensor], tuple[torch.Tensor, ...]]]:
-        """What can run side by side, in the order of the encoders: pixel values → `PatchEncoder.parts`."""
-        return [encoder.parts for encoder in self.encoders.values()]
-
-    def join(self, parts: Sequence[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The branches' results → features and tokens."""
-        if self.config.token_strategy == "cls":
-            features = torch.cat([summary for _, summary in parts], dim=-1)
-        else:
-            # [patches], or [patches, summary], of all encoders; the summary goes in front.
-            joined = [torch.cat(values, dim=-1) for values in zip(*parts)]
-            features = joined[0] if len(joined) == 1 else torch.cat(joined[::-1], dim=1)
-        tokens = self.projector(features)
-        return self._pooled(features), self._pooled(tokens)
-
-    def _pooled(self, values: torch.Tensor) -> torch.Tensor:
-        """Averages k × k neighbouring patches; a summary in front stays as it is."""
-        k = self.config.pool
-        if k == 1:
-            return values
-        rows, columns = self.patch_grid
-        in_front = values.shape[1] - rows * columns
-        patches = values[:, in_front:].unflatten(1, (rows // k, k, columns // k, k)).mean((2, 4)).flatten(1, 2)
-        return torch.cat([values[:, :in_front], patches], dim=1)
 
 
 class VisualTokenizer:
@@ -110,11 +53,11 @@ class VisualTokenizer:
     Computes what OpenVLA's vision backbone and projector compute (Kim et al., 2024, after Karamcheti et al.,
     "Prismatic VLMs", 2024). Use `load`, `from_checkpoint` or `from_preset` to make one.
 
-    All three take the same choices, by keyword; `ModelConfig.choose` has their meaning: ``encoders``,
+    All three take the same options, by keyword; `TokenizerConfig.with_options` has their meaning: ``encoders``,
     ``token_strategy``, ``projector``, ``pool``, ``image_size``, ``prepare``.
 
     Attributes:
-        config: the model's configuration, choices included.
+        config: the model's configuration, options included.
         model: its name.
         weights: ``"checkpoint"`` or ``"random"``.
         notes: sentences for the user about where the weights come from.
@@ -130,8 +73,8 @@ class VisualTokenizer:
 
     def __init__(
         self,
-        config: ModelConfig,
-        network: _Network,
+        config: TokenizerConfig,
+        network: TokenizerNetwork,
         *,
         weights: str,
         weights_digest: str,
@@ -145,7 +88,7 @@ class VisualTokenizer:
         self.notes = tuple(notes)
         self.compute_dtype = compute_dtype
         self.device = next(network.parameters()).device
-        self._dtype = COMPUTE_DTYPES[compute_dtype]
+        self._dtype = TORCH_DTYPES[compute_dtype]
         self.network = network
         self._runtime = make_runtime(runtime, network, self.device, self._dtype, compute_dtype == "float8")
         self._prepare = Prepare(config.prepare)
@@ -153,11 +96,11 @@ class VisualTokenizer:
         self._preprocessor = (
             DevicePreprocessor(config.encoders, self.device) if on_device else Preprocessor(config.encoders)
         )
-        self._towers: list[PatchEncoder] = list(network.encoders.values())  # type: ignore[arg-type]
+        self._towers = network.towers
         rows, columns = network.patch_grid
         self.grid: tuple[int, int] = (rows // config.pool, columns // config.pool)
-        self.feature_channels: int = sum(encoder.channels for encoder in self._towers)
-        self.channels: int = network.projector.channels
+        self.feature_channels = network.feature_channels
+        self.channels = network.channels
         self.weights_digest = weights_digest
         self.fingerprint = fingerprint(weights_digest, config.settings())
 
@@ -171,7 +114,7 @@ class VisualTokenizer:
         runtime: str = "auto",
         seed: int = 0,
         adapter: str | os.PathLike | None = None,
-        **choices: object,
+        **options: Unpack[TokenizerOptions],
     ) -> VisualTokenizer:
         """A preset's name for random weights (drawn from `seed`), or anything that `from_checkpoint` takes.
 
@@ -180,16 +123,16 @@ class VisualTokenizer:
             runtime: how the network runs on the device, one of `runtime.RUNTIMES`.
 
         Raises:
-            ValueError: neither of the two, a wrong device, dtype or runtime, choices that make no sense;
+            ValueError: neither of the two, a wrong device, dtype or runtime, options that make no sense;
                 CheckpointError for unusable files.
         """
-        if str(model) in PRESETS and not Path(model).is_dir():
-            check_model(str(model), adapter, **choices)
+        if is_preset(model):
+            check_model(str(model), adapter, **options)
             return cls.from_preset(
-                str(model), seed=seed, device=device, compute_dtype=compute_dtype, runtime=runtime, **choices
+                str(model), seed=seed, device=device, compute_dtype=compute_dtype, runtime=runtime, **options
             )
         return cls.from_checkpoint(
-            model, adapter=adapter, device=device, compute_dtype=compute_dtype, runtime=runtime, **choices
+            model, adapter=adapter, device=device, compute_dtype=compute_dtype, runtime=runtime, **options
         )
 
     @classmethod
@@ -201,7 +144,7 @@ class VisualTokenizer:
         device: str = "auto",
         compute_dtype: str = "auto",
         runtime: str = "auto",
-        **choices: object,
+        **options: Unpack[TokenizerOptions],
     ) -> VisualTokenizer:
         """Vision backbone and projector of what people have on disk (docs/models.md).
 
@@ -215,42 +158,23 @@ class VisualTokenizer:
 
         Raises:
             CheckpointError: files are missing, damaged, or do not fit; lists the tensors at fault.
-            ValueError: choices that make no sense; says why.
+            ValueError: options that make no sense; says why.
         """
         placement = _place(device, compute_dtype)
-        checkpoint, resizable = open_model(model, adapter, choices.get("image_size"))
+        checkpoint, resizable = open_model(model, adapter, options.get("image_size"))
         if resizable:  # its position embeddings are resampled already
-            choices.pop("image_size", None)
-        config = checkpoint.config.choose(trained=True, **choices)
+            options.pop("image_size", None)
+        config = checkpoint.config.with_options(trained=True, **options)
         try:
             network = empty_network(config)
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.path}: {error}") from error
-        names = network.canonical_tensors()
-        state = network.state_dict()
-        shapes = {name: tuple(state[inner].shape) for name, inner in names.items()}
-        checkpoint.check(shapes, _is_unused(network, checkpoint))
-
-        cache = checkpoint.digest_cache(names)
-        known = _cached_digest(cache)
-        digest = None if re.fullmatch("[0-9a-f]{64}", known) else WeightsDigest()
-        _fill(network, names, checkpoint.read(names), digest, placement.device, placement.dtype)
-        checkpoint.check_unchanged()
-        if digest is not None:
-            known = digest.hexdigest()
-        if digest is not None and cache is not None:
-            try:
-                cache.parent.mkdir(parents=True, exist_ok=True)
-                partial = cache.with_name(f"{cache.name}.{os.getpid()}")
-                partial.write_text(known)
-                partial.replace(cache)
-            except OSError as error:
-                log.warning("the fingerprint is computed again next time: cannot write %s (%s)", cache, error)
+        digest = load_checkpoint(network, checkpoint, placement)
         return cls(
             config,
             network,
             weights="checkpoint",
-            weights_digest=known,
+            weights_digest=digest,
             compute_dtype=placement.compute_dtype,
             runtime=runtime,
             notes=checkpoint.notes,
@@ -261,12 +185,11 @@ class VisualTokenizer:
         cls,
         name: str,
         *,
-        weights: str = "random",
         seed: int = 0,
         device: str = "auto",
         compute_dtype: str = "auto",
         runtime: str = "auto",
-        **choices: object,
+        **options: Unpack[TokenizerOptions],
     ) -> VisualTokenizer:
         """The architecture of a preset with random weights: right shapes and costs, meaningless tokens.
 
@@ -275,22 +198,15 @@ class VisualTokenizer:
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
-        if weights != "random":
-            raise ValueError(f"presets have random weights only, not {weights!r}; use from_checkpoint for trained ones")
         placement = _place(device, compute_dtype)
-        config = PRESETS[name].choose(trained=False, **choices)
+        config = PRESETS[name].with_options(trained=False, **options)
         network = empty_network(config)
-        names = network.canonical_tensors()
-        state = network.state_dict()
-        shapes = {canonical: tuple(state[inner].shape) for canonical, inner in names.items()}
-        digest = WeightsDigest()
-        drawn = ((canonical, {"": random_weight(canonical, shapes[canonical], seed)}) for canonical in sorted(names))
-        _fill(network, names, drawn, digest, placement.device, placement.dtype)
+        digest = draw_random(network, seed, placement)
         return cls(
             config,
             network,
             weights="random",
-            weights_digest=digest.hexdigest(),
+            weights_digest=digest,
             compute_dtype=placement.compute_dtype,
             runtime=runtime,
         )
@@ -315,8 +231,8 @@ class VisualTokenizer:
 
     @property
     def tokens_per_view(self) -> int:
-        patches = self.grid[0] * self.grid[1]
-        return {"patch": patches, "cls": 1, "cls+patch": 1 + patches}[self.config.token_strategy]
+        """Tokens of one view."""
+        return tokens_per_view(self.config.token_strategy, self.grid[0] * self.grid[1])
 
     def preprocess(
         self, images: Sequence[np.ndarray] | np.ndarray, cameras: Sequence[str] | None = None
@@ -362,7 +278,7 @@ class VisualTokenizer:
                     f"at least one view and as many as the others, got {list(pixels.shape)}; `preprocess` makes them"
                 )
         joined, tokens = self._runtime(pixel_values, features)
-        return TokenizerOutput(tokens, joined if features else None, self.grid)
+        return TokenizerOutput(tokens, joined if features else None)
 
     @torch.inference_mode()
     def __call__(
@@ -380,7 +296,7 @@ class VisualTokenizer:
         if isinstance(self._preprocessor, DevicePreprocessor):
             found = self._runtime.from_images(self._preprocessor.plan(images, steps), images, features)
             if found is not None:
-                return TokenizerOutput(found[1], found[0], self.grid)
+                return TokenizerOutput(found[1], found[0])
         return self.encode(self._preprocessor(images, steps), features)
 
     def warm_up(self, views: int = 1, size: tuple[int, int] = (480, 640), cameras: Sequence[str] | None = None) -> None:
@@ -457,69 +373,6 @@ class VisualTokenizer:
             "encoders": encoders,
             "projector": self.config.projector,
         }
-
-
-def random_weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """float32 noise for a tensor, scaled by its role so that activations keep their size through the network."""
-    generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
-    noise = generator.random(int(np.prod(shape)), dtype=np.float32).reshape(shape) * 2 - 1
-    if name.endswith("gamma"):
-        noise = 0.1 + 0.05 * noise
-    elif "norm" in name and name.endswith("weight"):
-        noise = 1 + 0.1 * noise
-    elif name.endswith("weight") and len(shape) > 1:
-        noise *= np.float32(np.sqrt(3.0 / np.prod(shape[1:])))
-    else:
-        noise *= np.float32(0.02)
-    return torch.from_numpy(noise)
-
-
-def empty_network(config: ModelConfig) -> _Network:
-    """Encoders and projector on the meta device: shapes without memory. ValueError if they do not go together."""
-    with on_meta():
-        return _Network(config).eval().requires_grad_(False)
-
-
-def _is_unused(network: _Network, checkpoint: Checkpoint) -> Callable[[str], bool]:
-    """Tells tensors that may be there and are not read: encoders and projector that were not chosen, and for patch
-    tokens the last block, final norm and pooling head."""
-    patterns = []
-    for config in checkpoint.config.encoders:
-        name, tower = re.escape(config.name), network.encoders[config.name] if config.name in network.encoders else None
-        if tower is None:
-            patterns.append(rf"{name}\.")
-        elif not network.config.summary:
-            patterns.append(rf"{name}\.(blocks\.{tower.layer + 1}\.|norm\.|fc_norm\.|attn_pool\.)")
-    if network.config.projector != checkpoint.config.projector:
-        patterns.append(r"projector\.")
-    return re.compile("|".join(patterns) or r"(?!)").match  # type: ignore[return-value]
-
-
-def _cached_digest(cache: Path | None) -> str:
-    """What an earlier load computed; empty if there is nothing, or nothing that can be read."""
-    try:
-        return "" if cache is None else cache.read_text().strip()
-    except (OSError, ValueError):
-        return ""
-
-
-def _fill(
-    network: _Network,
-    names: dict[str, str],
-    tensors: Iterator[tuple[str, dict[str, torch.Tensor]]],
-    digest: WeightsDigest | None,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    state = {}
-    for name, parts in tensors:
-        if digest is not None:
-            for part, tensor in parts.items():
-                digest.add(name + part, tensor)
-        # A copy in any case: the source may be a mapped file that somebody replaces later.
-        state[names[name]] = merged(parts).to(device, dtype, copy=True)
-    network.load_state_dict(state, assign=True)
-    network.requires_grad_(False)
 
 
 def _place(device: str, compute_dtype: str) -> Placement:

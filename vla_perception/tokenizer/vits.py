@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from vla_perception.tokenizer.presets import EncoderConfig
+from vla_perception.tokenizer.config import EncoderConfig
 
 if TYPE_CHECKING:
     from vla_perception.tokenizer.encoder import PatchEncoder
@@ -84,11 +84,11 @@ _ARCHITECTURES: Mapping[str, _Architecture] = MappingProxyType(
 )
 
 
-def by_name(encoder: EncoderConfig, summary: bool) -> Vit | None:
+def by_name(encoder: EncoderConfig, cls_token: bool) -> Vit | None:
     """The encoder of a preset; None for others, which have to be built.
 
     Args:
-        summary: with what only a summary of the image takes: last block, final norm, pooling head.
+        cls_token: with what only the cls token takes: last block, final norm, pooling head.
     """
     architecture = _ARCHITECTURES.get(encoder.timm_id.split(".")[0])
     known = {"depth", "embed_dim", "num_heads"}
@@ -96,7 +96,7 @@ def by_name(encoder: EncoderConfig, summary: bool) -> Vit | None:
         return None
     values = {name: getattr(architecture, name) for name in known} | dict(encoder.overrides)
     width, patch = values["embed_dim"], architecture.patch_size
-    blocks = values["depth"] if summary else values["depth"] - 1
+    blocks = values["depth"] if cls_token else values["depth"] - 1
     hidden = int(width * architecture.mlp_ratio)
     rows = columns = encoder.image_size // patch
     tokens = rows * columns + architecture.prefix_tokens
@@ -107,14 +107,14 @@ def by_name(encoder: EncoderConfig, summary: bool) -> Vit | None:
         Layer(tokens, width, hidden),
         Layer(tokens, hidden, width),
     ] * blocks
-    pooled = summary and architecture.pooling_head
+    pooled = cls_token and architecture.pooling_head
     if pooled:
         layers += [Layer(1, width, width), Layer(tokens, width, 2 * width), Layer(1, width, width)]
         layers += [Layer(1, width, hidden), Layer(1, hidden, width)]
     parameters = sum(layer.inputs * layer.outputs + layer.outputs for layer in layers)
     parameters += (rows * columns + architecture.prefix_tokens) * width  # positions, class token, registers
     parameters += blocks * (4 + 2 * architecture.layer_scale) * width  # two norms, two LayerScales
-    if summary:
+    if cls_token:
         parameters += 2 * width  # the final norm
     if pooled:
         parameters += 3 * width  # latent and norm

@@ -18,7 +18,7 @@ _ENTRIES = 12
 #: Bytes of settings up to which other ones are tried; real ones have about one thousand.
 _MAX_TRIED = 1 << 14
 _IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-#: As OpenVLA's released processor has them (tokenizer/presets.py).
+#: As OpenVLA's released processor has them (tokenizer/config.py).
 _IMAGENET_BF16 = {"mean": [0.484375, 0.455078125, 0.40625], "std": [0.228515625, 0.2236328125, 0.224609375]}
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vla_perception.byte_array import byte_array
+from vla_perception.options import TOKEN_STRATEGIES
 from vla_perception.tokens.fingerprint import checked_inputs
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ _DTYPES = {
 }
 #: dtype name → words of infinity; those of NaN are larger.
 _INFINITY = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
-TOKEN_STRATEGIES = ("patch", "cls", "cls+patch")
 #: Real headers have some kilobytes. Parsed JSON takes up to 20 times its bytes, and that while the policy waits.
 _MAX_HEADER = 2**20
 #: Characters of a name.

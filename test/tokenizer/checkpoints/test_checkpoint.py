@@ -19,10 +19,10 @@ from vla_perception.tokenizer import (  # noqa: E402
     PRESETS,
     CheckpointError,
     EncoderConfig,
-    ModelConfig,
+    TokenizerConfig,
     VisualTokenizer,
 )
-from vla_perception.tokenizer.tokenizer import empty_network  # noqa: E402
+from vla_perception.tokenizer.network import empty_network  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -238,14 +238,14 @@ def test_presets_have_the_published_shapes(name, tokens, channels):
 def test_bad_settings_say_what_to_do():
     with pytest.raises(ValueError, match="choose one of"):
         VisualTokenizer.from_preset("huge")
-    with pytest.raises(ValueError, match="random weights only"):
-        VisualTokenizer.from_preset("tiny-random", weights="trained")
+    with pytest.raises(CheckpointError, match="'tiny-random' is the name of a preset, which has random weights and no"):
+        VisualTokenizer.from_checkpoint("tiny-random")
     with pytest.raises(ValueError, match="compute dtype"):
         VisualTokenizer.from_preset("tiny-random", compute_dtype="int8")
     with pytest.raises(ValueError, match="device 'tpu'"):
         VisualTokenizer.from_preset("tiny-random", device="tpu")
     half = (0.5, 0.5, 0.5)
-    different = ModelConfig(
+    different = TokenizerConfig(
         "different",
         (
             EncoderConfig("a", "vit_tiny_patch16_224", 224, half, half),

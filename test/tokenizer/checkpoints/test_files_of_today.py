@@ -18,10 +18,11 @@ from safetensors.torch import save_file  # noqa: E402
 
 from vla_perception.tokenizer import CheckpointError  # noqa: E402
 from vla_perception.tokenizer.checkpoints import hub  # noqa: E402
-from vla_perception.tokenizer.checkpoints.checkpoint import cache_directory  # noqa: E402
 from vla_perception.tokenizer.checkpoints.files import PickledTensors, SafetensorsFile, parse_header  # noqa: E402
-from vla_perception.tokenizer.checkpoints.open import open_checkpoint, read_config  # noqa: E402
-from vla_perception.tokenizer.tensor_names import is_vision, unwrapped  # noqa: E402
+from vla_perception.tokenizer.checkpoints.open import open_checkpoint  # noqa: E402
+from vla_perception.tokenizer.checkpoints.openvla import read_config  # noqa: E402
+from vla_perception.tokenizer.checkpoints.paths import cache_directory  # noqa: E402
+from vla_perception.tokenizer.checkpoints.tensor_names import is_vision, unwrapped  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,8 @@ from hub_server import COMMIT, Hub  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save  # noqa: E402
 
+from vla_perception.tokenizer.checkpoints import CheckpointError, hub  # noqa: E402
 from vla_perception.tokenizer.checkpoints import http_range as ranges  # noqa: E402
-from vla_perception.tokenizer.checkpoints import hub  # noqa: E402
-from vla_perception.tokenizer.checkpoints.checkpoint import CheckpointError  # noqa: E402
 
 ID = "someone/some-vla"
 MIB = 1 << 20
@@ -391,7 +390,8 @@ def test_environment_of_a_new_process(serve, tmp_path):
 
 def test_tokens_are_those_of_the_whole_checkpoint(serve, tmp_path, monkeypatch):
     from vla_perception.tokenizer import VisualTokenizer
-    from vla_perception.tokenizer.cost import describe, model_config
+    from vla_perception.tokenizer.checkpoints.open import read_config
+    from vla_perception.tokenizer.cost import describe
 
     timm_ids, sizes = ("test_vit.r160_in1k", "test_vit3.r160_in1k"), (160, 160)
     models = checkpoints.towers(timm_ids, sizes)
@@ -399,7 +399,7 @@ def test_tokens_are_those_of_the_whole_checkpoint(serve, tmp_path, monkeypatch):
     tensors["language_model.lm_head.weight"] = torch.zeros(4 * MIB)
     whole = checkpoints.write(tmp_path / "whole", tensors, timm_ids=timm_ids, sizes=sizes)
     server = serve({path.name: path.read_bytes() for path in whole.iterdir()})
-    described = describe(model_config(ID))
+    described = describe(read_config(ID))
     assert described["model"] == "some-vla" and server.sent() == 0
     ours = VisualTokenizer.load(ID)
     assert described["parameters"] == sum(value.numel() for value in ours.network.parameters())

@@ -225,10 +225,10 @@ def test_prismatic_runs(parts, tmp_path, small_backbones, backbone, width):
     # Statistics of both families, as prismatic-vlms takes them from timm.
     means = {"dinov2": (0.485, 0.456, 0.406), "siglip": HALF}
     assert all(encoder.mean == means[encoder.name] for encoder in tokenizer.config.encoders)
-    with_summary = VisualTokenizer.from_checkpoint(run, token_strategy="cls", projector="none")
+    with_cls_token = VisualTokenizer.from_checkpoint(run, token_strategy="cls", projector="none")
     with torch.inference_mode():
-        expected = torch.cat([model(pixels) for model, pixels in zip(models, with_summary.preprocess(IMAGE))], dim=-1)
-    close(with_summary(IMAGE).tokens[:, 0], expected)
+        expected = torch.cat([model(pixels) for model, pixels in zip(models, with_cls_token.preprocess(IMAGE))], dim=-1)
+    close(with_cls_token(IMAGE).tokens[:, 0], expected)
 
 
 def test_a_vlas_run_names_the_model_that_it_was_trained_on(parts, tmp_path, small_backbones):

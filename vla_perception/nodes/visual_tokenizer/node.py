@@ -408,8 +408,8 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
 
         def load() -> None:
             try:
+                from vla_perception.tokenizer.checkpoints.open import check_model
                 from vla_perception.tokenizer.image_transforms import parse_chains
-                from vla_perception.tokenizer.presets import check_model
 
                 choices = _choices(settings)
                 # Before PyTorch is imported, which takes seconds.

@@ -1,6 +1,6 @@
 """An opened checkpoint: which tensor lies where, whether they fit, their digest and the fingerprint.
 
-Which layouts there are is `layouts`' matter; here they all look the same.
+Which layouts there are is open.py's matter; here they all look the same.
 """
 
 from __future__ import annotations
@@ -8,17 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from vla_perception.tokenizer.checkpoints.files import WEIGHT_DTYPES, CheckpointError, StoredTensor, dtype_name
-from vla_perception.tokenizer.presets import ModelConfig
-
-__all__ = ["Adapter", "Checkpoint", "CheckpointError", "WeightsDigest", "cache_directory", "fingerprint", "merged"]
+from vla_perception.tokenizer.checkpoints import CheckpointError
+from vla_perception.tokenizer.checkpoints.files import WEIGHT_DTYPES, StoredTensor, dtype_name
+from vla_perception.tokenizer.checkpoints.paths import cache_directory
+from vla_perception.tokenizer.config import TokenizerConfig
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ class Checkpoint:
     """
 
     path: Path | str
-    config: ModelConfig
+    config: TokenizerConfig
     tensors: Mapping[str, StoredTensor]
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     position_grids: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
@@ -187,27 +186,6 @@ def fingerprint(weights_digest: str, settings: Mapping[str, object]) -> str:
     """SHA-256 (hex) over the digest of the weights and the settings that change tokens, as sorted JSON."""
     text = json.dumps({"settings": settings, "weights": weights_digest}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def cache_directory() -> Path:
-    """``$XDG_CACHE_HOME/vla_perception``, ``~/.cache/vla_perception`` by default, also where the first is no absolute path.
-
-    Raises:
-        CheckpointError: there is no home directory (neither HOME nor an entry of the user's), nor XDG_CACHE_HOME.
-    """
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if given.is_absolute():
-        return given / "vla_perception"
-    try:
-        home = Path.home()
-        if os.environ.get("HOME") == "" or not home.is_absolute():
-            raise RuntimeError("no absolute path")
-    except RuntimeError as error:
-        raise CheckpointError(
-            "there is no home directory to keep files in: HOME is not set, or no absolute path; set it, or XDG_CACHE_HOME "
-            "and HF_HOME"
-        ) from error
-    return home / ".cache" / "vla_perception"
 
 
 def listing(title: str, names: list[str]) -> str:

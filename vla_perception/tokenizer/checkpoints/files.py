@@ -25,7 +25,8 @@ from typing import BinaryIO, Protocol
 
 import torch
 
-from vla_perception.printable import printable
+from vla_perception.tokenizer.checkpoints import CheckpointError
+from vla_perception.tokenizer.checkpoints.paths import is_file
 
 #: safetensors' names of the dtypes that weights may be stored in.
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
@@ -70,13 +71,6 @@ _CALLING = ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4")
 _RECORDS = re.compile(
     r"data\.pkl|data/[0-9]+|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id"
 )
-
-
-class CheckpointError(ValueError):
-    """The files do not hold a vision part that can be used; the message says what to do."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(printable(text))  # it quotes names of any content
 
 
 class TensorSource(Protocol):
@@ -248,35 +242,6 @@ def _changed(path: Path) -> str:
         f"{path} was changed while it was read. Start again when it is whole; to replace a checkpoint that is in use, write "
         "the new file beside it and rename it (mv), which leaves the old one to those who read it"
     )
-
-
-def local_path(path: str | os.PathLike) -> Path:
-    """The path with ``~`` written out; as it is where nobody knows a home directory."""
-    return Path(os.path.expanduser(path))
-
-
-def exists(path: Path) -> bool:
-    """Whether something is there that can be seen: false also for names that cannot be, and in folders of others."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
-
-
-def is_directory(path: Path) -> bool:
-    """As `exists`, for a directory."""
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False
-
-
-def is_file(path: Path) -> bool:
-    """As `exists`, for a file: nothing else can be read to its end."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
 
 
 def dtype_name(tensor: torch.Tensor) -> str:

@@ -9,7 +9,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vla_perception.tokenizer.checkpoints.files import CheckpointError, header_length, parse_header
+from vla_perception.tokenizer.checkpoints import CheckpointError
+from vla_perception.tokenizer.checkpoints.files import header_length, parse_header
 
 log = logging.getLogger(__name__)
 

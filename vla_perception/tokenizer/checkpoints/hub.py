@@ -23,10 +23,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vla_perception.tokenizer.checkpoints.checkpoint import cache_directory
-from vla_perception.tokenizer.checkpoints.files import CheckpointError, exists, read_json
+from vla_perception.tokenizer.checkpoints import CheckpointError
+from vla_perception.tokenizer.checkpoints.files import read_json
 from vla_perception.tokenizer.checkpoints.http_range import LocalFile, RemoteFile, Span, transport_error
-from vla_perception.tokenizer.tensor_names import is_known, is_vision, refuse_unknown
+from vla_perception.tokenizer.checkpoints.paths import cache_directory, exists
+from vla_perception.tokenizer.checkpoints.tensor_names import is_known, is_vision, refuse_unknown
 
 log = logging.getLogger(__name__)
 

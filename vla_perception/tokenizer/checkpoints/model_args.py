@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from vla_perception.tokenizer.checkpoints.files import CheckpointError
+from vla_perception.tokenizer.checkpoints import CheckpointError
 
 #: Whole numbers, within bounds that no vision transformer of today comes near.
 _COUNTS = {

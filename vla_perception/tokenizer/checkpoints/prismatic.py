@@ -11,10 +11,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from vla_perception.options import RESIZE_STRATEGIES
+from vla_perception.tokenizer.checkpoints import CheckpointError
 from vla_perception.tokenizer.checkpoints.checkpoint import Checkpoint, listing
-from vla_perception.tokenizer.checkpoints.files import CheckpointError, PickledTensors, StoredTensor, read_json
-from vla_perception.tokenizer.presets import PRISMATIC_BACKBONES, RESIZE_STRATEGIES, ModelConfig, prismatic_encoders
-from vla_perception.tokenizer.tensor_names import unwrapped
+from vla_perception.tokenizer.checkpoints.files import PickledTensors, StoredTensor, read_json
+from vla_perception.tokenizer.checkpoints.tensor_names import unwrapped
+from vla_perception.tokenizer.config import TokenizerConfig
+from vla_perception.tokenizer.presets import PRISMATIC_BACKBONES, prismatic_encoders
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +56,10 @@ def open_run(path: Path) -> Checkpoint:
     grids: dict[str, tuple[int, int, int]] = {}
     notes: tuple[str, ...] = ()
     if not vision:
-        from vla_perception.tokenizer.checkpoints import timm_encoders as pretrained
+        from vla_perception.tokenizer.checkpoints import timm_encoders
 
         for encoder in encoders:
-            part = pretrained.read(encoder.timm_id, encoder.image_size)
+            part = timm_encoders.read(encoder.timm_id, encoder.image_size)
             tensors |= part.named(encoder.name)
             grids |= part.grids(encoder.name)
         names = " and ".join(encoder.timm_id for encoder in encoders)
@@ -69,7 +72,7 @@ def open_run(path: Path) -> Checkpoint:
     shape = projector[f"projector.fc{layers}.weight"].shape
     if len(shape) != 2:
         raise CheckpointError(f"{file}: the projector's last layer has the shape {list(shape)}")
-    config = ModelConfig(run.resolve().name, encoders, kinds[layers], shape[0])
+    config = TokenizerConfig(run.resolve().name, encoders, kinds[layers], shape[0])
     return Checkpoint(file, config, tensors | projector, position_grids=grids, notes=notes)
 
 

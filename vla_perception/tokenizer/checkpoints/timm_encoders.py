@@ -12,25 +12,25 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from vla_perception.tokenizer.checkpoints import CheckpointError
 from vla_perception.tokenizer.checkpoints.checkpoint import Checkpoint
 from vla_perception.tokenizer.checkpoints.files import (
-    CheckpointError,
     MemoryTensors,
     PickledTensors,
     SafetensorsFile,
     StoredTensor,
-    local_path,
     read_json,
 )
 from vla_perception.tokenizer.checkpoints.model_args import check_architecture, checked_model_args
-from vla_perception.tokenizer.presets import EncoderConfig, ModelConfig, encoder_name, per_encoder
+from vla_perception.tokenizer.checkpoints.paths import local_path
+from vla_perception.tokenizer.config import INTERPOLATIONS, EncoderConfig, TokenizerConfig, encoder_name, per_encoder
 from vla_perception.tokenizer.timm_import import create_model, get_pretrained_cfg, is_model, on_meta, timm
 
 log = logging.getLogger(__name__)
 
 _WEIGHTS = "model.safetensors"
-_INTERPOLATIONS = {"bilinear": 2, "bicubic": 3}
 
 
 @dataclass(frozen=True)
@@ -68,26 +68,44 @@ def open_encoders(model: str, image_size: int | Sequence[int] | None = None) -> 
     NAME is timm's (``vit_base_patch14_reg4_dinov2.lvd142m``), ``hf-hub:…`` or ``local-dir:…``; FILE a local file of
     the weights. SIZE is the side of the input in pixels, by default what the weights were trained with.
     """
-    parts = model.removeprefix("timm:").split("+")
-    sizes = per_encoder(image_size, len(parts))
-    encoders = []
-    for part, size in zip(parts, sizes):
+    encoders = [read(*part) for part in _parts(model, image_size)]
+    config = _joined([encoder.config for encoder in encoders])
+    tensors, grids = {}, {}
+    for own, encoder in zip(config.encoders, encoders):
+        tensors |= encoder.named(own.name)
+        grids |= encoder.grids(own.name)
+    return Checkpoint(model, config, tensors, position_grids=grids)
+
+
+def read_config(model: str, image_size: int | Sequence[int] | None = None) -> TokenizerConfig:
+    """The configuration that `open_encoders` gives; without their weights where timm itself knows the encoders."""
+    parts = _parts(model, image_size)
+    if any(file is not None or ":" in source for source, _, file in parts):
+        return open_encoders(model, image_size).config
+    return _joined([_encoder_config(source, _known_facts(source), size, {}) for source, size, _ in parts])
+
+
+def _parts(model: str, image_size: int | Sequence[int] | None) -> list[tuple[str, int | None, Path | None]]:
+    """Of each encoder its source, the side of its input (None: its own) and the file of its weights."""
+    written = model.removeprefix("timm:").split("+")
+    parts = []
+    for part, size in zip(written, per_encoder(image_size, len(written))):
         source, _, file = part.partition("=")
         match = re.fullmatch(r"(.+?)(?:@(\d{1,5}))?", source)
         if match is None:
             raise ValueError(f"{model!r} names no timm encoder; write NAME[@SIZE][=FILE][+…]")
         side = size or (int(match.group(2)) if match.group(2) else None)
-        encoders.append(read(match.group(1), side, local_path(file) if file else None))
-    configs, tensors, grids = [], {}, {}
+        parts.append((match.group(1), side, local_path(file) if file else None))
+    return parts
+
+
+def _joined(encoders: Sequence[EncoderConfig]) -> TokenizerConfig:
+    """Encoders side by side, under names that differ, without a projector."""
+    configs: list[EncoderConfig] = []
     for encoder in encoders:
-        name = encoder.config.name
-        if name in {config.name for config in configs}:
-            name = f"{name}_{len(configs) + 1}"
-        configs.append(replace(encoder.config, name=name))
-        tensors |= encoder.named(name)
-        grids |= encoder.grids(name)
-    label = "+".join(config.timm_id for config in configs)
-    return Checkpoint(model, ModelConfig(label, tuple(configs), "none", 0), tensors, position_grids=grids)
+        taken = encoder.name in {config.name for config in configs}
+        configs.append(replace(encoder, name=f"{encoder.name}_{len(configs) + 1}") if taken else encoder)
+    return TokenizerConfig("+".join(config.timm_id for config in configs), tuple(configs), "none", 0)
 
 
 def read(source: str, image_size: int | None, file: Path | None = None) -> Encoder:
@@ -96,46 +114,17 @@ def read(source: str, image_size: int | None, file: Path | None = None) -> Encod
     Raises:
         CheckpointError: timm does not know it, or the weights cannot be had; says how to get them without a network.
     """
-    overrides: dict[str, object] = {}
     if source.startswith(("hf-hub:", "local-dir:")):
-        kind, _, where = source.partition(":")
-        folder = local_path(where) if kind == "local-dir" else _download(where, "config.json").parent
-        settings = read_json(folder / "config.json")
-        overrides = settings.get("model_args") or {}
-        facts = settings.get("pretrained_cfg") or settings
-        if "architecture" not in settings or not isinstance(facts, dict) or not isinstance(overrides, dict):
-            raise CheckpointError(f"{folder / 'config.json'} is no configuration of a timm model")
-        architecture, tag = check_architecture(settings["architecture"], str(folder / "config.json")), facts.get("tag")
-        if tag and not (isinstance(tag, str) and re.fullmatch(r"[\w.-]{1,200}", tag, re.ASCII)):
-            raise CheckpointError(f"{folder / 'config.json'}: the tag {tag!r:.200} is not a name")
-        # Size and classes are chosen here.
-        overrides = {key: value for key, value in overrides.items() if key not in ("img_size", "num_classes")}
-        overrides = checked_model_args(overrides, f"{folder / 'config.json'}: model_args")
-        name = architecture + (f".{tag}" if tag else "")
-        file = file or (folder / _WEIGHTS if kind == "local-dir" else _download(where, _WEIGHTS))
+        name, facts, overrides, held_file = _own_facts(source)
+        file = file or held_file
     else:
-        name = source
-        known = get_pretrained_cfg(source) if is_model(source.split(".")[0]) else None
-        if known is None:
-            raise CheckpointError(f"timm {timm.__version__} does not know the encoder {source!r}; check the name")
-        facts = known.to_dict()
+        name, facts, overrides = source, _known_facts(source), {}
+    config = _encoder_config(name, facts, image_size, overrides)
     try:
-        mean, std, native = tuple(facts["mean"]), tuple(facts["std"]), int(facts["input_size"][-1])
-        config = EncoderConfig(
-            name=encoder_name(name),
-            timm_id=name,
-            image_size=image_size or native,
-            mean=mean,
-            std=std,
-            interpolation=_INTERPOLATIONS[facts.get("interpolation", "bicubic")],
-            overrides=overrides,
-        )
         with on_meta():
             model = create_model(name.split(".")[0], num_classes=0, img_size=config.image_size, **config.overrides)
         grid, prefix = model.patch_embed.grid_size, 0 if model.no_embed_class else model.num_prefix_tokens
-    except CheckpointError:
-        raise
-    except Exception as error:  # timm's configurations fail in every way
+    except Exception as error:  # timm's architectures refuse arguments in every way
         raise CheckpointError(f"{source}: timm cannot build this encoder at {image_size} pixels ({error})") from error
     if file is None and facts.get("hf_hub_id") and not facts.get("hf_hub_filename"):
         file = _download(facts["hf_hub_id"], _WEIGHTS, optional=True)
@@ -146,8 +135,52 @@ def read(source: str, image_size: int | None, file: Path | None = None) -> Encod
     ):
         tensors: Mapping[str, StoredTensor] = held
     else:
-        tensors = _through_timm(name, native, config, file)
+        tensors = _through_timm(name, int(facts["input_size"][-1]), config, file)
     return Encoder(config, tensors, _position_grid(source, tensors, grid, prefix))
+
+
+def _known_facts(name: str) -> Mapping[str, Any]:
+    """timm's own pretrained configuration of an encoder; CheckpointError if it has none."""
+    known = get_pretrained_cfg(name) if is_model(name.split(".")[0]) else None
+    if known is None:
+        raise CheckpointError(f"timm {timm.__version__} does not know the encoder {name!r}; check the name")
+    return known.to_dict()
+
+
+def _own_facts(source: str) -> tuple[str, Mapping[str, Any], dict[str, object], Path]:
+    """Of ``hf-hub:…`` or ``local-dir:…``: timm's name, pretrained configuration, arguments, file of the weights."""
+    kind, _, where = source.partition(":")
+    folder = local_path(where) if kind == "local-dir" else _download(where, "config.json").parent
+    settings = read_json(folder / "config.json")
+    overrides = settings.get("model_args") or {}
+    facts = settings.get("pretrained_cfg") or settings
+    if "architecture" not in settings or not isinstance(facts, dict) or not isinstance(overrides, dict):
+        raise CheckpointError(f"{folder / 'config.json'} is no configuration of a timm model")
+    architecture, tag = check_architecture(settings["architecture"], str(folder / "config.json")), facts.get("tag")
+    if tag and not (isinstance(tag, str) and re.fullmatch(r"[\w.-]{1,200}", tag, re.ASCII)):
+        raise CheckpointError(f"{folder / 'config.json'}: the tag {tag!r:.200} is not a name")
+    # Size and classes are chosen here.
+    overrides = {key: value for key, value in overrides.items() if key not in ("img_size", "num_classes")}
+    overrides = checked_model_args(overrides, f"{folder / 'config.json'}: model_args")
+    file = folder / _WEIGHTS if kind == "local-dir" else _download(where, _WEIGHTS)
+    return architecture + (f".{tag}" if tag else ""), facts, overrides, file
+
+
+def _encoder_config(
+    name: str, facts: Mapping[str, Any], image_size: int | None, overrides: Mapping[str, object]
+) -> EncoderConfig:
+    try:
+        return EncoderConfig(
+            name=encoder_name(name),
+            timm_id=name,
+            image_size=image_size or int(facts["input_size"][-1]),
+            mean=tuple(facts["mean"]),
+            std=tuple(facts["std"]),
+            interpolation=INTERPOLATIONS[facts.get("interpolation", "bicubic")],
+            overrides=overrides,
+        )
+    except Exception as error:  # timm's configurations fail in every way
+        raise CheckpointError(f"{name}: timm cannot build this encoder at {image_size} pixels ({error})") from error
 
 
 def _position_grid(

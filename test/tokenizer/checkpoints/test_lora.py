@@ -13,7 +13,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from vla_perception.tokenizer import CheckpointError  # noqa: E402
 from vla_perception.tokenizer.checkpoints import hub  # noqa: E402
-from vla_perception.tokenizer.checkpoints.adapters import check_kind  # noqa: E402
+from vla_perception.tokenizer.checkpoints.lora import check_kind  # noqa: E402
 from vla_perception.tokenizer.checkpoints.open import open_checkpoint  # noqa: E402
 
 #: peft 0.21.2's LoraConfig as it is saved, everything at its default.

@@ -13,15 +13,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from vla_perception.tokenizer.checkpoints import CheckpointError
 from vla_perception.tokenizer.checkpoints.checkpoint import Adapter, Checkpoint, listing
-from vla_perception.tokenizer.checkpoints.files import (
-    CheckpointError,
-    SafetensorsFile,
-    StoredTensor,
-    file_errors,
-    read_json,
-)
-from vla_perception.tokenizer.tensor_names import canonical_name, is_vision, unwrapped
+from vla_perception.tokenizer.checkpoints.files import SafetensorsFile, StoredTensor, file_errors, read_json
+from vla_perception.tokenizer.checkpoints.tensor_names import canonical_name, is_vision, unwrapped
 
 #: peft's wrapping of a model's names.
 _PEFT_PREFIX = "base_model.model."

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from vla_perception.tokenizer.checkpoints.files import CheckpointError
-from vla_perception.tokenizer.presets import ModelConfig
+from vla_perception.tokenizer.checkpoints import CheckpointError
+from vla_perception.tokenizer.config import TokenizerConfig
 
 _ENCODER_PREFIXES = ("vision_backbone.featurizer.", "vision_backbone.fused_featurizer.")
 _PROJECTOR_PREFIX = "projector."
@@ -53,7 +53,7 @@ def is_head(name: str) -> bool:
     return unwrapped(name).partition(".")[0] in _HEADS
 
 
-def canonical_name(name: str, config: ModelConfig) -> str | None:
+def canonical_name(name: str, config: TokenizerConfig) -> str | None:
     """OpenVLA's name → ``dinov2.…``, ``siglip.…``, ``projector.…``; None if it belongs to no known part."""
     name = unwrapped(name)
     if name.startswith(_PROJECTOR_PREFIX):
