@@ -181,7 +181,7 @@ def test_timms_encoders_are_described_without_their_weights(monkeypatch):
 @pytest.mark.parametrize(
     "arguments, reason",
     [
-        (["no-such-model"], "neither a checkpoint here"),
+        (["no-such-model"], "no checkpoint directory at"),
         (["openvla-7b", "--llm-heads", "7"], "heads must divide the width"),
         (["openvla-7b", "--pool", "3"], "pool 3 does not divide"),
         (["openvla-7b", "--views", "0"], "at least 1"),

@@ -50,7 +50,9 @@ _PREPROCESSING = (
 
 def open_directory(directory: Path) -> Checkpoint:
     config = read_config(directory)
-    tensors, unknown, heads = {}, [], set()
+    tensors: dict[str, StoredTensor] = {}
+    unknown: list[str] = []
+    heads: set[str] = set()
     for stored in _stored_tensors(directory):
         canonical = canonical_name(stored.name, config)
         if canonical in tensors:
@@ -156,7 +158,7 @@ def _encoder_config(
         raise CheckpointError(
             f"config.json says {size} pixels for {timm_id}, preprocessor_config.json {preprocessor['input_sizes']}"
         )
-    strategy = preprocessor.get("image_resize_strategy", config.get("image_resize_strategy"))
+    strategy = str(preprocessor.get("image_resize_strategy", config.get("image_resize_strategy")))
     fill = None
     if preprocessor.get("tvf_do_letterbox"):
         strategy = "letterbox"
