@@ -54,13 +54,15 @@ test-rest: $(KILTED)
 
 # Every tool runs, also after one has failed.
 check: $(KILTED)
-	@code=0; for tool in "ruff check" "ruff format --check" "mdformat --check $(MARKDOWN)" mypy codespell; do \
+	@code=0; for tool in "ruff check" "ruff format --check" "python docs/make_api.py --check" \
+	  "mdformat --check $(MARKDOWN)" mypy codespell; do \
 	  echo ".venv/bin/$$tool"; .venv/bin/$$tool || code=1; \
 	done; exit $$code
 
 format: $(KILTED)
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
+	.venv/bin/python docs/make_api.py
 	.venv/bin/mdformat $(MARKDOWN)
 
 environments: $(KILTED) $(JAZZY)
