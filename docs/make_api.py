@@ -32,7 +32,7 @@ PUBLIC = {
         "vla_perception.tokenizer": (
             "VisualTokenizer",
             "TokenizerOutput",
-            "ModelConfig",
+            "TokenizerConfig",
             "EncoderConfig",
             "CheckpointError",
         ),
