@@ -35,6 +35,13 @@ def test_links_lead_somewhere(path):
         assert not anchor or anchor in anchors(found), f"{path.name} links to {target}"
 
 
+@pytest.mark.parametrize("path", PAGES, ids=[str(path.relative_to(ROOT)) for path in PAGES])
+def test_files_of_tests_that_a_page_names_exist(path):
+    """By their path from the root: a bare file name says nothing in a tree that mirrors the package."""
+    for name in re.findall(r"[\w/]*\btest_\w+\.py", TEXTS[path]):
+        assert "/" in name and (ROOT / name).is_file(), f"{path.name} names {name}"
+
+
 def test_the_index_lists_every_page():
     listed = set(re.findall(r"\]\((\w+\.md)", TEXTS[ROOT / "docs" / "README.md"]))
     assert listed == {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
