@@ -40,6 +40,9 @@ ROS = [
 SHM = ["iceoryx2>=0.10,<0.11; platform_machine == 'x86_64' and sys_platform == 'linux'"]
 BAGS = ["mcap>=1.1", "pyyaml"]  # mcap brings zstandard and lz4
 OPENVLA = ["torch>=2.4", "transformers>=4.46"]  # a policy that runs OpenVLA's language model on the tokens
+# The page of `vla-perception view`: 5 MB, most of which huggingface_hub brings along anyway. aiohttp takes 12 MB, and
+# what draws by itself (NiceGUI, viser, rerun-sdk) 100 to 760. simplejpeg makes JPEGs of raw images.
+VIEW = ["starlette>=0.40,<2", "uvicorn>=0.30", "websockets>=13", "simplejpeg>=1.7"]
 SIM = ["mujoco>=3.2", OPENCV]
 TEST = [
     "pytest>=8,<10",
@@ -48,6 +51,7 @@ TEST = [
     "rosbags>=0.11",  # writes bags
     "pyyaml",
     "packaging",
+    "selenium>=4.20,<5",  # drives Debian's Chromium; finds no driver by itself on the network where it is given one
     "transformers>=4.46",  # a miniature OpenVLA, split between node and policy
     "catkin_pkg",  # colcon-ros needs it to read package.xml
     "colcon-core",
@@ -80,7 +84,7 @@ setup(
     maintainer=manifest.findtext("maintainer"),
     maintainer_email=manifest.find("maintainer").get("email"),
     packages=find_packages(include=[NAME, f"{NAME}.*"]),
-    package_data={NAME: ["py.typed", "sources/scenes/*.xml"]},
+    package_data={NAME: ["py.typed", "sources/scenes/*.xml", "view/page/*", "view/page/vendor/*"]},
     data_files=[(folder, files) for folder, files in data_files if files],
     zip_safe=False,
     python_requires=">=3.10",
@@ -91,11 +95,12 @@ setup(
         "ros": ROS,
         "shm": SHM,
         "bags": BAGS,
+        "view": VIEW,
         "sim": SIM,
         "openvla": OPENVLA,
         "test": TEST,
         "dev": DEV,
-        "all": TOKENIZER + ROS + SHM + BAGS + SIM + OPENVLA + TEST + DEV,
+        "all": TOKENIZER + ROS + SHM + BAGS + VIEW + SIM + OPENVLA + TEST + DEV,
     },
     entry_points={
         "console_scripts": [

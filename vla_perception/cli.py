@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vla_perception import __version__, options, startup
+from vla_perception.view import command as view_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_describe(commands)
     _add_bench(commands)
     _add_doctor(commands)
+    view_command.add_view(commands)
+    view_command.add_top(commands)
     given = parser.parse_args(arguments)
     # What takes long, as a download does, and what is assumed.
     logging.basicConfig(format=startup.log_format("vla-perception: %(message)s"))

@@ -1,0 +1,157 @@
+"""Token messages → what is painted: colors, norms, changes and similarities of patches. NumPy only.
+
+A *space* is one kind of vector per patch: `TOKENS`, what a policy gets, or an encoder's name, what that encoder gave
+before the projector (where the message carries features, or there is no projector).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from vla_perception.tokens.visual_tokens import VisualTokens
+from vla_perception.visualization.color_basis import ColorBasis
+
+#: The space of what the message's consumer gets. No encoder has this name: it holds a space.
+TOKENS = "projected tokens"
+#: Messages over which the meaning of colors settles. A page's first colors are there with the first message.
+FIT_MESSAGES = 5
+#: Patches that they are fitted to: the robot may have no core to spare for more.
+FIT_PATCHES = 256
+
+
+def spaces(tokens: VisualTokens) -> tuple[str, ...]:
+    """The spaces of a message, encoders first, in the order in which a token goes through them."""
+    names = tuple(str(encoder["name"]) for encoder in tokens.encoders)
+    if tokens.features is not None:
+        return (*names, TOKENS)
+    if tokens.projector == "none":
+        return names if len(names) == 1 else (*names, TOKENS)
+    return (TOKENS,)
+
+
+def patch_vectors(tokens: VisualTokens, space: str) -> np.ndarray:
+    """float32 [views, rows · columns, channels] of one space; without the cls token, which lies nowhere.
+
+    Raises:
+        KeyError: the message has no such space.
+        ValueError: it has no patch tokens (token_strategy cls).
+    """
+    if space == TOKENS:
+        values = tokens.float32()
+    elif tokens.features is not None:
+        values = tokens.features_float32()[..., tokens.encoder_channels(space)]
+    elif tokens.projector == "none":
+        values = tokens.float32()[..., tokens.encoder_channels(space)]
+    else:
+        raise KeyError(f"the message carries no features of {space}: set the tokenizer's publish_features parameter")
+    grid = tokens.as_grid(values)
+    return grid.reshape(grid.shape[0], -1, grid.shape[-1])
+
+
+def has_patches(tokens: VisualTokens) -> bool:
+    return tokens.token_strategy != "cls"
+
+
+class Patches:
+    """The patches of one message in one space, with what is derived from them computed once.
+
+    Attributes:
+        vectors: float32 [views, patches, channels].
+    """
+
+    def __init__(self, tokens: VisualTokens, space: str) -> None:
+        self.vectors = patch_vectors(tokens, space)
+        self.valid = np.array(tokens.valid)
+
+    @cached_property
+    def norms(self) -> np.ndarray:
+        """float32 [views, patches]: Euclidean norms."""
+        return np.sqrt(np.einsum("vpc,vpc->vp", self.vectors, self.vectors))
+
+    def similarity(self, reference: np.ndarray) -> np.ndarray:
+        """float32 [views, patches]: cosine similarity to a vector [channels], from -1 to 1. 0 where a vector is 0."""
+        length = float(np.linalg.norm(reference))
+        scale = self.norms * length
+        products = self.vectors @ reference.astype(np.float32)
+        return np.clip(np.divide(products, scale, out=np.zeros_like(products), where=scale > 0), -1, 1)
+
+    def change(self, before: Patches | None) -> np.ndarray | None:
+        """float32 [views, patches]: 1 - cosine similarity to the same patch of the message before, from 0 to 2."""
+        if before is None or before.vectors.shape != self.vectors.shape:
+            return None
+        scale = self.norms * before.norms
+        products = np.einsum("vpc,vpc->vp", self.vectors, before.vectors)
+        return 1 - np.clip(np.divide(products, scale, out=np.ones_like(products), where=scale > 0), -1, 1)
+
+    def mean(self, view: int, patches: Sequence[int]) -> np.ndarray:
+        """float32 [channels]: the mean of some patches of one view."""
+        return self.vectors[view, list(patches)].mean(axis=0)
+
+
+class Palette:
+    """Principal components as colors, per space; they settle over a few messages and are the same for every page."""
+
+    def __init__(self) -> None:
+        self._bases: dict[str, ColorBasis] = {}
+        self._of: tuple[object, ...] | None = None
+
+    def colors(self, tokens: VisualTokens, space: str, patches: Patches) -> np.ndarray:
+        """uint8 [views, patches, 3]; black in views that are not valid."""
+        of = (tokens.fingerprint, tokens.grid)
+        if of != self._of:
+            self._of, self._bases = of, {}
+        basis = self._bases.setdefault(space, ColorBasis(FIT_MESSAGES, FIT_PATCHES))
+        views, count, channels = patches.vectors.shape
+        colors = np.zeros((views, count, 3), np.uint8)
+        if patches.valid.any():
+            painted = basis.colors(patches.vectors[patches.valid].reshape(-1, channels))
+            colors[patches.valid] = painted.reshape(-1, count, 3)
+        return colors
+
+    def refit(self) -> None:
+        """Colors settle anew."""
+        self._of = None
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A place in one view: a rectangle in pixels of the source image, of no area for a single patch.
+
+    Attributes:
+        camera: the view's.
+        box: left, top, right, bottom.
+    """
+
+    camera: str
+    box: tuple[float, float, float, float]
+
+    def patches(self, tokens: VisualTokens) -> list[int]:
+        """Patches, counted without the cls token, whose middle lies in the box; the one below its middle, if none does.
+
+        Empty where no patch sees that place, or the message has no such view.
+        """
+        if self.camera not in tokens.cameras or not has_patches(tokens):
+            return []
+        index = tokens.cameras.index(self.camera)
+        view = tokens.views[index]
+        left, top, right, bottom = self.box
+        if right > left and bottom > top:
+            middles = patch_middles(tokens, index)
+            inside = (middles >= (left, top)).all(axis=1) & (middles < (right, bottom)).all(axis=1)
+            sees = view.patch_at(middles[:, 0], middles[:, 1], tokens.grid) == np.arange(len(middles))
+            if (inside & sees).any():
+                return np.flatnonzero(inside & sees).tolist()
+        patch = int(view.patch_at((left + right) / 2, (top + bottom) / 2, tokens.grid))
+        return [patch] if patch >= 0 else []
+
+
+def patch_middles(tokens: VisualTokens, view: int) -> np.ndarray:
+    """float64 [patches, 2]: the middle of each patch of a view, (x, y) in pixels of its source image."""
+    a, b, c, d, e, f = tokens.views[view].affine
+    rows, columns = np.divmod(np.arange(tokens.grid[0] * tokens.grid[1]), tokens.grid[1])
+    u, v = columns + 0.5 - c, rows + 0.5 - f
+    return np.stack([e * u - b * v, a * v - d * u], axis=1) / (a * e - b * d)

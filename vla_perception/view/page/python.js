@@ -1,0 +1,29 @@
+// What was touched, as Python.
+
+const quote = (text) => JSON.stringify(text); // a JSON string is one of Python's
+
+/** Python that computes from the saved message what the page shows. */
+export function asPython(frame, pin, space) {
+  const view = frame.views.findIndex((one) => one.camera === pin.camera);
+  const tokens = pin.patches.map((patch) => patch + frame.first);
+  const vectors = {
+    projected: "tokens.float32()",
+    none: `tokens.float32()[..., tokens.encoder_channels(${quote(space)})]`,
+    features: `tokens.features_float32()[..., tokens.encoder_channels(${quote(space)})]`,
+  };
+  const values = space === "projected tokens" ? vectors.projected : frame.projector === "none" ? vectors.none : vectors.features;
+  return `from pathlib import Path
+
+import numpy as np
+
+from vla_perception.tokens.visual_tokens import VisualTokens
+
+# Message ${frame.sequence} of the page, saved with "Save message".
+tokens = VisualTokens.from_bytes(Path("tokens-${frame.sequence}.safetensors").read_bytes())
+vectors = ${values}  # [views, tokens, channels], ${space.replace(/[^\x20-\x7e]/g, "?")}
+view = tokens.cameras.index(${quote(pin.camera)})${view === 0 ? "" : `  # ${view}`}
+reference = vectors[view, ${JSON.stringify(tokens)}].mean(axis=0)
+similarity = vectors @ reference / (np.linalg.norm(vectors, axis=-1) * np.linalg.norm(reference))
+print(tokens.as_grid(similarity[..., None])[..., 0].round(3))  # [views, rows, columns]
+`;
+}

@@ -1,0 +1,337 @@
+"""One open page: what it shows, and what it is sent. No sockets, no ROS, no clock."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from vla_perception.tokens.visual_tokens import VisualTokens
+from vla_perception.view.analysis import Palette, Patches, Pin, has_patches, spaces
+from vla_perception.view.snapshot import Snapshot
+from vla_perception.view.wire import Blobs
+
+#: What is painted over the images.
+MODES = ("colors", "similarity", "norm", "change", "image")
+MAX_HZ = 60.0
+#: Characters of a message from the page, and of a name in one.
+MAX_MESSAGE, MAX_NAME = 1 << 14, 1000
+
+
+class Feed(Protocol):
+    """Where snapshots come from. All methods may be called from any thread.
+
+    Attributes:
+        times: of a recording, seconds from its begin to each snapshot; empty where it is live.
+        title: what it is, for people.
+    """
+
+    times: Sequence[float]
+    title: str
+
+    def tokenizers(self) -> list[dict[str, object]]:
+        """`TokenizerHealth.summary` of each, the first one being that which a page begins with."""
+
+    def details(self, topic: str) -> dict[str, object] | None:
+        """`TokenizerHealth.details`, or None where there is no such tokenizer."""
+
+    def samples(self, topic: str) -> list[dict[str, object]]:
+        """Points of the curves, oldest first, with `ago_sec` of each."""
+
+    def log_after(self, number: int) -> list[dict[str, object]]:
+        """`LogBook.after`."""
+
+    def snapshot(self, topic: str, index: int) -> Snapshot | None:
+        """The latest one, or that of a recording at `index`."""
+
+    def acquire(self, topic: str) -> None:
+        """A page shows this tokenizer from here on, until it calls `release`."""
+
+    def release(self, topic: str) -> None: ...
+
+    def control(self, topic: str, action: str) -> str:
+        """Does `activate`, `deactivate` or `encode`, and says what came of it. ValueError if that is not possible."""
+
+
+@dataclass
+class _Shown:
+    """What the page shows now."""
+
+    snapshot: Snapshot
+    patches: dict[str, Patches] = field(default_factory=dict)
+    before: dict[str, Patches] = field(default_factory=dict)
+
+    def of(self, space: str) -> Patches:
+        if space not in self.patches:
+            self.patches[space] = Patches(self.snapshot.tokens, space)
+        return self.patches[space]
+
+
+class Session:
+    """State of one page. Not for several threads at once.
+
+    Args:
+        feed: what it shows.
+        palette: of all pages; a color means the same everywhere.
+        hz: frames per second at most.
+
+    Attributes:
+        topic: of the tokenizer that is shown, empty for none.
+        mode: one of `MODES`.
+        paused: whether the page keeps what it shows.
+        visible: whether somebody can see it.
+        hz: as the page has set it.
+        index: of a recording.
+    """
+
+    def __init__(self, feed: Feed, palette: Palette, hz: float) -> None:
+        self._feed = feed
+        self._palette = palette
+        self.topic = ""
+        self.mode = "colors"
+        self.paused = False
+        self.visible = True
+        self._wants = False
+        self.hz = hz
+        self.index = 0
+        self._shown: _Shown | None = None
+        self._pin: Pin | None = None
+        self._hold = False
+        self._held: dict[str, np.ndarray] = {}  # space → the vector that was touched
+        self._held_from: tuple[str, int] | None = None  # fingerprint and sequence
+
+    # From the page
+
+    def receive(self, text: str) -> list[bytes]:
+        """Takes in one message of the page and gives the answers. ValueError for what is none."""
+        if len(text) > MAX_MESSAGE:
+            raise ValueError("a message of the page is too long")
+        message = json.loads(text)
+        if not isinstance(message, dict):
+            raise ValueError("a message of the page is no object")
+        handler = {
+            "select": self._on_select,
+            "visible": self._on_visible,
+            "mode": self._on_mode,
+            "pause": self._on_pause,
+            "hz": self._on_hz,
+            "touch": self._on_touch,
+            "untouch": self._on_untouch,
+            "refit": self._on_refit,
+            "seek": self._on_seek,
+        }.get(str(message.get("type")))
+        if handler is None:
+            raise ValueError(f"unknown message {str(message.get('type'))[:100]!r}")
+        try:
+            return handler(message)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"a message of the page lacks something: {error}") from error
+
+    def _on_select(self, message: Mapping[str, object]) -> list[bytes]:
+        self.select(_name(message["topic"]))
+        return []
+
+    def select(self, topic: str) -> None:
+        """Shows another tokenizer; an empty topic: none."""
+        if topic == self.topic:
+            return
+        self._want(False)
+        self.topic, self._shown = topic, None
+        self._forget_pin()
+        self._want(self.visible)
+
+    def _on_visible(self, message: Mapping[str, object]) -> list[bytes]:
+        """A page in a hidden tab wants no tokens."""
+        visible = message["visible"] is True
+        self._want(visible)
+        self.visible = visible
+        return []
+
+    def _want(self, wanted: bool) -> None:
+        if wanted != self._wants and self.topic:
+            (self._feed.acquire if wanted else self._feed.release)(self.topic)
+        self._wants = wanted and bool(self.topic)
+
+    def _on_mode(self, message: Mapping[str, object]) -> list[bytes]:
+        mode = message["mode"]
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}")
+        self.mode = str(mode)
+        return self._layers_again()
+
+    def _on_pause(self, message: Mapping[str, object]) -> list[bytes]:
+        self.paused = message["paused"] is True
+        return []
+
+    def _on_hz(self, message: Mapping[str, object]) -> list[bytes]:
+        self.hz = min(max(_finite(message["hz"]), 0.1), MAX_HZ)
+        return []
+
+    def _on_touch(self, message: Mapping[str, object]) -> list[bytes]:
+        box = message["box"]
+        if not isinstance(box, list) or len(box) != 4:
+            raise ValueError("box must be left, top, right, bottom")
+        left, top, right, bottom = map(_finite, box)
+        self._forget_pin()
+        self._pin = Pin(_name(message["camera"]), (left, top, max(left, right), max(top, bottom)))
+        self._hold = message["hold"] is True
+        return self._layers_again()
+
+    def _on_untouch(self, _message: Mapping[str, object]) -> list[bytes]:
+        self._forget_pin()
+        return self._layers_again()
+
+    def _on_refit(self, _message: Mapping[str, object]) -> list[bytes]:
+        self._palette.refit()
+        return self._layers_again()
+
+    def _on_seek(self, message: Mapping[str, object]) -> list[bytes]:
+        index = int(_finite(message["index"]))
+        if not 0 <= index < len(self._feed.times):
+            raise ValueError(f"there is no message {index} in this recording")
+        self.index = index
+        return []
+
+    def _forget_pin(self) -> None:
+        self._pin, self._hold, self._held, self._held_from = None, False, {}, None
+
+    # To the page
+
+    @property
+    def shown(self) -> Snapshot | None:
+        return None if self._shown is None else self._shown.snapshot
+
+    def frame(self, snapshot: Snapshot) -> bytes:
+        """The message with images and layers of a snapshot, which is shown from here on."""
+        shown = _Shown(snapshot)
+        if self._shown is not None and self._shown.snapshot.tokens is snapshot.before:
+            shown.before = self._shown.patches
+        self._shown = shown
+        blobs = Blobs()
+        tokens = snapshot.tokens
+        views = []
+        for view, lazy in zip(tokens.views, snapshot.images):
+            image = lazy.get() if lazy is not None else None
+            views.append(
+                {
+                    "camera": view.camera,
+                    "frame_id": view.frame_id,
+                    "stamp_ms": view.stamp_ns / 1e6,
+                    "width": view.width,
+                    "height": view.height,
+                    "affine": view.affine,
+                    "roi": view.roi,
+                    "valid": view.valid,
+                    "image": None if image is None else blobs.add(image.data),
+                    "image_kind": None if image is None else image.kind,
+                    "image_late_ms": None if lazy is None else (lazy.stamp_ns - view.stamp_ns) / 1e6,
+                }
+            )
+        header = {
+            "type": "frame",
+            "topic": snapshot.topic,
+            "index": self.index,
+            "sequence": tokens.sequence,
+            "grid": tokens.grid if has_patches(tokens) else None,
+            "first": _first_patch(tokens),
+            "shape": tokens.shape,
+            "dtype": tokens.dtype,
+            "strategy": tokens.token_strategy,
+            "model": tokens.model,
+            "weights": tokens.weights,
+            "fingerprint": tokens.fingerprint,
+            "projector": tokens.projector,
+            "pool": tokens.pool,
+            "views": views,
+        }
+        return blobs.pack(header | self._layers(shown, blobs))
+
+    def _layers_again(self) -> list[bytes]:
+        """Only what is painted over the images that the page shows already."""
+        if self._shown is None:
+            return []
+        blobs = Blobs()
+        tokens = self._shown.snapshot.tokens
+        header = {"type": "layers", "topic": self._shown.snapshot.topic, "sequence": tokens.sequence}
+        return [blobs.pack(header | self._layers(self._shown, blobs))]
+
+    def _layers(self, shown: _Shown, blobs: Blobs) -> dict[str, object]:
+        tokens = shown.snapshot.tokens
+        pinned = self._pin.patches(tokens) if self._pin is not None else []
+        view = tokens.cameras.index(self._pin.camera) if self._pin is not None and pinned else 0
+        layers = []
+        for space in spaces(tokens) if has_patches(tokens) else ():
+            patches = shown.of(space)
+            layer: dict[str, object] = {
+                "space": space,
+                "channels": patches.vectors.shape[2],
+                "norms": blobs.add(patches.norms),
+            }
+            if self.mode == "colors":
+                layer["colors"] = blobs.add(self._palette.colors(tokens, space, patches))
+            elif self.mode == "change":
+                change = patches.change(self._before(shown, space))
+                layer["change"] = None if change is None else blobs.add(change.astype(np.float32))
+            elif self.mode == "similarity":
+                reference = self._reference(tokens, space, patches, view, pinned)
+                if reference is not None:
+                    layer["similarity"] = blobs.add(patches.similarity(reference).astype(np.float32))
+            layers.append(layer)
+        return {"mode": self.mode, "layers": layers, "pin": self._pin_told(tokens, pinned)}
+
+    @staticmethod
+    def _before(shown: _Shown, space: str) -> Patches | None:
+        """The patches of the message before the one that is shown; None where nothing can be compared."""
+        before = shown.snapshot.before
+        if space not in shown.before and before is not None:
+            if before.fingerprint == shown.snapshot.tokens.fingerprint and space in spaces(before):
+                shown.before[space] = Patches(before, space)
+        return shown.before.get(space)
+
+    def _reference(
+        self, tokens: VisualTokens, space: str, patches: Patches, view: int, pinned: list[int]
+    ) -> np.ndarray | None:
+        """The vector that patches are compared to: the one that was touched where it is held, else what lies there now."""
+        if self._held_from is not None and self._held_from[0] != tokens.fingerprint:
+            self._held, self._held_from = {}, None  # vectors of another model
+        if space in self._held:
+            return self._held[space]
+        if not pinned:
+            return None
+        reference = patches.mean(view, pinned)
+        if self._hold:
+            self._held[space] = reference
+            self._held_from = self._held_from or (tokens.fingerprint, tokens.sequence)
+        return reference
+
+    def _pin_told(self, tokens: VisualTokens, pinned: list[int]) -> dict[str, object] | None:
+        if self._pin is None:
+            return None
+        return {
+            "camera": self._pin.camera,
+            "box": self._pin.box,
+            "patches": pinned,
+            "hold": self._hold,
+            "sequence": self._held_from[1] if self._held_from is not None else tokens.sequence,
+        }
+
+
+def _first_patch(tokens: VisualTokens) -> int:
+    """Tokens of a view before the first one that lies on the grid."""
+    return tokens.shape[1] - tokens.grid[0] * tokens.grid[1] if has_patches(tokens) else 0
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, str) or len(value) > MAX_NAME:
+        raise ValueError("a name must be a short text")
+    return value
+
+
+def _finite(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError("a number must be finite")
+    return float(value)
