@@ -184,6 +184,27 @@ def test_the_node_starts_without_torch():
     run_without("torch|torchvision|timm", "import vla_perception.nodes.visual_tokenizer.node")
 
 
+@pytest.mark.parametrize("name", sorted(set(entry_points()) - {"vla-perception"}))
+def test_a_node_without_ros_says_what_to_install(name):
+    run_without(
+        r"rclpy|rcl_interfaces|\w+_msgs|\w+_srvs",
+        f"""
+        import os
+        from vla_perception.nodes import executables
+
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.dup2(writing, 2)
+            executables.{name}()
+        os.close(writing)
+        told = os.fdopen(reading).read()
+        assert os.waitpid(child, 0)[1] >> 8 == 1, told
+        assert len(told.splitlines()) == 1 and "pip install '.[ros]'" in told, told
+        """,
+    )
+
+
 def test_the_command_says_what_is_missing():
     run_without(
         "torch|torchvision|timm",

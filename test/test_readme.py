@@ -32,6 +32,22 @@ def tokens(sequence: int) -> VisualTokens:
     )
 
 
+def program_with(words: str) -> str:
+    """The one program of README.md that has these words in it."""
+    (program,) = (
+        block for block in re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE) if words in block
+    )
+    return program
+
+
+def test_images_without_ros():
+    pytest.importorskip("timm")
+    program = program_with("VisualTokenizer")
+    names = {"image": np.zeros((30, 40, 3), np.uint8)}
+    exec(program.replace('"openvla/openvla-7b"', '"tiny-random"'), names)
+    assert "[1, 256, 4096]" in program and names["tokens"].shape == (1, 196, 256)
+
+
 @pytest.mark.ros
 def test_the_policy_node_receives_tokens(tmp_path):
     pytest.importorskip("torch")
@@ -39,7 +55,7 @@ def test_the_policy_node_receives_tokens(tmp_path):
     from rclpy.context import Context
     from sensor_msgs.msg import CompressedImage
 
-    (program,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "import rclpy" in block)
+    program = program_with("import rclpy")
     (tmp_path / "policy.py").write_text(program, encoding="utf-8")
     domain, context = free_domain(), Context()
     with in_domain(domain):

@@ -95,7 +95,16 @@ def leave(code: int) -> NoReturn:
 
 def _run(name: str) -> NoReturn:
     begin()
-    leave(importlib.import_module(f"vla_perception.nodes.{name}").main())
+    try:
+        node = importlib.import_module(f"vla_perception.nodes.{name}")
+    except ModuleNotFoundError as error:  # what else a node needs, it imports when it starts
+        print(
+            f"{os.path.basename(sys.argv[0])}: {error} in {sys.executable}; nodes need ROS 2's Python packages: source a ROS 2 "
+            "distribution, or run pip install '.[ros]' in this package's sources (docs/install.md)",
+            file=sys.stderr,
+        )
+        leave(1)
+    leave(node.main())
 
 
 def visual_tokenizer() -> NoReturn:
