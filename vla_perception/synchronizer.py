@@ -127,7 +127,7 @@ class SetSynchronizer:
         counts.pending += 1
         last = self.last_stamp_ns(camera)
         order = self._orders.setdefault(camera, StampOrder()).add(stamp_ns)
-        if order is Order.SET_BACK:
+        if order is Order.SET_BACK and last is not None:
             self._set_back(camera, last, stamp_ns)
         elif order is Order.LATE and (
             self._policy == "latest" or stamp_ns <= self._matched_ns.get(camera, stamp_ns - 1)
@@ -209,11 +209,12 @@ class SetSynchronizer:
         best_spread = round(self.slop_sec * 1e9)
         for start in (frame.stamp_ns for history in self._history.values() for frame in history):
             # Histories are in the order of their stamps: the earliest frame not before `start` is the closest.
-            frames = tuple(
+            closest = [
                 next((frame for frame in history if frame.stamp_ns >= start), None)
                 for history in self._history.values()
-            )
-            if None in frames:
+            ]
+            frames = tuple(frame for frame in closest if frame is not None)
+            if len(frames) < len(closest):
                 continue
             spread = max(frame.stamp_ns for frame in frames) - start
             newer = best is not None and frames[0].stamp_ns > best[0].stamp_ns
