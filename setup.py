@@ -68,6 +68,7 @@ data_files = [
     (f"share/{NAME}", ["package.xml"]),
     (f"share/{NAME}/launch", sorted(glob("launch/*.launch.py"))),
     (f"share/{NAME}/config", sorted(glob("config/*.*"))),
+    (f"share/{NAME}/sample_bag", sorted(glob("examples/sample_bag/*"))),
 ]
 if not {"bdist_wheel", "dist_info", "editable_wheel", "sdist"} & set(sys.argv):
     # colcon puts console scripts into lib/<package>, where `ros2 run` finds them and a shell does not. pip puts them

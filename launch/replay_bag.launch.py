@@ -1,10 +1,8 @@
 """A bag's cameras into the tokenizer.
 
-ros2 launch vla_perception replay_bag.launch.py bag:=examples/sample_bag
+ros2 launch vla_perception replay_bag.launch.py bag:=$(ros2 pkg prefix --share vla_perception)/sample_bag
 ros2 launch vla_perception replay_bag.launch.py bag:=drive.mcap loop:=true rate:=2.0 cameras:=front=/camera/color/image_raw
 """
-
-import re
 
 from launch.actions import LogInfo, OpaqueFunction, TimerAction
 
@@ -25,16 +23,8 @@ from vla_perception.launch_utils import (
     tokenizer_arguments,
     typed,
 )
+from vla_perception.sources.bags import common_transport, find_cameras
 
-IMAGES = {"sensor_msgs/msg/Image": "raw", "sensor_msgs/msg/CompressedImage": "compressed"}
-#: What other image transports send as CompressedImage.
-NO_IMAGES = ("/compressedDepth", "/zstd")
-#: Words in the names of topics whose images have a camera's encoding, and are not what a policy sees.
-NOT_COLOR = re.compile(
-    r"(?<![a-z])(depth|disparity|infra(red)?|ir|thermal|confidence|labels?|mask|seg|segmentation|semantic)(?![a-z])"
-    r"|depth|infra",
-    re.IGNORECASE,
-)
 #: Seconds that the last frames get to become tokens, when the player has ended, which waits for acknowledgements first.
 #: Not so many that the tokenizer begins to complain of silent cameras.
 LINGER_SEC = 2.0
@@ -54,7 +44,7 @@ ARGUMENTS = dict(
         declare(
             "image_transport",
             default_value="",
-            choices=["", *IMAGES.values()],
+            choices=["", "raw", "compressed"],
             description="raw or compressed: which recorded topics are played. Empty: as the cameras were recorded, raw "
             "where both are there.",
         ),
@@ -80,53 +70,21 @@ def declared():
     return ARGUMENTS | tokenizer_arguments(cameras=None, image_transport=None, use_sim_time=None)
 
 
-def find_cameras(bag, wanted):
-    """Camera name -> (base topic, {transport: topic}) for what is in the bag. ValueError if it is not there."""
-    found = {}
-    topics = bag_camera_topics(bag)
-    for topic, kind in topics.items():
-        if kind in IMAGES and not topic.endswith(NO_IMAGES):
-            base = topic.removesuffix("/compressed") if IMAGES[kind] == "compressed" else topic
-            found.setdefault(base, {})[IMAGES[kind]] = topic
-    if not found:
-        raise ValueError(
-            f"bag:={bag} has no image topic with a camera's encoding (16UC1, 32FC1 and the like are depth)"
-        )
-    if not wanted:
-        wanted = {}
-        for base in sorted(found):
-            name = (
-                re.sub(r"\W", "_", re.sub(r"/image(_raw|_color|_rect|_rect_color)?$", "", base).strip("/")) or "camera"
-            )
-            if not NOT_COLOR.search(base) and name not in wanted:
-                wanted[name if not name[0].isdigit() else f"camera_{name}"] = base
-        if not wanted:
-            listed = ", ".join(found)
-            raise ValueError(f"bag:={bag} has only depth, infrared or label images, by name: {listed}; name cameras:=…")
-    cameras = {}
-    for name, topic in wanted.items():
-        base = "/" + (topic or f"{name}/image_raw").strip("/").removesuffix("/compressed")
-        if base not in found:
-            raise ValueError(f"cameras: {base} is not in the bag; it has {', '.join(sorted(found))}")
-        cameras[name] = (base, found[base])
-    return cameras, topics
+def cameras_of(bag, wanted):
+    """Name -> BagCamera. ValueError that names the launch file's arguments if they are not there."""
+    try:
+        return find_cameras(bag_camera_topics(bag), wanted)
+    except ValueError as error:
+        raise ValueError(f"bag:={bag}: {error} (cameras:=…)") from error
 
 
 def start(context):
     warnings = check_arguments(context, declared(), __file__)
     bag = argument(context, "bag")
-    cameras, topics = find_cameras(bag, parse_cameras(argument(context, "cameras")))
-    transport = argument(context, "image_transport")
-    shared = [kind for kind in IMAGES.values() if all(kind in kinds for _, kinds in cameras.values())]
-    if transport and transport not in shared:
-        raise ValueError(f"image_transport:={transport}: not every camera has such a topic in the bag")
-    if not shared:
-        listed = ", ".join(topic for _, kinds in cameras.values() for topic in kinds.values())
-        raise ValueError(f"the cameras are recorded partly raw, partly compressed ({listed}): choose with cameras:=…")
-    transport = transport or shared[0]
-    images = [kinds[transport] for _, kinds in cameras.values()]
-    infos = [f"{base.rpartition('/')[0]}/camera_info" for base, _ in cameras.values()]
-    played = [*images, *(topic for topic in infos if topic in topics)]
+    cameras = cameras_of(bag, parse_cameras(argument(context, "cameras")))
+    transport = common_transport(cameras.values(), argument(context, "image_transport"))
+    images = [camera.topics[transport] for camera in cameras.values()]
+    played = [*images, *(camera.info_topic for camera in cameras.values() if camera.info_topic)]
     # A bag's topics are absolute: without this, two robots' bags in one domain would be played onto the same ones.
     namespace = argument(context, "namespace").strip("/")
     above = f"/{namespace}" if namespace else ""
@@ -163,7 +121,7 @@ def start(context):
         on_exit=on_exit,
     )
     listed = ", ".join(f"{name} ({topic})" for name, topic in zip(cameras, images, strict=True))
-    bases = {name: above + base for name, (base, _) in cameras.items()}
+    bases = {name: above + camera.topic for name, camera in cameras.items()}
     return [
         *warnings,
         LogInfo(msg=f"cameras of the bag: {listed}"),

@@ -492,13 +492,13 @@ def test_cameras_of_a_bag_by_encoding_and_name(launch_file):
         "/stereo/disparity/image",
     ]
     module.bag_camera_topics = lambda _: dict.fromkeys([*cameras, *others], image)
-    found, _ = module.find_cameras("bag", {})
-    assert sorted(base for base, _ in found.values()) == sorted(cameras)
-    found, _ = module.find_cameras("bag", {"heat": "/flir/thermal/image_raw"})  # by its name any of them
+    found = module.cameras_of("bag", {})
+    assert sorted(camera.topic for camera in found.values()) == sorted(cameras)
+    found = module.cameras_of("bag", {"heat": "/flir/thermal/image_raw"})  # by its name any of them
     assert list(found) == ["heat"]
     module.bag_camera_topics = lambda _: dict.fromkeys(others, image)
     with pytest.raises(ValueError, match="only depth, infrared or label images, by name: .*/ir/image_raw.*cameras:="):
-        module.find_cameras("bag", {})
+        module.cameras_of("bag", {})
 
 
 def test_bags_need_mcap(launch_file, tmp_path, monkeypatch):

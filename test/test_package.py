@@ -238,6 +238,7 @@ def source(tmp_path_factory) -> Path:
     for name in ("vla_perception", "resource", "scripts", "launch", "config"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "examples" / "sample_bag", folder / "examples" / "sample_bag")
     return folder
 
 
@@ -276,9 +277,9 @@ def test_colcon_installs_everything(install_space):
     assert (prefix / "share/ament_index/resource_index/packages/vla_perception").is_file()
     share = prefix / "share/vla_perception"
     assert (share / "package.xml").is_file()
-    for folder in ("launch", "config"):
-        expected = {path.name for path in (ROOT / folder).glob("*.*")}
-        assert {path.name for path in (share / folder).glob("*")} == expected
+    for folder in ("launch", "config", "examples/sample_bag"):
+        expected = {path.name: path.read_bytes() for path in (ROOT / folder).glob("*.*")}
+        assert {path.name: path.read_bytes() for path in (share / Path(folder).name).glob("*")} == expected
     assert {path.name for path in (prefix / "lib/vla_perception").iterdir()} == set(entry_points())
     for path in PACKAGE.rglob("*"):
         if path.suffix in (".py", ".xml", ".typed"):

@@ -657,7 +657,7 @@ def bomb(size: int) -> bytes:
 def in_little_memory(code: str, *arguments: object) -> str:
     """What a Python process that may take 1 GiB prints, the imports behind it."""
     script = (
-        "import resource, sys; from vla_perception.sources.bags import Bag, BagError; import vla_perception.sources.bag_files\n"
+        "import resource, sys; from vla_perception.sources.bags import Bag, BagError; import vla_perception.sources.bags.mcap_file\n"
         f"resource.setrlimit(resource.RLIMIT_DATA, ({1 << 30}, {1 << 30}))\n{code}"
     )
     assert hasattr(resource, "RLIMIT_DATA")
@@ -741,9 +741,9 @@ def test_an_index_that_goes_in_circles(tmp_path):
 
 def test_chunks_that_all_lie_at_the_same_time(tmp_path, monkeypatch):
     """All of them are open at once: what they take together has a limit, and chunks one after the other do not reach it."""
-    from vla_perception.sources import bag_files
+    from vla_perception.sources.bags import mcap_file
 
-    monkeypatch.setattr(bag_files, "OPEN_CHUNKS_LIMIT", 5 << 20)
+    monkeypatch.setattr(mcap_file, "OPEN_CHUNKS_LIMIT", 5 << 20)
     many = [(ns + i, cdr + bytes(1 << 20)) for ns, cdr in SERIES for i in range(2)]
     with Bag(mcap(tmp_path / "x.mcap", many, chunk_size=1 << 20)) as bag:
         assert len(list(bag.messages())) == 20

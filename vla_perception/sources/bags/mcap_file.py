@@ -1,32 +1,15 @@
-"""The storage files of a rosbag2 recording: MCAP through the `mcap` library, SQLite through Python's own.
-
-Both give the same: which topics a file holds, how often, from when to when, and its messages in the order of their
-recording. Nothing that a file says of itself is taken for memory: records, chunks and messages have limits, and what
-is compressed is expanded only as far as it says.
-
-Why not `rosbags` (0.11): it refuses MCAP files without a profile or with a channel that is not ROS 2's, passes over
-chunks that have no message index, and expands a chunk before it looks at its size; of SQLite it refuses files for what
-playing them does not need, as QoS that it cannot parse, or types whose definition the recorder did not find.
-"""
+"""MCAP storage files, through the `mcap` library's records."""
 
 from __future__ import annotations
 
-import heapq
-import logging
-import re
-import shutil
-import sqlite3
 import struct
 import zlib
 from array import array
-from collections.abc import Callable, Collection, Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from functools import partial
 from io import BytesIO
-from itertools import count
 from pathlib import Path
-from typing import BinaryIO
-from urllib.parse import quote
+from typing import Any, BinaryIO
 
 import lz4.frame
 import mcap.records
@@ -34,43 +17,24 @@ import zstandard
 from mcap.data_stream import ReadDataStream
 from mcap.opcode import Opcode
 
-_log = logging.getLogger(__name__)
+from vla_perception.sources.bags.storage import (
+    MCAP_MAGIC,
+    MESSAGE_LIMIT,
+    Channel,
+    FileError,
+    Source,
+    Stored,
+    encoding_of,
+    in_time_order,
+    ros_type,
+)
 
-MCAP_MAGIC = b"\x89MCAP0\r\n"
-SQLITE_MAGIC = b"SQLite format 3\0"
-ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-
-#: Bytes of one message: more than a raw image of 64 Mpixel with four channels.
-MESSAGE_LIMIT = 300 << 20
 #: Bytes of a chunk, and of all chunks that are open at once because their times overlap.
 CHUNK_LIMIT = 512 << 20
 OPEN_CHUNKS_LIMIT = 1 << 30
 #: Bytes of any other record that is read (a schema, the statistics, …), and number of chunks of a file.
 RECORD_LIMIT = 16 << 20
 CHUNKS_LIMIT = 2_000_000
-#: Characters of a topic's name, and of its type, in SQLite.
-NAME_LIMIT = 1 << 16
-#: Bytes that copying or decompressing a file leaves free on the disk.
-DISK_RESERVE = 1 << 30
-
-MAX_NS = 2**63 - 1
-
-#: (time in ns, topic, type, bytes as they were stored)
-Stored = tuple[int, str, str, bytes]
-
-
-class FileError(ValueError):
-    """The file is sound but cannot be read here, or it says something that is not so; the text says what to do."""
-
-
-@dataclass
-class Channel:
-    """A topic of one file: name, message type, encoding of its messages ("cdr"), and how many the file says it has."""
-
-    topic: str
-    type: str
-    encoding: str
-    messages: int = 0
 
 
 class McapFile:
@@ -105,13 +69,13 @@ class McapFile:
         start = start_ns or 0
         with self.path.open("rb") as file:
             opened = OpenChunks(self.path)
-            sources = [
-                (chunk[0], lambda chunk=chunk: opened.read(file, chunk[2], wanted, start))
+            sources: list[Source] = [
+                (chunk[0], partial(opened.read, file, chunk[2], wanted, start))
                 for chunk in self._chunks
                 if chunk[1] >= start and (not chunk[3] or not chunk[3].isdisjoint(wanted))
             ]
             if self._loose[0]:
-                sources.append((0, lambda: self._loose_messages(file, wanted, start)))
+                sources.append((0, partial(self._loose_messages, file, wanted, start)))
             yield from in_time_order(sources)
 
     def _check_ends(self, file: BinaryIO) -> int:
@@ -206,7 +170,7 @@ class McapFile:
             raise ValueError("a record goes beyond the end of the file")
         self._chunks.sort(key=lambda chunk: (chunk[0], chunk[2]))
 
-    def _define(self, opcode: int, data: bytes, schemas: dict[int, str]) -> None:
+    def _define(self, opcode: int, data: bytes | memoryview, schemas: dict[int, str]) -> None:
         if opcode == Opcode.SCHEMA:
             schema = parse(mcap.records.Schema, data)
             schemas[schema.id] = schema.name
@@ -264,128 +228,6 @@ class OpenChunks:
             self._bytes -= len(data)
 
 
-class SqliteFile:
-    """The index of a `.db3` file; see McapFile. `scratch()` gives a folder for a copy, where one is needed.
-
-    Only topics and messages are read, which all of rosbag2's schema versions have alike.
-    """
-
-    def __init__(self, path: Path, scratch: Callable[[], Path]):
-        self.path = path
-        beside = [path.with_name(path.name + suffix) for suffix in ("-wal", "-journal")]
-        beside = [file for file in beside if file.is_file() and file.stat().st_size]
-        # The file is read as it lies there. What its recorder had not yet moved into it is in the files beside it.
-        self._readable = self._copied(beside, scratch) if beside else path
-        with closing(self._opened()) as database:
-            (pages,), (page,) = (database.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "page_size"))
-            if pages * page > self._readable.stat().st_size:  # SQLite takes zeros for what is missing of the last page
-                raise ValueError("the end of the file is missing")
-            _check_tables(database)
-            counts = {
-                key: rest
-                for key, *rest in database.execute(
-                    "SELECT topic_id, count(*), min(timestamp), max(timestamp) FROM messages GROUP BY topic_id"
-                )
-            }
-            topics = database.execute("SELECT id, name, type, serialization_format FROM topics ORDER BY id").fetchall()
-        self.channels = {
-            key: Channel(name, kind, encoding_of(encoding), counts[key][0] if key in counts else 0)
-            for key, name, kind, encoding in topics
-        }
-        spans = [span for key, (_, *span) in counts.items() if key in self.channels]
-        self.start_ns = min((start for start, _ in spans), default=None)
-        self.end_ns = max((end for _, end in spans), default=None)
-
-    def messages(self, topics: Collection[str], start_ns: int | None) -> Iterator[Stored]:
-        """Messages of `topics` at or after `start_ns`, by time."""
-        wanted = {key: channel for key, channel in self.channels.items() if channel.topic in topics}
-        start = -(2**63) if start_ns is None else min(start_ns, MAX_NS)
-        with closing(self._opened()) as database:
-            rows = database.execute(
-                f"SELECT topic_id, timestamp, data FROM messages WHERE topic_id IN ({', '.join('?' * len(wanted))}) "
-                "AND timestamp >= ? ORDER BY timestamp, id",
-                (*wanted, start),
-            )
-            for key, time_ns, data in rows:
-                yield time_ns, wanted[key].topic, wanted[key].type, data
-
-    def _opened(self) -> sqlite3.Connection:
-        return sqlite3.connect(f"file:{quote(str(self._readable))}?immutable=1", uri=True, check_same_thread=False)
-
-    def _copied(self, beside: list[Path], scratch: Callable[[], Path]) -> Path:
-        """A copy, with what lies beside the file in it."""
-        folder = scratch()
-        names = " and ".join(file.name for file in (self.path, *beside))
-        _log.warning("%s: a copy of %s is made in %s, and read", self.path, names, folder)
-        require_room(folder, sum(file.stat().st_size for file in (self.path, *beside)), f"a copy of {names}")
-        for file in (self.path, *beside):
-            shutil.copyfile(file, folder / file.name)
-        copy = folder / self.path.name
-        with closing(sqlite3.connect(copy)) as database:
-            database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-            database.execute("PRAGMA journal_mode=DELETE").fetchall()
-        return copy
-
-
-def _check_tables(database: sqlite3.Connection) -> None:
-    """FileError where it is not a recording."""
-    tables = database.execute("SELECT name, type, rootpage FROM sqlite_master").fetchall()
-    # A view may be without end, and so may what a generated column expands to.
-    plain = {name for name, kind, page in tables if kind == "table" and page}
-    for name in ("topics", "messages"):
-        if name not in plain:
-            raise FileError(f"it is not a rosbag2 recording: it has no table {name}")
-        if any(column[6] for column in database.execute(f"PRAGMA table_xinfo({name})")):
-            raise FileError(f"it is not a rosbag2 recording: {name} is not a plain table")
-    texts = ("name", "type", "serialization_format")
-    (odd,) = database.execute(
-        "SELECT count(*) FROM topics WHERE "
-        + " OR ".join(f"typeof({column}) <> 'text' OR length({column}) > {NAME_LIMIT}" for column in texts)
-    ).fetchone()
-    if odd:
-        raise FileError(f"{odd} of its topics have a name, type or format that is not a text, or a long one")
-    (odd,) = database.execute(
-        "SELECT count(*) FROM messages WHERE typeof(timestamp) <> 'integer' OR typeof(data) <> 'blob' "
-        f"OR length(data) > {MESSAGE_LIMIT}"
-    ).fetchone()
-    if odd:
-        raise FileError(f"{odd} of its messages are not bytes with a time, or over {MESSAGE_LIMIT >> 20} MiB")
-
-
-def in_time_order(sources: list[tuple[int, Callable[[], Iterator]]]) -> Iterator:
-    """Items of several sources by their first element, a time. A source is opened when its start has come."""
-    waiting = sorted(sources, key=lambda source: source[0], reverse=True)
-    numbers = count()
-    heap: list[tuple[int, int, tuple, Iterator]] = []
-    while waiting or heap:
-        while waiting and (not heap or waiting[-1][0] <= heap[0][0]):
-            iterator = waiting.pop()[1]()
-            item = next(iterator, None)
-            if item is not None:
-                heapq.heappush(heap, (item[0], next(numbers), item, iterator))
-        if not heap:
-            continue
-        _, number, item, iterator = heap[0]
-        yield item
-        item = next(iterator, None)
-        if item is None:
-            heapq.heappop(heap)
-        else:
-            heapq.heapreplace(heap, (item[0], number, item, iterator))
-
-
-def encoding_of(said: str) -> str:
-    """ "cdr", also where it is said in capitals or not at all; each message is looked at when it is read."""
-    return said.strip().lower() or "cdr"
-
-
-def ros_type(name: str) -> str:
-    """ "sensor_msgs/msg/Image" for that, for ROS 1's way ("sensor_msgs/Image"), and for DDS' way to write it."""
-    if dds := re.fullmatch(r"(\w+)::msg::dds_::(\w+)_", name):
-        return f"{dds[1]}/msg/{dds[2]}"
-    return name.replace("/", "/msg/") if name.count("/") == 1 else name
-
-
 # MCAP's records
 
 
@@ -403,7 +245,8 @@ def records(file: BinaryIO) -> Iterator[tuple[int, int, int]]:
 
 def body(file: BinaryIO, opcode: int, size: int) -> bytes:
     """The record's body, read from where the file is."""
-    limit = {Opcode.CHUNK: CHUNK_LIMIT, Opcode.MESSAGE: MESSAGE_LIMIT}.get(opcode, RECORD_LIMIT)
+    limits: dict[int, int] = {Opcode.CHUNK: CHUNK_LIMIT, Opcode.MESSAGE: MESSAGE_LIMIT}
+    limit = limits.get(opcode, RECORD_LIMIT)
     if size > limit:
         raise FileError(f"a record of {size} bytes is over the limit of {limit >> 20} MiB")
     data = file.read(size)
@@ -426,7 +269,7 @@ def inner_records(data: memoryview) -> Iterator[tuple[int, int, int]]:
         position += size
 
 
-def parse(kind: type, data: bytes):
+def parse(kind: Any, data: bytes | memoryview) -> Any:
     """A record of the `mcap` library from its body."""
     return kind.read(ReadDataStream(BytesIO(data)))
 
@@ -440,16 +283,16 @@ def expanded(data: bytes, room: int = CHUNK_LIMIT) -> memoryview:
     if size > room:
         raise FileError(f"chunks of more than {OPEN_CHUNKS_LIMIT >> 20} MiB overlap in time: `mcap sort` orders them")
     if chunk.compression == "zstd":
-        content = bytearray(size + 1)
+        buffer = bytearray(size + 1)
         with zstandard.ZstdDecompressor().stream_reader(chunk.data, read_across_frames=True) as stream:
-            content = memoryview(content)[: stream.readinto(content)]
+            content = memoryview(buffer)[: stream.readinto(buffer)]
     elif chunk.compression == "lz4":
-        content, rest = bytearray(), chunk.data
-        while rest and len(content) <= size:  # one frame after the other
+        buffer, rest = bytearray(), chunk.data
+        while rest and len(buffer) <= size:  # one frame after the other
             frame = lz4.frame.LZ4FrameDecompressor()
-            content += frame.decompress(rest, max_length=size + 1 - len(content))
+            buffer += frame.decompress(rest, max_length=size + 1 - len(buffer))
             rest = frame.unused_data
-        content = memoryview(content)
+        content = memoryview(buffer)
     elif not chunk.compression:
         content = memoryview(chunk.data)
     else:
@@ -459,44 +302,3 @@ def expanded(data: bytes, room: int = CHUNK_LIMIT) -> memoryview:
     if chunk.uncompressed_crc and zlib.crc32(content) != chunk.uncompressed_crc:
         raise ValueError("a chunk does not have the checksum that it says")
     return content
-
-
-def decompressed(data: bytes, limit: int) -> bytes:
-    """The content of a zstd frame of at most `limit` bytes; no more than that is made. ValueError where it is not whole."""
-    said, blocks, size = zstandard.frame_content_size(data), [], 0
-    if said > limit:
-        raise ValueError(f"{said} bytes are over the limit of {limit >> 20} MiB")
-    with zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True) as stream:
-        while size <= limit and (block := stream.read(1 << 20)):
-            blocks.append(block)
-            size += len(block)
-    if size > limit or said not in (-1, size):
-        raise ValueError(f"{size} bytes came, and {said} were said")
-    return b"".join(blocks)
-
-
-# Files on the disk
-
-
-def require_room(folder: Path, size: int, what: str) -> None:
-    free = shutil.disk_usage(folder).free
-    if size + DISK_RESERVE > free:
-        raise FileError(
-            f"{what} takes {size / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free: "
-            "make room, or set TMPDIR to a folder that has it"
-        )
-
-
-def decompress_file(path: Path, target: Path) -> None:
-    """Expands a zstd file, until the disk has no room left."""
-    require_room(target.parent, path.stat().st_size, f"{path.name}, decompressed,")
-    room = shutil.disk_usage(target.parent).free - DISK_RESERVE
-    with path.open("rb") as source, target.open("wb") as out:
-        with zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True) as stream:
-            while block := stream.read(1 << 20):
-                room -= len(block)
-                if room < 0:
-                    raise FileError(
-                        f"{path.name}, decompressed, does not fit into {target.parent}: make room, or set TMPDIR"
-                    )
-                out.write(block)

@@ -1,0 +1,45 @@
+"""What a bag consists of: topics and messages; and the error that says why one cannot be read."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from vla_perception.printable import printable
+
+IMAGE = "sensor_msgs/msg/Image"
+COMPRESSED_IMAGE = "sensor_msgs/msg/CompressedImage"
+CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
+
+
+class BagError(ValueError):
+    """The path is no bag that can be read, or the bag lacks what was asked for; the text says what to do."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text))  # it quotes names of any content
+
+
+@dataclass(frozen=True)
+class BagTopic:
+    """A topic of a bag: its name, message type ("sensor_msgs/msg/Image") and number of messages."""
+
+    name: str
+    type: str
+    messages: int
+
+
+@dataclass(frozen=True)
+class BagMessage:
+    """A recorded message: when it was recorded (ns since the epoch) and its CDR bytes with encapsulation header."""
+
+    topic: str
+    type: str
+    time_ns: int
+    cdr: bytes
+
+
+def missing_library(error: ImportError) -> BagError:
+    """The error for a library of the extra `bags` that this Python lacks."""
+    return BagError(
+        f"{error} in {sys.executable}; bags are read with the packages mcap and pyyaml: pip install mcap pyyaml"
+    )
