@@ -42,6 +42,15 @@ def test_files_of_tests_that_a_page_names_exist(path):
         assert "/" in name and (ROOT / name).is_file(), f"{path.name} names {name}"
 
 
+def test_extras_that_pages_and_errors_name_exist():
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    extras = set(re.findall(r'^        "(\w+)": [A-Z]', setup, re.MULTILINE))
+    assert {"tokenizer", "ros", "all"} <= extras
+    for path in [*PAGES, *(ROOT / "vla_perception").rglob("*.py"), *(ROOT / "requirements").glob("*.txt")]:
+        for named in re.findall(r"install [^\n]*?\.\[([\w,]+)\]", path.read_text(encoding="utf-8")):
+            assert set(named.split(",")) <= extras, f"{path.relative_to(ROOT)}: .[{named}]"
+
+
 def test_the_index_lists_every_page():
     listed = set(re.findall(r"\]\((\w+\.md)", TEXTS[ROOT / "docs" / "README.md"]))
     assert listed == {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
