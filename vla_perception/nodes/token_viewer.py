@@ -160,7 +160,7 @@ class TokenViewer(Node):
     def _draw_view(self, view: View, colors: np.ndarray) -> np.ndarray:
         image = self._image_of(view)
         opacity = self.get_parameter("opacity").value if view.valid else 0.0
-        return overlay(colors, view.affine, view.height, view.width, image, opacity)
+        return overlay(colors, view, image, opacity)
 
     def _image_of(self, view: View) -> np.ndarray | None:
         """The image with the view's stamp, or one close to it, decoded; None where there is none of its size."""

@@ -6,58 +6,51 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vla_perception.tokens.visual_tokens import View
+
 #: Pixels that are painted at a time: what is needed meanwhile is several times as large as they are.
 _AT_A_TIME = 1 << 18
 
 
 def overlay(
     colors: np.ndarray,
-    affine: Sequence[float],
-    height: int,
-    width: int,
+    view: View,
     image: np.ndarray | None = None,
     opacity: float = 0.6,
+    *,
+    size: tuple[int, int] | None = None,
+    background: int = 0,
 ) -> np.ndarray:
-    """uint8 [height, width, 3] RGB: every patch of the grid painted where it lies in the source image.
+    """uint8 RGB [height, width, 3]: every pixel in the color of the token that sees it.
 
-    colors: uint8 [rows, columns, 3]. affine: six floats, row-major 2 x 3, source pixel (x, y, 1) -> (column, row).
-    image: uint8 [height, width, 3]; without one the colors are opaque on black. Pixels that no token sees keep
-    the image.
+    Args:
+        colors: uint8 [rows, columns, 3], one per patch of the grid.
+        view: where the patches lie in the source image. What no token sees (cropped away, or beyond the grid) keeps
+            the image, or is `background` without one.
+        image: uint8 [height, width, 3] to lay the colors over; without one they are opaque.
+        opacity: 0 to 1, of the colors over an image.
+        size: (height, width) of the result, which the view is scaled to; the source image's unless given.
+        background: grey level.
     """
-    rows, columns = colors.shape[:2]
-    # One more row and column for the pixels of no patch.
-    painted = np.zeros((rows + 1, columns + 1, 3), np.uint8)
-    painted[:rows, :columns] = colors
-    share = np.zeros((rows + 1, columns + 1, 1), np.uint16)
-    share[:rows, :columns] = round(opacity * 256)
+    grid = colors.shape[:2]
+    height, width = size or (view.height, view.width)
+    # One more color, at -1, for the pixels that no token sees.
+    painted = np.full((grid[0] * grid[1] + 1, 3), background, np.uint8)
+    painted[:-1] = colors.reshape(-1, 3)
+    share = np.full((len(painted), 1), round(opacity * 256), np.uint16)
+    share[-1] = 0
     result = np.empty((height, width, 3), np.uint8)
+    x = (np.arange(width) + 0.5) * (view.width / width)
     step = max(1, _AT_A_TIME // width)
     for top in range(0, height, step):
-        block = slice(top, min(height, top + step))
-        row, column = _patch_of_pixel(affine, np.arange(block.start, block.stop), width, rows, columns)
-        color = painted[row, column]
+        rows = np.arange(top, min(height, top + step))
+        patch = view.patch_at(x, (rows[:, None] + 0.5) * (view.height / height), grid)
+        color = painted[patch]
         if image is not None:
-            part = share[row, column]
-            color = (image[block] * (256 - part) + color * part + 128) >> 8
-        result[block] = color
+            part = share[patch]
+            color = (image[rows[0] : rows[-1] + 1] * (256 - part) + color * part + 128) >> 8
+        result[rows[0] : rows[-1] + 1] = color
     return result
-
-
-def _patch_of_pixel(
-    affine: Sequence[float], lines: np.ndarray, width: int, rows: int, columns: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of the patch that a pixel's centre lies in, (rows, columns) outside the grid.
-
-    Integers that broadcast to [lines, width]: [lines, 1] and [1, width] unless the grid is turned by 90 degrees.
-    """
-    a, b, c, d, e, f = affine
-    x, y = np.arange(width)[None] + 0.5, lines[:, None] + 0.5
-    column = np.floor(a * x + b * y + c if b else a * x + c)
-    row = np.floor(d * x + e * y + f if d else e * y + f)
-    return (
-        np.where((row >= 0) & (row < rows), row, rows).astype(np.intp),
-        np.where((column >= 0) & (column < columns), column, columns).astype(np.intp),
-    )
 
 
 def side_by_side_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
