@@ -1,5 +1,7 @@
 """The pages as a whole: their links lead somewhere, and the programs of the tutorial and the how-to pages run."""
 
+import contextlib
+import io
 import re
 import shlex
 import sys
@@ -8,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ros_harness import ROOT, RosProcess, free_domain
+
+from vla_perception import cli
 
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"]
 TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES}
@@ -40,6 +44,27 @@ def test_files_of_tests_that_a_page_names_exist(path):
     """By their path from the root: a bare file name says nothing in a tree that mirrors the package."""
     for name in re.findall(r"[\w/]*\btest_\w+\.py", TEXTS[path]):
         assert "/" in name and (ROOT / name).is_file(), f"{path.name} names {name}"
+
+
+@pytest.fixture(scope="module")
+def options_of_commands() -> dict[str, set[str]]:
+    """Subcommand of `vla-perception` → its options, by its own help."""
+
+    def help_of(*arguments: str) -> str:
+        with contextlib.redirect_stdout(io.StringIO()) as told, pytest.raises(SystemExit):
+            cli.main([*arguments, "--help"])
+        return told.getvalue()
+
+    names = re.search(r"\{([\w,]+)\}", help_of()).group(1).split(",")
+    return {name: set(re.findall(r"--[\w-]+", help_of(name))) for name in names}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=[str(path.relative_to(ROOT)) for path in PAGES])
+def test_commands_of_vla_perception_exist(path, options_of_commands):
+    for command, rest in re.findall(r"vla-perception ([a-z]+)\b((?:[^`\n#]|\\\n)*)", TEXTS[path]):
+        assert command in options_of_commands, f"{path.name}: vla-perception {command}"
+        unknown = set(re.findall(r"(?<= )--[\w-]+", rest)) - options_of_commands[command]
+        assert not unknown, f"{path.name}: vla-perception {command} {unknown}"
 
 
 def test_extras_that_pages_and_errors_name_exist():
