@@ -27,8 +27,7 @@ from miniature_openvla import Miniature  # noqa: E402
 from openvla_policy import LanguageModel  # noqa: E402
 
 from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
-from vla_perception.tokens.subscriber import tokenize  # noqa: E402
-from vla_perception.tokens.visual_tokens import VisualTokens  # noqa: E402
+from vla_perception.tokens import VisualTokens, tokenize  # noqa: E402
 
 INSTRUCTION = "put the cup on the plate"
 

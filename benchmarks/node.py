@@ -195,7 +195,7 @@ def receive_tokens(_options: argparse.Namespace) -> None:
     from diagnostic_msgs.msg import DiagnosticArray
     from rclpy.executors import SingleThreadedExecutor
 
-    from vla_perception.tokens.subscriber import TokenSubscriber
+    from vla_perception.tokens import TokenSubscriber
 
     rclpy.init()
     node, said, last = rclpy.create_node("policy"), [], {}

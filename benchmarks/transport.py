@@ -149,7 +149,7 @@ def subscribe(options: argparse.Namespace) -> None:
 
     import rclpy
 
-    from vla_perception.tokens.subscriber import TokenSubscriber
+    from vla_perception.tokens import TokenSubscriber
 
     rclpy.init()
     words, commands = random_words(options.mib), []

@@ -138,7 +138,7 @@ def send_tokens(options: argparse.Namespace) -> None:
     from fake_tokenizer import make_tokens
     from sensor_msgs.msg import CompressedImage
 
-    from vla_perception.tokens.visual_tokens import to_message
+    from vla_perception.tokens import to_message
 
     node, _stop = make_node("tokens")
     publisher = node.create_publisher(CompressedImage, "tokens", 20)
@@ -183,7 +183,7 @@ def send_images(options: argparse.Namespace) -> None:
 
 
 def receive() -> None:
-    from vla_perception.tokens.subscriber import TokenSubscriber
+    from vla_perception.tokens import TokenSubscriber
 
     node, stop = make_node("policy")
     ages, arrivals, visual = [], [], None

@@ -5,7 +5,7 @@ import time
 import rclpy
 from rclpy.executors import ExternalShutdownException
 
-from vla_perception.tokens.subscriber import TokenSubscriber
+from vla_perception.tokens import TokenSubscriber
 
 rclpy.init()
 try:

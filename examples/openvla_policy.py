@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbedding
 
-from vla_perception.tokens.subscriber import FingerprintMismatchError, TokenFormatError, TokenSubscriber, VisualTokens
+from vla_perception.tokens import FingerprintMismatchError, TokenFormatError, TokenSubscriber, VisualTokens
 
 PROMPT = "In: What action should the robot take to {}?\nOut:"
 #: What Llama's tokenizer makes of the space between "Out:" and the first action in training.

@@ -565,7 +565,7 @@ def launched(ros2: str, arguments: list[str], nodes: int, messages: int = 3) -> 
     import rclpy
     from sensor_msgs.msg import CompressedImage
 
-    from vla_perception.tokens.visual_tokens import from_message
+    from vla_perception.tokens import from_message
 
     domain = free_domain()
     process = subprocess.Popen(

@@ -172,7 +172,7 @@ def test_tokens_are_read_with_numpy_alone():
         rf"{HEAVY}|rclpy|\w+_msgs",
         """
         import vla_perception.images.decode
-        import vla_perception.tokens.visual_tokens
+        from vla_perception.tokens import TokenBuffer, TokenSubscriber, VisualTokens, from_message
         import vla_perception.visualization.principal_components
         """,
     )

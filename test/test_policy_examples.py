@@ -14,7 +14,7 @@ import pytest
 from fake_tokenizer import MODEL, make_tokens
 from ros_harness import ROOT, RosProcess, free_domain, ros_environment, wait_until
 
-from vla_perception.tokens.visual_tokens import VisualTokens
+from vla_perception.tokens import VisualTokens
 
 LINE = re.compile(r"\('front', 'wrist'\) \(2, 196, 256\) bfloat16 [\d.]+ Hz, -?\d+ ms old, 0 lost")
 FAKE = ["--rate", "20", "--cameras", "front", "wrist", "--grid", "14", "14", "--channels", "256", "--dtype", "bfloat16"]
@@ -208,7 +208,7 @@ def test_the_loop_on_the_page_infers_once_and_holds_without_tokens():
     pytest.importorskip("rclpy")
     before = """
 import time, rclpy
-from vla_perception.tokens.subscriber import TokenSubscriber
+from vla_perception.tokens import TokenSubscriber
 def say(*words): print(*words, flush=True)
 hold, follow = (lambda: say("hold")), (lambda chunk: say("follow", chunk))
 def act(visual): say("act", visual.sequence); return visual.sequence

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ros_harness import RosProcess, free_domain, in_domain, wait_until
 
-from vla_perception.tokens.visual_tokens import View, VisualTokens, to_message
+from vla_perception.tokens import View, VisualTokens, to_message
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -29,7 +29,7 @@ def messages(count: int) -> list[bytes]:
     from vla_perception.sources.bags import Bag
     from vla_perception.synchronizer import SetSynchronizer
     from vla_perception.tokenizer import VisualTokenizer
-    from vla_perception.tokens.visual_tokens import View, VisualTokens
+    from vla_perception.tokens import View, VisualTokens
 
     tokenizer = VisualTokenizer.load("tiny-random", device="cpu", compute_dtype="float32", runtime="eager")
     synchronizer = SetSynchronizer(["front", "wrist"])

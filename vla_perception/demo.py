@@ -508,7 +508,7 @@ def draw_image(
     from vla_perception.demo_image import Moment, draw
     from vla_perception.images.decode import decode_image
     from vla_perception.nodes.bag_player import message_class
-    from vla_perception.tokens.visual_tokens import VisualTokens
+    from vla_perception.tokens import VisualTokens
 
     order = {
         name: {stamp: index for index, stamp in enumerate(published[topic])} for name, topic in cameras.topics.items()

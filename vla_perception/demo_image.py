@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vla_perception.tokens.visual_tokens import View, VisualTokens
+from vla_perception.tokens import View, VisualTokens
 from vla_perception.visualization.principal_components import PrincipalComponents
 
 CELL_WIDTH = 288

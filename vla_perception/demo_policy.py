@@ -27,7 +27,7 @@ from rclpy.utilities import get_rmw_implementation_identifier
 from sensor_msgs.msg import CompressedImage
 
 from vla_perception.nodes.node_runner import Stop, run_node
-from vla_perception.tokens.visual_tokens import TokenFormatError, from_message
+from vla_perception.tokens import TokenFormatError, from_message
 
 
 class DemoPolicy(Node):

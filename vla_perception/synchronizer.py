@@ -117,7 +117,7 @@ class SetSynchronizer:
     def last_stamp_ns(self, camera: str) -> int | None:
         """Stamp of the camera's latest frame; None before the first."""
         order = self._orders.get(camera)
-        return None if order is None else order.newest_ns
+        return None if order is None else order.latest_ns
 
     def add(self, camera: str, stamp_ns: int, image: object) -> bool:
         """A frame has arrived. Returns whether it completed a set, which then waits in place of any older one."""

@@ -30,7 +30,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage
 
 from vla_perception.nodes.bag_player import Pace, message_class
 from vla_perception.sources.bags import Bag, header_stamp_ns, with_header_stamp
-from vla_perception.tokens.visual_tokens import FORMAT
+from vla_perception.tokens import FORMAT
 
 pytestmark = pytest.mark.ros
 

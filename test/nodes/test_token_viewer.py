@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vla_perception.tokens.visual_tokens import View, VisualTokens
+from vla_perception.tokens import View, VisualTokens
 from vla_perception.visualization.color_basis import ColorBasis
 from vla_perception.visualization.overlay import overlay
 
@@ -36,7 +36,7 @@ try:
     from std_srvs.srv import Trigger
 
     from vla_perception.images.decode import image_to_rgb
-    from vla_perception.tokens.visual_tokens import to_message
+    from vla_perception.tokens import to_message
     from vla_perception.visualization.principal_components import PrincipalComponents
 except ImportError:  # no ROS here: the tests below are not selected
     pass
@@ -205,13 +205,13 @@ def test_node_says_once_what_it_cannot_read():
 
         def complains():
             publisher.publish(CompressedImage(format="jpeg"))
-            return "no token message" in process.output
+            return "not a token message" in process.output
 
         wait_until(complains, 30, "a complaint")
         for _ in range(3):
             publisher.publish(CompressedImage(format="jpeg"))
         assert process.stop() == 0
-        assert process.output.count("no token message") == 1
+        assert process.output.count("not a token message") == 1
 
 
 def of_sizes(sizes, names=None):

@@ -13,7 +13,7 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
 from vla_perception.sources.bags import Bag, BagError, compressed_format, header_stamp_ns, with_header_stamp
-from vla_perception.tokens.visual_tokens import FORMAT
+from vla_perception.tokens import FORMAT
 
 SAMPLE = Path(__file__).parents[2] / "examples" / "sample_bag"
 TYPES = get_typestore(Stores.ROS2_JAZZY)

@@ -31,7 +31,7 @@ from rosbags.typesys import Stores, get_typestore
 
 from vla_perception.images.decode import ENCODINGS
 from vla_perception.sources.bags import Bag, BagError, header_stamp_ns, image_encoding, is_camera_image
-from vla_perception.tokens.visual_tokens import FORMAT
+from vla_perception.tokens import FORMAT
 
 TYPES = get_typestore(Stores.ROS2_JAZZY)
 IMAGE, COMPRESSED = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from vla_perception.tokens.visual_tokens import View, VisualTokens
+from vla_perception.tokens import View, VisualTokens
 
 MODEL = {
     "model": "fake",

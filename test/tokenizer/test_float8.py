@@ -321,7 +321,7 @@ def test_messages_say_so_and_the_fingerprint_is_the_same(monkeypatch):
     metadata, other = marked.metadata(), load(image_size=[28, 32], device="cpu").metadata()
     assert metadata["compute_dtype"] == "float8"
     assert metadata | {"compute_dtype": other["compute_dtype"]} == other  # the fingerprint among the rest
-    from vla_perception.tokens.subscriber import tokenize
+    from vla_perception.tokens import tokenize
 
     tokens = tokenize(marked, {"front": torch.zeros(30, 40, 3, dtype=torch.uint8).numpy()})
     read = type(tokens).from_bytes(tokens.to_bytes())

@@ -16,8 +16,7 @@ from vla_perception import cli  # noqa: E402
 from vla_perception.cli import main  # noqa: E402
 from vla_perception.tokenizer import PRESETS, EncoderConfig, TokenizerConfig, VisualTokenizer  # noqa: E402
 from vla_perception.tokenizer.network import empty_network  # noqa: E402
-from vla_perception.tokens.subscriber import tokenize  # noqa: E402
-from vla_perception.tokens.visual_tokens import VisualTokens  # noqa: E402
+from vla_perception.tokens import VisualTokens, tokenize  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

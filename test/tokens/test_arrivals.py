@@ -35,10 +35,10 @@ def test_orders(stamps, expected):
 
 def test_the_newest_stamp_is_of_this_side_of_a_jump():
     order = StampOrder()
-    assert order.newest_ns is None
+    assert order.latest_ns is None
     for stamp, latest in ((1, 1), (5, 5), (4, 5), (0, 0), (1, 1)):
         order.add(stamp)
-        assert order.newest_ns == latest
+        assert order.latest_ns == latest
 
 
 def test_a_jump_back_of_any_size_is_over_soon():
@@ -48,7 +48,7 @@ def test_a_jump_back_of_any_size_is_over_soon():
         order = StampOrder()
         for stamp in range(draw.randint(1, 20)):
             order.add(stamp)
-        start = draw.randint(-5, order.newest_ns - 1)
+        start = draw.randint(-5, order.latest_ns - 1)
         late = sum(order.add(start + i) is Order.LATE for i in range(30))
         assert late <= LATE_IN_A_ROW
 

@@ -9,9 +9,8 @@ pytest.importorskip("torch")
 pytest.importorskip("timm")
 from vla_perception.tokenizer import VisualTokenizer, presets  # noqa: E402
 from vla_perception.tokenizer.checkpoints.checkpoint import fingerprint  # noqa: E402
+from vla_perception.tokens import FingerprintMismatchError, LocalTokenizer, TokenFormatError, VisualTokens  # noqa: E402  # noqa: E402
 from vla_perception.tokens.fingerprint import difference, digest  # noqa: E402
-from vla_perception.tokens.subscriber import FingerprintMismatchError, LocalTokenizer  # noqa: E402
-from vla_perception.tokens.visual_tokens import TokenFormatError, VisualTokens  # noqa: E402
 
 WEIGHTS, OTHER = "12" * 32, "34" * 32
 
@@ -31,7 +30,7 @@ def test_the_message_says_what_its_fingerprint_is_made_of():
     assert VisualTokens.from_bytes(make_tokens(0).to_bytes()).fingerprint_inputs is None
     assert "fingerprint_inputs" not in VisualTokenizer.from_preset("tiny-random").metadata()
     policy = source(tokenizer.fingerprint)
-    assert not policy._accept(make_tokens(0, weights="random"))
+    assert not policy.push(make_tokens(0, weights="random"))
     with pytest.raises(
         FingerprintMismatchError, match=r"random weights of a preset without options came: pool 1, prepare \[\]"
     ):
@@ -193,15 +192,15 @@ def test_a_policy_reads_it_in_the_error():
     wrong = make_tokens(1, fingerprint=got, fingerprint_inputs=inputs)
     known = source({**MODEL, "fingerprint": expected, "fingerprint_inputs": wanted})  # VisualTokenizer.metadata()
     taught = source(expected[:16])  # by right tokens that came before
-    assert taught._accept(make_tokens(0, fingerprint=expected, fingerprint_inputs=wanted))
+    assert taught.push(make_tokens(0, fingerprint=expected, fingerprint_inputs=wanted))
     for tokens in (known, taught):
-        assert not tokens._accept(wrong)
+        assert not tokens.push(wrong)
         with pytest.raises(
             FingerprintMismatchError, match=r"weights \(expected digest 1212.*pool \(expected 2, got 1\)"
         ):
             tokens.latest  # noqa: B018
     alone = source(expected)
-    alone._accept(wrong)
+    alone.push(wrong)
     with pytest.raises(FingerprintMismatchError, match=f"{got[:16]}….*{expected[:16]}….*most likely the weights"):
         alone.latest  # noqa: B018
 

@@ -12,7 +12,15 @@ import pytest
 from fake_tokenizer import make_tokens
 from ros_harness import RosProcess, free_domain, ros_environment, wait_until
 
-from vla_perception.tokens import shared_memory, shared_memory_services
+from vla_perception.tokens import (
+    TokenSubscriber,
+    VisualTokens,
+    shared_memory,
+    shared_memory_services,
+    to_message,
+    transports,
+)
+from vla_perception.tokens.handover import Handover
 from vla_perception.tokens.shared_memory import (
     DEPTH,
     LENT,
@@ -22,8 +30,6 @@ from vla_perception.tokens.shared_memory import (
     TokenReader,
     TokenWriter,
 )
-from vla_perception.tokens.subscriber import TokenSubscriber
-from vla_perception.tokens.visual_tokens import VisualTokens, to_message
 
 needs_iceoryx2 = pytest.mark.skipif(
     bool(shared_memory.unavailable_reason()), reason="needs iceoryx2: pip install '.[shm]'"
@@ -238,17 +244,15 @@ def test_sets_change_their_way_without_loss_or_repetition(ros, source):
 @pytest.fixture
 def waiting(ros, source, monkeypatch):
     """A `TokenSubscriber` that has set 0 by the topic, and sets 2 and 3 by shared memory, which wait for set 1."""
-    from vla_perception.tokens import subscriber as policy
-
-    monkeypatch.setattr(policy, "_HAND_OVER", 20.0)
     with TokenSubscriber(ros.node()) as tokens:
+        tokens._intake.handover = Handover(pending_sec=20.0)
         wait_until(source.on_topic, 20.0, "a match")
         source.publish(0)
         wait_until(lambda: tokens.received == 1, 20.0, "the first set")
         source.publisher.open_shared_memory()
         wait_until(source.publisher.readers, 20.0, "a reader")
         source.write(2, 3)
-        wait_until(lambda: len(tokens._held) == 2, 20.0, "sets that wait")
+        wait_until(lambda: tokens._intake.pending == 2, 20.0, "sets that wait")
         yield tokens
 
 
@@ -287,7 +291,7 @@ def test_shared_memory_that_fails_while_sets_wait_leaves_them_to_the_topic(waiti
 @pytest.mark.ros
 def test_a_set_of_shared_memory_that_the_topic_brings_later_is_not_given_again(waiting, source, monkeypatch):
     """The writer goes just after its sets were taken over, while the topic has not been left yet."""
-    monkeypatch.setattr(waiting, "_resubscribe", SimpleNamespace(trigger=lambda: None))
+    monkeypatch.setattr(waiting._receiver, "update", lambda: None)
     source.publish(1, 2)
     wait_until(lambda: waiting.received == 4, 20.0, "the sets that waited")
     assert waiting.transport == "shared memory"
@@ -301,15 +305,13 @@ def test_a_set_of_shared_memory_that_the_topic_brings_later_is_not_given_again(w
 @needs_iceoryx2
 @pytest.mark.ros
 def test_shared_memory_that_cannot_even_be_given_back_is_tried_again(ros, source, monkeypatch):
-    from vla_perception.tokens import subscriber as policy
-
-    monkeypatch.setattr(policy, "_RETRY", 0.1)
+    monkeypatch.setattr(transports, "_RETRY", 0.1)
     source.publisher.open_shared_memory()
     with TokenSubscriber(ros.node()) as tokens:
         until_shared(tokens, source.send)
-        subscriber = tokens._reader._subscriber
+        subscriber = tokens._shared_memory._reader._subscriber
         broken = SimpleNamespace(receive=_fail, delete=lambda: (subscriber.delete(), _fail()))
-        monkeypatch.setattr(tokens._reader, "_subscriber", broken)
+        monkeypatch.setattr(tokens._shared_memory._reader, "_subscriber", broken)
         source.send()
         wait_until(lambda: tokens.transport == "topic", 20.0, "the topic")
         until_shared(tokens, source.send)
@@ -324,7 +326,7 @@ def test_an_error_that_ends_the_reading_of_shared_memory_leaves_the_topic(ros, s
     with TokenSubscriber(ros.node()) as tokens:
         until_shared(tokens, source.send)
         wait_until(lambda: source.on_topic() == 0, 20.0, "nobody on the topic")
-        monkeypatch.setattr(tokens, "_read_on", _fail)
+        monkeypatch.setattr(tokens._shared_memory, "_receive", _fail)
         source.send()
         wait_until(lambda: tokens.transport == "topic" and source.on_topic() == 1, 20.0, "the topic")
         source.send()
@@ -454,7 +456,7 @@ def test_a_short_life_in_shared_memory_leaves_no_loss(ros, source, monkeypatch):
     """The first tokenizer has come and gone before DDS told of its publisher."""
     source.publisher.open_shared_memory()
     with TokenSubscriber(ros.node()) as tokens:
-        monkeypatch.setattr(tokens, "_look_up_publishers", frozenset)
+        monkeypatch.setattr(tokens._receiver, "publishers", frozenset)
         until_shared(tokens, source.send)
         source.publisher.close_shared_memory()
         wait_until(lambda: tokens.transport == "topic" and source.on_topic(), 20.0, "the topic")
@@ -467,7 +469,7 @@ def policy_process(ros, *lines: str) -> RosProcess:
     """A policy that says what it gets."""
     code = (
         "import rclpy\n"
-        "from vla_perception.tokens.subscriber import TokenSubscriber\n"
+        "from vla_perception.tokens import TokenSubscriber\n"
         "rclpy.init()\n"
         "tokens = TokenSubscriber(rclpy.create_node('other_policy'), history=1000)\n"
         "while True:\n"
@@ -540,7 +542,7 @@ def test_the_node_offers_it_and_encodes_for_who_reads_there(ros):
             assert tokens.request(20.0).shape == (1, 196, 256)
             assert tokens.received == count
         assert tokens.transport == "shared memory"
-        wait_until(lambda: tokens._private.count_subscribers("/a/tokens") == 0, 20.0, "nobody on the topic")
+        wait_until(lambda: tokens._receiver.node.count_subscribers("/a/tokens") == 0, 20.0, "nobody on the topic")
         wait_until(lambda: shoot() or others.received > 1, 20.0, "tokens by the topic")
         assert others.transport == "topic"
         assert offers.stop() == 0

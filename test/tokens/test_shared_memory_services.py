@@ -26,7 +26,7 @@ import iceoryx2
 from fake_tokenizer import make_tokens
 from vla_perception.tokens import shared_memory_services as services
 from vla_perception.tokens.shared_memory import SharedMemoryError, TokenReader, TokenWriter
-from vla_perception.tokens.visual_tokens import VisualTokens
+from vla_perception.tokens import VisualTokens
 
 def free():
     state = os.statvfs("/dev/shm")

@@ -23,7 +23,7 @@ from miniature_openvla import EMPTY_TOKEN, STATISTICS, Miniature, prompt_ids  # 
 from openvla_policy import LanguageModel  # noqa: E402
 
 from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
-from vla_perception.tokens.subscriber import (  # noqa: E402
+from vla_perception.tokens import (  # noqa: E402
     FingerprintMismatchError,
     LocalTokenizer,
     TokenSubscriber,

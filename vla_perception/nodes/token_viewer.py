@@ -26,7 +26,7 @@ from vla_perception.nodes.node_runner import Stop, run_node
 from vla_perception.nodes.parameters import declare, warn_of_ignored
 from vla_perception.printable import printable
 from vla_perception.spelling import nearest
-from vla_perception.tokens.visual_tokens import View, VisualTokens, from_message
+from vla_perception.tokens import View, VisualTokens, from_message
 from vla_perception.visualization.color_basis import ColorBasis
 from vla_perception.visualization.overlay import overlay, side_by_side, side_by_side_size
 

@@ -1,9 +1,16 @@
-"""What arrivals on one topic tell: late messages, time that was set back, several senders. No ROS, no clock."""
+"""What the order of messages tells: late ones, time that was set back, lost ones, a restart, several senders.
+
+By stamps and numbers alone: no ROS, no threads, no clock. `StampOrder` draws the line between a late message and time
+that was set back (here for tokens, in `synchronizer` for frames); `Continuity` draws it between a lost message and
+a tokenizer that restarted.
+"""
 
 from __future__ import annotations
 
 import enum
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 
 #: Stamps that are remembered: a message not older than all of these is late, an older one means that time was set back.
 RECENT = 8
@@ -31,18 +38,18 @@ class StampOrder:
     `LATE_IN_A_ROW` messages came late in a row. Otherwise time was set back, and nothing is remembered from before.
 
     Attributes:
-        newest_ns: the latest stamp since time was set back, nanoseconds; None before the first.
+        latest_ns: the latest stamp since time was set back, nanoseconds; None before the first.
     """
 
     def __init__(self) -> None:
-        self.newest_ns: int | None = None
+        self.latest_ns: int | None = None
         self._recent: deque[int] = deque(maxlen=RECENT)
         self._late = 0
 
     def add(self, stamp_ns: int) -> Order:
         """Takes in the stamp of the message that has arrived."""
         order = Order.IN_ORDER
-        if self.newest_ns is not None and stamp_ns < self.newest_ns:
+        if self.latest_ns is not None and stamp_ns < self.latest_ns:
             within = stamp_ns >= min(self._recent) and self._late < LATE_IN_A_ROW
             order = Order.LATE if within else Order.SET_BACK
         if order is Order.SET_BACK:
@@ -51,9 +58,44 @@ class StampOrder:
             self._late += 1
         else:
             self._late = 0
-            self.newest_ns = stamp_ns
+            self.latest_ns = stamp_ns
         self._recent.append(stamp_ns)
         return order
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How a token message follows the one before it.
+
+    Attributes:
+        restarted: another run of the tokenizer, or another tokenizer, sent it.
+        lost: messages between the two that never arrived; 0 after a restart.
+    """
+
+    restarted: bool = False
+    lost: int = 0
+
+
+class Continuity:
+    """Tells messages that were lost from a tokenizer that restarted.
+
+    A number that is not above the last one, or another fingerprint, is a restart. So is a gap where another publisher
+    than before sent the message: a restarted tokenizer does not begin at 0 where a subscriber sees its first messages
+    late. Any other gap is a loss.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[int, str] | None = None
+
+    def add(self, sequence: int, fingerprint: str, another_publisher: Callable[[], bool]) -> Continuation:
+        """Takes in a message; `another_publisher` is only asked where there is a gap, for it may take time."""
+        last, self._last = self._last, (sequence, fingerprint)
+        if last is None:
+            return Continuation()
+        if sequence <= last[0] or fingerprint != last[1]:
+            return Continuation(restarted=True)
+        lost = sequence - last[0] - 1
+        return Continuation(restarted=True) if lost and another_publisher() else Continuation(lost=lost)
 
 
 class Senders:

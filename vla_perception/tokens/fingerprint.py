@@ -50,14 +50,15 @@ def expectation(expected: str | Mapping[str, object]) -> tuple[str, dict[str, ob
         ValueError: fewer than 8 digits, or inputs that are none.
     """
     inputs = None
+    digits: object = expected
     if isinstance(expected, Mapping):
-        given, expected = expected.get("fingerprint_inputs"), expected.get("fingerprint", "")
+        given, digits = expected.get("fingerprint_inputs"), expected.get("fingerprint", "")
         inputs = None if given is None else checked_inputs(given)
-    if not isinstance(expected, str) or len(expected) < 8:
+    if not isinstance(digits, str) or len(digits) < 8:
         raise ValueError("expect_fingerprint must have at least 8 of the 64 hexadecimal digits")
-    if inputs is not None and not digest(inputs).startswith(expected.lower()):
-        raise ValueError(f"expect_fingerprint: the inputs have the fingerprint {digest(inputs)}, not {expected}")
-    return expected.lower(), inputs
+    if inputs is not None and not digest(inputs).startswith(digits.lower()):
+        raise ValueError(f"expect_fingerprint: the inputs have the fingerprint {digest(inputs)}, not {digits}")
+    return digits.lower(), inputs
 
 
 def difference(expected: str, wanted: Mapping[str, object] | None, found: Mapping[str, object] | None, got: str) -> str:
@@ -128,7 +129,9 @@ def _short(value: object, length: int | None = 160) -> str:
 def _neighbours(found: Mapping[str, object]) -> Iterator[dict[str, object]]:
     """The same weights with other image transforms and options, and then with another resize or other statistics."""
     settings = found["settings"]
-    encoders = settings.get("preprocessing") if isinstance(settings, Mapping) else None
+    if not isinstance(settings, Mapping):
+        return
+    encoders = settings.get("preprocessing")
     if not isinstance(encoders, list) or not all(isinstance(entry, Mapping) for entry in encoders):
         return
     sizes = {entry.get("image_size") for entry in encoders if isinstance(entry.get("image_size"), int)}

@@ -16,7 +16,9 @@ import ctypes
 import threading
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
+from vla_perception.tokens.codec import SCHEMA
 from vla_perception.tokens.shared_memory_services import (
     DEPTH,
     LENT,
@@ -30,7 +32,7 @@ from vla_perception.tokens.shared_memory_services import (
     open_services,
     take_pages,
 )
-from vla_perception.tokens.visual_tokens import SCHEMA, VisualTokens
+from vla_perception.tokens.visual_tokens import VisualTokens
 
 __all__ = [
     "WRITE_STARTED",
@@ -105,7 +107,7 @@ class TokenWriter(_Services):
     def __init__(self, topic: str, domain: int) -> None:
         super().__init__(topic, domain)
         self._writing = threading.Lock()
-        self._publisher = None
+        self._publisher: Any = None
         self._capacity = 0
         self._filled: dict[int, int] = {}  # address → bytes: pages that are there already
         with _told(f"no place for a writer of {topic}"):

@@ -256,8 +256,9 @@ def _trial(packages: str, name: str, seconds: str) -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.alarm(int(seconds))
     # iceoryx2 imports it for a kind of payload that is not used here, and it imports NumPy.
-    sys.modules["flatbuffers"] = types.ModuleType("flatbuffers")
-    sys.modules["flatbuffers"].Builder = object
+    flatbuffers = types.ModuleType("flatbuffers")
+    setattr(flatbuffers, "Builder", object)  # noqa: B010
+    sys.modules["flatbuffers"] = flatbuffers
     sys.path.append(packages)
     try:
         services = open_services(name)

@@ -1,53 +1,30 @@
-"""VisualTokens ↔ token message: the wire format ``vla_tokens/1`` (docs/wire_format.md).
+"""`VisualTokens`: what a token message holds, checked, and where on the source image each token lies.
 
-A token message is a ``sensor_msgs/CompressedImage`` whose data is one safetensors file. Parsing it executes
-nothing and trusts nothing: every type, offset and shape is checked against the bytes that are there, in time and
-memory that the message's size bounds. Needs NumPy;
-torch only for `VisualTokens.from_torch` and `VisualTokens.torch`, ml_dtypes only for
-`VisualTokens.numpy` on bfloat16, ROS only for `to_message`.
+Bytes are in `codec`, the ROS message is in `message`. Needs NumPy; torch only for `VisualTokens.from_torch` and
+`VisualTokens.torch`, ml_dtypes only for `VisualTokens.numpy` on bfloat16.
 """
 
 from __future__ import annotations
 
 import array
-import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vla_perception.byte_array import byte_array
 from vla_perception.options import TOKEN_STRATEGIES
+from vla_perception.tokens import codec
+from vla_perception.tokens.codec import TokenFormatError
 from vla_perception.tokens.fingerprint import checked_inputs
+from vla_perception.tokens.view import View
 
 if TYPE_CHECKING:
     import torch
-    from sensor_msgs.msg import CompressedImage
-    from std_msgs.msg import Header
 
-SCHEMA = "vla_tokens/1"
-FORMAT = f"safetensors; {SCHEMA}"
-_ANY_VERSION = "safetensors; vla_tokens/"
-_METADATA_KEY = "vla_tokens"
-#: dtype name → safetensors' name and the NumPy dtype of the stored words (NumPy has no bfloat16).
-_DTYPES = {
-    "float32": ("F32", np.dtype("<f4")),
-    "float16": ("F16", np.dtype("<f2")),
-    "bfloat16": ("BF16", np.dtype("<u2")),
-}
-#: dtype name → words of infinity; those of NaN are larger.
-_INFINITY = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
-#: Real headers have some kilobytes. Parsed JSON takes up to 20 times its bytes, and that while the policy waits.
-_MAX_HEADER = 2**20
-#: Characters of a name.
-_MAX_TEXT = 1000
-#: No image and no grid is that large.
-_FAR = 1e9
-#: Pixels.
-_WITHIN_PIXEL = 1e-6
 #: A token map's indices take 8 bytes per pixel.
 _MAX_MAP_PIXELS = 2**26
 _MODEL_KEYS = (
@@ -61,78 +38,6 @@ _MODEL_KEYS = (
     "encoders",
     "projector",
 )
-
-
-class TokenFormatError(ValueError):
-    """A message that is not a valid ``vla_tokens/1`` message; the text says what is wrong with it."""
-
-    def __init__(self, text: str) -> None:
-        # It may quote a stranger's message, and goes into logs.
-        super().__init__(text if len(text) <= 500 else f"{text[:500]}…")
-
-
-@dataclass(frozen=True)
-class View:
-    """Where the tokens of one view come from.
-
-    Attributes:
-        camera: its name in the tokenizer's configuration.
-        frame_id, stamp_ns: the image's header; nanoseconds since the epoch of its clock.
-        height, width: size of the source image in pixels.
-        affine: six floats, row-major 2 × 3: source pixel (x, y, 1) → (column, row) on the grid. Pixel i covers
-            [i, i + 1), token j covers [j, j + 1).
-        valid: false where no image could be had and the tokens are to be ignored.
-        roi: region of interest (left, top, right, bottom) in pixels: the part of the source image that was left for the
-            encoders when it was cropped; None: all of it. The message calls it ``seen``.
-
-    Raises:
-        ValueError: a name of more than 1000 characters, or a stamp beyond the 32 bits that a message has for seconds.
-    """
-
-    camera: str
-    frame_id: str
-    stamp_ns: int
-    height: int
-    width: int
-    affine: tuple[float, ...]
-    valid: bool = True
-    roi: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        _text(self.camera)
-        _text(self.frame_id)
-        if not -(2**31) <= self.stamp_ns // 10**9 < 2**31:
-            raise ValueError(f"a stamp of {_brief(self.stamp_ns)} ns is beyond what a message can hold")
-
-    def patch_at(self, x: np.ndarray | float, y: np.ndarray | float, grid: tuple[int, int]) -> np.ndarray:
-        """Index on the grid, row by row, of the patch that sees each position of the source image; −1 where none does.
-
-        No patch sees what was cropped away (by `roi` or by the resize), nor what lies outside the image or the grid.
-        Positions on the border between patches belong to the patch to the right of and below it in the source image,
-        whichever way the image was turned.
-
-        Args:
-            x, y: pixels of the source image; pixel i covers [i, i + 1), its centre is i + 0.5. Arrays broadcast, and
-                x [width] with y [height, 1] costs least.
-            grid: (rows, columns), `VisualTokens.grid`. A cls token before it is not counted.
-
-        Returns:
-            intp, of the shape that x and y broadcast to.
-        """
-        a, b, c, d, e, f = self.affine
-        left, top, right, bottom = self.roi or (0, 0, self.width, self.height)
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        inside_x, inside_y = x + _WITHIN_PIXEL, y + _WITHIN_PIXEL
-        # Without a quarter turn a column depends on x alone and a row on y alone: then these stay one-dimensional.
-        with np.errstate(invalid="ignore"):
-            column = np.floor(a * inside_x + b * inside_y + c if b else a * inside_x + c)
-            row = np.floor(d * inside_x + e * inside_y + f if d else e * inside_y + f)
-        # Cropped pixels may have a place on the grid, where a letterbox puts its padding: hence the roi.
-        column_seen = (column >= 0) & (column < grid[1]) & (left <= x) & (x < right)
-        row_seen = (row >= 0) & (row < grid[0]) & (top <= y) & (y < bottom)
-        nowhere = -grid[0] * grid[1]
-        start = np.where(row_seen, row * grid[1], nowhere).astype(np.intp)
-        return np.maximum(start + np.where(column_seen, column, nowhere).astype(np.intp), -1)
 
 
 @dataclass(frozen=True)
@@ -162,7 +67,7 @@ class VisualTokens:
     grid: tuple[int, int]
     token_strategy: str
     pool: int
-    encoders: tuple[Mapping[str, object], ...]
+    encoders: tuple[Mapping[str, Any], ...]
     projector: str
     features: np.ndarray | None = field(default=None, repr=False)
     fingerprint_inputs: Mapping[str, object] | None = field(default=None, repr=False)
@@ -170,12 +75,15 @@ class VisualTokens:
     _source: tuple[np.ndarray, torch.Tensor] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.dtype not in _DTYPES:
-            raise TokenFormatError(f"unknown token dtype {self.dtype!r}; one of {', '.join(_DTYPES)} is needed")
-        word = _DTYPES[self.dtype][1]
-        for name, values in (("tokens", self.data), ("features", self.features)):
-            if values is None:
-                continue
+        self._check_tensors()
+        self._check_views()
+        self._check_channels()
+
+    def _check_tensors(self) -> None:
+        if self.dtype not in codec.DTYPES:
+            raise TokenFormatError(f"unknown token dtype {self.dtype!r}; one of {', '.join(codec.DTYPES)} is needed")
+        word = codec.DTYPES[self.dtype][1]
+        for name, values in self._tensors().items():
             if values.ndim != 3 or 0 in values.shape or values.dtype != word:
                 raise TokenFormatError(
                     f"{name} must be a non-empty [views, tokens, channels] array of {word} for {self.dtype}, "
@@ -183,6 +91,8 @@ class VisualTokens:
                 )
             if values.shape[:2] != self.data.shape[:2]:
                 raise TokenFormatError(f"features {list(values.shape)} do not go with tokens {list(self.data.shape)}")
+
+    def _check_views(self) -> None:
         if len(self.views) != self.data.shape[0]:
             raise TokenFormatError(f"{self.data.shape[0]} views of tokens, but {len(self.views)} are described")
         if not re.fullmatch("[0-9a-f]{64}", self.fingerprint):
@@ -193,25 +103,31 @@ class VisualTokens:
             raise TokenFormatError(
                 f"unknown token_strategy {self.token_strategy!r}; one of {', '.join(TOKEN_STRATEGIES)} is needed"
             )
-        if min(self.grid) < 1 or self.shape[1] != self._summaries + self._patches:
+        if min(self.grid) < 1 or self.shape[1] != self._cls_tokens + self._patches:
             raise TokenFormatError(
                 f"{self.shape[1]} tokens per view do not fill a grid of {self.grid[0]} × {self.grid[1]} "
                 f"(token_strategy {self.token_strategy})"
             )
+
+    def _check_channels(self) -> None:
         width = 0
         for encoder in self.encoders:
-            start, stop = encoder["channels"]  # type: ignore[misc]
+            start, stop = encoder["channels"]
             if not width == start < stop:
                 raise TokenFormatError(
                     f"encoder {encoder['name']!r} has the channels {start}–{stop}, where the one before it ends at {width}"
                 )
             width = stop
-        for name, values in (("tokens", self.data if self.projector == "none" else None), ("features", self.features)):
-            if values is not None and values.shape[2] != width:
+        for name, values in self._tensors().items():
+            if (name == "features" or self.projector == "none") and values.shape[2] != width:
                 raise TokenFormatError(f"{name} have {values.shape[2]} channels, but the encoders fill {width}")
 
+    def _tensors(self) -> dict[str, np.ndarray]:
+        """The message's tensors by their names."""
+        return {"tokens": self.data} | ({} if self.features is None else {"features": self.features})
+
     @property
-    def _summaries(self) -> int:
+    def _cls_tokens(self) -> int:
         """Tokens per view that stand before the grid."""
         return 0 if self.token_strategy == "patch" else 1
 
@@ -223,7 +139,7 @@ class VisualTokens:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(views, tokens per view, channels)."""
-        return self.data.shape  # type: ignore[return-value]
+        return self.data.shape
 
     @property
     def stamp_ns(self) -> int:
@@ -257,7 +173,7 @@ class VisualTokens:
         sequence: int,
         views: Sequence[View],
         features: torch.Tensor | None = None,
-        **model: object,
+        **model: Any,
     ) -> VisualTokens:
         """Tokens [views, tokens, channels] in the dtype that they are to have, from any device.
 
@@ -267,12 +183,14 @@ class VisualTokens:
             model: `VisualTokenizer.metadata()`.
         """
         dtype = str(tokens.dtype).removeprefix("torch.")
+        from vla_perception.tokens.torch_tensors import queue_to_host, to_words
+
         on_host = [queue_to_host(part.detach().to(tokens.dtype)) for part in (tokens, features) if part is not None]
         if tokens.is_cuda:
             import torch
 
             torch.cuda.current_stream(tokens.device).synchronize()
-        words = [_torch_words(part) for part in on_host]
+        words = [to_words(part) for part in on_host]
         return cls(
             data=words[0],
             dtype=dtype,
@@ -280,7 +198,7 @@ class VisualTokens:
             sequence=sequence,
             features=words[1] if len(words) > 1 else None,
             _source=(words[0], tokens.detach()) if tokens.is_cuda else None,
-            **_model_fields(model),  # type: ignore[arg-type]
+            **_model_fields(model),
         )
 
     def numpy(self) -> np.ndarray:
@@ -293,13 +211,13 @@ class VisualTokens:
 
     def float32(self) -> np.ndarray:
         """[views, tokens, channels] as float32: exact, and a copy unless the tokens are float32 already."""
-        return _float32(self.data, self.dtype)
+        return codec.float32(self.data, self.dtype)
 
     def features_float32(self) -> np.ndarray:
         """[views, tokens, encoder channels] as float32; ValueError if the message carries none."""
         if self.features is None:
             raise ValueError("this message carries no features; set the tokenizer's publish_features parameter")
-        return _float32(self.features, self.dtype)
+        return codec.float32(self.features, self.dtype)
 
     def torch(self, device: str = "cpu") -> torch.Tensor:
         """[views, tokens, channels] as a torch tensor in `dtype` on `device`, a copy of its own."""
@@ -321,11 +239,11 @@ class VisualTokens:
             raise KeyError(f"no camera {camera!r} among {', '.join(self.cameras)}")
         index = self.cameras.index(camera)
         data = self.data[index : index + 1]
-        on_device = self._source is not None and self._source[0] is self.data
+        source = self._source if self._source is not None and self._source[0] is self.data else None
         return replace(
             self,
             data=data,
-            _source=(data, self._source[1][index : index + 1]) if on_device else None,
+            _source=None if source is None else (data, source[1][index : index + 1]),
             views=(self.views[index],),
             features=None if self.features is None else self.features[index : index + 1],
         )
@@ -334,7 +252,7 @@ class VisualTokens:
         """Channels of one encoder, within `features` (and within tokens where there is no projector)."""
         for encoder in self.encoders:
             if encoder["name"] == name:
-                start, stop = encoder["channels"]  # type: ignore[misc]
+                start, stop = encoder["channels"]
                 return slice(start, stop)
         raise KeyError(f"no encoder {name!r} among {', '.join(str(e['name']) for e in self.encoders)}")
 
@@ -359,7 +277,7 @@ class VisualTokens:
         """Patch tokens (or `values`, [views, tokens, …]) as [views, rows, columns, …]: a view, not a copy."""
         values = self.numpy() if values is None else values
         self._need_patches()
-        return values[:, self._summaries :].reshape(values.shape[0], *self.grid, *values.shape[2:])
+        return values[:, self._cls_tokens :].reshape(values.shape[0], *self.grid, *values.shape[2:])
 
     def token_at(self, x: float, y: float, view: int = 0) -> int | None:
         """Index of the token that sees the source pixel (x, y); None if no token does (cropped, or beyond the grid).
@@ -368,7 +286,7 @@ class VisualTokens:
         """
         self._need_patches()
         patch = int(self.views[view].patch_at(x, y, self.grid))
-        return None if patch < 0 else self._summaries + patch
+        return None if patch < 0 else self._cls_tokens + patch
 
     def token_map(self, view: int = 0) -> np.ndarray:
         """Index of the token that sees each pixel's centre of the source image; −1 where no token does.
@@ -389,7 +307,7 @@ class VisualTokens:
             )
         x, y = np.arange(source.width) + 0.5, np.arange(source.height)[:, None] + 0.5
         patches = source.patch_at(x, y, self.grid)
-        patches[patches >= 0] += self._summaries
+        patches[patches >= 0] += self._cls_tokens
         return patches
 
     def patch_corners(self, token: int, view: int = 0) -> tuple[tuple[float, float], ...]:
@@ -397,7 +315,7 @@ class VisualTokens:
 
         They may lie outside the image where padding was added. ValueError for a token that is no patch.
         """
-        position = token - self._summaries
+        position = token - self._cls_tokens
         if not 0 <= position < self._patches:
             raise ValueError(f"token {token} is not on the grid of {self.grid[0]} × {self.grid[1]}")
         row, column = divmod(position, self.grid[1])
@@ -410,7 +328,7 @@ class VisualTokens:
 
     def _need_patches(self) -> None:
         if not self._patches:
-            raise ValueError("a summary token has no place on the grid (token_strategy cls)")
+            raise ValueError("a cls token has no place on the grid (token_strategy cls)")
 
     def to_bytes(self) -> bytes:
         """One safetensors file; the same content gives the same bytes."""
@@ -419,346 +337,82 @@ class VisualTokens:
     def to_parts(self) -> list[bytes | memoryview]:
         """The pieces of `to_bytes` in their order; the tensors are not copied, so that one copy puts them in place."""
         metadata = {
-            "schema": SCHEMA,
             "sequence": self.sequence,
             **{key: getattr(self, key) for key in _MODEL_KEYS},
             "encoders": [dict(encoder) for encoder in self.encoders],
             **({} if self.fingerprint_inputs is None else {"fingerprint_inputs": self.fingerprint_inputs}),
-            "views": [
-                {
-                    "camera": view.camera,
-                    "frame_id": view.frame_id,
-                    "stamp": {"sec": view.stamp_ns // 10**9, "nanosec": view.stamp_ns % 10**9},
-                    "height": view.height,
-                    "width": view.width,
-                    "affine": list(view.affine),
-                    "valid": view.valid,
-                    **({} if view.roi is None else {"seen": list(view.roi)}),
-                }
-                for view in self.views
-            ],
+            "views": [view.to_metadata() for view in self.views],
         }
-        # Written here rather than by safetensors: its Python interface for raw 16-bit words changed between
-        # releases, and this copies megabytes once instead of thrice. The tests read it back with safetensors.
-        header: dict[str, object] = {"__metadata__": {_METADATA_KEY: _json(metadata)}}
-        parts, end = [], 0
-        for name, values in (("features", self.features), ("tokens", self.data)):
-            if values is None:
-                continue
-            values = np.ascontiguousarray(values)
-            start, end = end, end + values.nbytes
-            header[name] = {
-                "data_offsets": [start, end],
-                "dtype": _DTYPES[self.dtype][0],
-                "shape": list(values.shape),
-            }
-            parts.append(memoryview(values).cast("B"))
-        text = _json(header).encode()
-        text += b" " * (-len(text) % 8)  # the payload starts aligned
-        return [len(text).to_bytes(8, "little"), text, *parts]
+        return codec.write(metadata, self._tensors(), self.dtype)
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview | np.ndarray | array.array) -> VisualTokens:
-        """Reads what `to_bytes` wrote; arrays are read-only views of `data`. TokenFormatError if it is amiss."""
-        header, payload = _split(memoryview(data).cast("B").toreadonly())
-        entry = header.get("__metadata__")
-        text = entry.get(_METADATA_KEY) if isinstance(entry, dict) else None
-        if not isinstance(text, str):
-            raise TokenFormatError(f"no {_METADATA_KEY!r} entry in the safetensors metadata")
-        metadata = _parse(text, f"the {_METADATA_KEY!r} entry")
-        if metadata.get("schema") != SCHEMA:
-            raise TokenFormatError(
-                f"schema {metadata.get('schema')!r} is not {SCHEMA!r}, the one this version reads; see FORMAT"
-            )
-        if "tokens" not in header:
-            raise TokenFormatError("there is no tensor named 'tokens'")
-        _check_layout(header, len(payload))
-        tokens, dtype = _tensor(header["tokens"], payload, "tokens")
-        features = None
-        if "features" in header:
-            features, feature_dtype = _tensor(header["features"], payload, "features")
-            if feature_dtype != dtype:
-                raise TokenFormatError(f"tokens are {dtype} but features {feature_dtype}")
+        """Reads what `to_bytes` wrote; arrays are read-only views of `data`. TokenFormatError if it is damaged."""
+        contents = codec.read(data)
+        metadata = contents.metadata
         try:
-            views = tuple(
-                View(
-                    camera=view["camera"],
-                    frame_id=view["frame_id"],
-                    stamp_ns=_whole(view["stamp"]["sec"], -(2**31), 2**31) * 10**9
-                    + _whole(view["stamp"]["nanosec"], 0, 10**9),
-                    height=_whole(view["height"]),
-                    width=_whole(view["width"]),
-                    affine=_affine(view["affine"]),
-                    valid=_boolean(view["valid"]),
-                    roi=_rectangle(view["seen"]) if "seen" in view else None,
-                )
-                for view in metadata["views"]
-            )
-            read = cls(
-                data=tokens,
-                dtype=dtype,
-                views=views,
-                sequence=_whole(metadata["sequence"], stop=2**63),
-                features=features,
-                **_model_fields(metadata),  # type: ignore[arg-type]
+            tokens = cls(
+                data=contents.tensors["tokens"],
+                dtype=contents.dtype,
+                views=tuple(View.from_metadata(entry) for entry in metadata["views"]),
+                sequence=codec.whole_number(metadata["sequence"], stop=2**63),
+                features=contents.tensors.get("features"),
+                **_model_fields(metadata),
             )
         except TokenFormatError:
             raise
         except KeyError as error:
-            raise TokenFormatError(f"the {_METADATA_KEY!r} entry lacks {error}") from error
+            raise TokenFormatError(f"the {codec.METADATA_KEY!r} entry lacks {error}") from error
         except (TypeError, ValueError, OverflowError) as error:
-            raise TokenFormatError(f"the {_METADATA_KEY!r} entry is garbled: {error}") from error
-        read.check_finite()
-        return read
+            raise TokenFormatError(f"the {codec.METADATA_KEY!r} entry is garbled: {error}") from error
+        tokens.check_finite()
+        return tokens
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes `to_bytes` into a file, for training and offline use."""
+        with open(path, "wb") as file:
+            for part in self.to_parts():
+                file.write(part)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> VisualTokens:
+        """Reads a file of a message's data, as `save` writes it; its arrays are mapped, not copied.
+
+        Raises:
+            OSError: the file cannot be read.
+            TokenFormatError: it is not a token file, or damaged.
+        """
+        # An empty file cannot be mapped.
+        return cls.from_bytes(np.memmap(path, np.uint8, mode="r") if os.path.getsize(path) else b"")
 
     def check_finite(self) -> None:
         """TokenFormatError if a valid view's tokens or features hold NaN or infinity. `from_bytes` does it by itself."""
-        # Words are compared, a fraction of the cost of np.isfinite on 16 bits: as integers, NaN and infinity are the
-        # largest ones of either sign.
-        infinity = _INFINITY[self.dtype]
-        unsigned, signed = (np.uint16, np.int16) if self.data.itemsize == 2 else (np.uint32, np.int32)
-        sign = 2 ** (8 * self.data.itemsize - 1)
-        for name, values in (("tokens", self.data), ("features", self.features)):
+        for name, values in self._tensors().items():
             for index, view in enumerate(self.views):
-                if values is None or not view.valid:
-                    continue
-                words = values[index]
-                if words.view(signed).max() >= infinity or words.view(unsigned).max() >= sign + infinity:
+                if view.valid and not codec.is_finite(values[index], self.dtype):
                     raise TokenFormatError(
-                        f"{name} of {view.camera!r} hold values that are no finite numbers; float16 ends at 65504, "
+                        f"{name} of {view.camera!r} hold values that are not finite numbers; float16 ends at 65504, "
                         "bfloat16 and float32 do not"
                     )
 
 
-def check_header(header: Header) -> None:
-    """ValueError, with the reason, for an image's header that no token message can carry."""
-    sec, nanosec = header.stamp.sec, header.stamp.nanosec
-    if sec < 0 or nanosec >= 10**9:
-        raise ValueError(
-            f"its stamp, {sec} s and {nanosec} ns, is not a time; a driver has to stamp with seconds from 0 and "
-            "nanoseconds below 1000000000"
-        )
-    try:
-        _text(header.frame_id)
-    except ValueError as error:
-        raise ValueError(f"its frame_id cannot go into a token message: {error}") from None
-
-
-def is_token_message(message: CompressedImage) -> bool:
-    """Whether a CompressedImage carries tokens (of any schema version) rather than an image."""
-    return message.format.startswith(_ANY_VERSION)
-
-
-def to_message(tokens: VisualTokens, stamp_ns: int | None = None, frame_id: str | None = None) -> CompressedImage:
-    """The token message; its header is the first view's unless given."""
-    from sensor_msgs.msg import CompressedImage
-
-    message = CompressedImage()
-    stamp_ns = tokens.stamp_ns if stamp_ns is None else stamp_ns
-    message.header.stamp.sec, message.header.stamp.nanosec = divmod(stamp_ns, 10**9)
-    message.header.frame_id = tokens.views[0].frame_id if frame_id is None else frame_id
-    message.format = FORMAT
-    message.data = byte_array(*tokens.to_parts())
-    return message
-
-
-def from_message(message: CompressedImage) -> VisualTokens:
-    """The tokens of a message, as read-only views of its data.
-
-    Raises:
-        TokenFormatError: it carries an image, another schema version, or damaged bytes.
-    """
-    if message.format != FORMAT:
-        advice = (
-            "it was written by another version of vla_perception; use the same one on both sides"
-            if is_token_message(message)
-            else "it is no token message; subscribe to the tokenizer's `tokens` topic"
-        )
-        raise TokenFormatError(f"format {message.format!r} is not {FORMAT!r}: {advice}")
-    return VisualTokens.from_bytes(message.data)
-
-
-#: Sorted and compact, so that the same content gives the same bytes; NaN and infinity are no JSON.
-_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
-
-
-def _model_fields(model: Mapping[str, object]) -> dict[str, object]:
+def _model_fields(model: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `VisualTokens` that say what the model is, checked. KeyError, TypeError, ValueError if amiss."""
     fields = {key: model[key] for key in _MODEL_KEYS}
     for key in ("model", "weights", "fingerprint", "compute_dtype", "token_strategy", "projector"):
-        _text(fields[key])
-    rows, columns = fields["grid"]  # type: ignore[misc]
+        codec.string(fields[key])
+    rows, columns = fields["grid"]
     encoders = []
-    for encoder in fields["encoders"]:  # type: ignore[attr-defined]
+    for encoder in fields["encoders"]:
         start, stop = encoder["channels"]
-        channels = [_whole(start), _whole(stop)]
-        encoders.append(dict(encoder) | {"name": _text(encoder["name"]), "channels": channels})
+        channels = [codec.whole_number(start), codec.whole_number(stop)]
+        encoders.append(dict(encoder) | {"name": codec.string(encoder["name"]), "channels": channels})
     if len({encoder["name"] for encoder in encoders}) != len(encoders):
         raise ValueError("two encoders have the same name")
     inputs = model.get("fingerprint_inputs")
     fields["fingerprint_inputs"] = None if inputs is None else checked_inputs(inputs)
     return fields | {
-        "grid": (_whole(rows, 1), _whole(columns, 1)),
-        "pool": _whole(fields["pool"], 1),
+        "grid": (codec.whole_number(rows, 1), codec.whole_number(columns, 1)),
+        "pool": codec.whole_number(fields["pool"], 1),
         "encoders": tuple(encoders),
     }
-
-
-def queue_to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on the host. From a GPU the copy goes to pinned memory and is only queued: wait for the current stream."""
-    import torch
-
-    if not tensor.is_cuda:
-        return tensor.cpu()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
-
-
-def all_finite(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A boolean on their device, without waiting for it: whether they hold neither NaN nor infinity."""
-    import torch
-
-    return torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all()
-
-
-def _torch_words(tensor: torch.Tensor) -> np.ndarray:
-    import torch
-
-    tensor = tensor.contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(np.uint16)
-    return tensor.numpy()
-
-
-def _float32(values: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype == "bfloat16":
-        # bfloat16 is the upper half of float32.
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32, copy=False)
-
-
-def _split(data: memoryview) -> tuple[dict, memoryview]:
-    """safetensors: 8 bytes little-endian header length, header (JSON), payload."""
-    if len(data) < 8:
-        raise TokenFormatError(f"{len(data)} bytes are too few for a safetensors header")
-    length = int.from_bytes(data[:8], "little")
-    if length > len(data) - 8:
-        raise TokenFormatError(f"the header claims {length} bytes, the message holds {len(data)}: truncated?")
-    if length > _MAX_HEADER:
-        raise TokenFormatError(f"the header has {length} bytes, more than {_MAX_HEADER}: this is no token message")
-    try:
-        text = str(data[8 : 8 + length], "utf-8")
-    except UnicodeDecodeError:
-        raise TokenFormatError("the safetensors header is not UTF-8") from None
-    return _parse(text, "the safetensors header"), data[8 + length :]
-
-
-def _parse(text: str, what: str) -> dict:
-    """A JSON object; TokenFormatError for anything else, and for what JSON readers read differently."""
-    try:
-        value = _DECODER.decode(text)
-    except TokenFormatError:
-        raise
-    except (ValueError, RecursionError):
-        raise TokenFormatError(f"{what} is not JSON") from None
-    if not isinstance(value, dict):
-        raise TokenFormatError(f"{what} is not a JSON object")
-    return value
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise TokenFormatError("a JSON object has a key twice")
-    return value
-
-
-def _no_constant(name: str) -> float:
-    raise TokenFormatError(f"{name} is no JSON")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
-
-
-def _check_layout(header: Mapping[str, object], size: int) -> None:
-    """Every byte of the payload belongs to one tensor, as safetensors demands: none can pass for another."""
-    spans = []
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            start, stop = entry["data_offsets"]  # type: ignore[index]
-            spans.append((_whole(start), _whole(stop)))
-        except (KeyError, TypeError, ValueError) as error:
-            raise TokenFormatError(f"the safetensors header describes {name!r} wrongly") from error
-    end = 0
-    for start, stop in sorted(spans):
-        if start != end or stop < start:
-            raise TokenFormatError(f"the tensors overlap or leave a gap at byte {min(start, end)}")
-        end = stop
-    if end != size:
-        raise TokenFormatError(f"the tensors take {end} bytes, and there are {size}: truncated?")
-
-
-def _tensor(entry: Mapping[str, object], payload: memoryview, name: str) -> tuple[np.ndarray, str]:
-    start, stop = entry["data_offsets"]  # type: ignore[misc]
-    try:
-        stored, shape = entry["dtype"], [_whole(length) for length in entry["shape"]]  # type: ignore[attr-defined]
-    except (KeyError, TypeError, ValueError) as error:
-        raise TokenFormatError(f"the safetensors header describes {name} wrongly") from error
-    found = [(dtype, word) for dtype, (code, word) in _DTYPES.items() if code == stored]
-    if not found:
-        raise TokenFormatError(f"{name} is stored as {_brief(stored)}; BF16, F16 or F32 is needed")
-    ((dtype, word),) = found
-    if stop - start != math.prod(shape) * word.itemsize:
-        raise TokenFormatError(f"{name} {shape} of {dtype} does not fit its {stop - start} bytes")
-    return np.frombuffer(payload[start:stop], word).reshape(shape), dtype
-
-
-def _whole(value: object, start: int = 0, stop: int = 2**32) -> int:
-    """An integer from `start` to below `stop`; ValueError for anything else, and for true and false."""
-    if type(value) is not int or not start <= value < stop:
-        raise ValueError(f"{_brief(value)} is not a whole number from {start} to {stop - 1}")
-    return value
-
-
-def _boolean(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{_brief(value)} is neither true nor false")
-    return value
-
-
-def _text(value: object) -> str:
-    """A string that can be printed."""
-    if not isinstance(value, str) or len(value) > _MAX_TEXT:
-        raise ValueError(f"{_brief(value)} is no string of at most {_MAX_TEXT} characters")
-    value.encode()  # raises for half a surrogate pair
-    return value
-
-
-def _affine(values: object) -> tuple[float, ...]:
-    a, b, c, d, e, f = _numbers(values, 6, "a view's affine map")
-    if abs(a * e - b * d) < 1 / _FAR**2:
-        raise ValueError(f"a view's affine map cannot be inverted: {_brief(values)}")
-    return a, b, c, d, e, f
-
-
-def _rectangle(values: object) -> tuple[float, ...]:
-    left, top, right, bottom = _numbers(values, 4, "the part of an image that was seen")
-    if not (0 <= left < right and 0 <= top < bottom):
-        raise ValueError(f"the part of an image that was seen must be left, top, right, bottom, got {_brief(values)}")
-    return left, top, right, bottom
-
-
-def _numbers(values: object, count: int, what: str) -> tuple[float, ...]:
-    if not isinstance(values, (list, tuple)) or len(values) != count:
-        raise ValueError(f"{what} must be {count} numbers, got {_brief(values)}")
-    for value in values:
-        if type(value) not in (int, float) or not -_FAR < value < _FAR:
-            raise ValueError(f"{what} must be {count} finite numbers, got {_brief(values)}")
-    return tuple(map(float, values))
-
-
-def _brief(value: object) -> str:
-    text = repr(value) if not isinstance(value, int) or -(2**64) < value < 2**64 else "a huge number"
-    return text if len(text) <= 80 else f"{text[:80]}…"

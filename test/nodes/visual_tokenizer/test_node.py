@@ -31,8 +31,8 @@ from sensor_msgs.msg import CompressedImage, Image  # noqa: E402
 from std_srvs.srv import Trigger  # noqa: E402
 
 from vla_perception.synchronizer import HISTORY  # noqa: E402
+from vla_perception.tokens import VisualTokens, from_message  # noqa: E402
 from vla_perception.tokens.encode_service import FINAL  # noqa: E402
-from vla_perception.tokens.visual_tokens import VisualTokens, from_message  # noqa: E402
 
 pytestmark = pytest.mark.ros
 

@@ -45,7 +45,7 @@ from vla_perception.nodes.visual_tokenizer.pipeline import FAILURES, STAGES, Pip
 from vla_perception.nodes.visual_tokenizer.token_publisher import TokenPublisher
 from vla_perception.synchronizer import HISTORY, POLICIES, SetSynchronizer
 from vla_perception.tokens.arrivals import Senders
-from vla_perception.tokens.visual_tokens import check_header
+from vla_perception.tokens.message import check_header
 
 if TYPE_CHECKING:
     from rclpy.subscription import MessageInfo  # Jazzy has no name for it

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vla_perception.synchronizer import Frame, FrameSet, SetSynchronizer
-from vla_perception.tokens.encode_service import FINAL
-from vla_perception.tokens.visual_tokens import View, VisualTokens, all_finite, queue_to_host
+from vla_perception.tokens import View, VisualTokens
+from vla_perception.tokens.encode_service import FINAL, published
+from vla_perception.tokens.torch_tensors import all_finite, queue_to_host
 
 if TYPE_CHECKING:
     import torch
@@ -472,7 +473,7 @@ class Pipeline:
         else:
             ended = time.perf_counter()
             with self._changed:
-                text = f"published as sequence {self.sequence}, stamp {job.views[0].stamp_ns} ns"
+                text = published(self.sequence, job.views[0].stamp_ns)
                 self.sequence += 1
                 self._timings["publish"].append(ended - begun)
                 self._timings["overhead"].append(ended - job.arrived - job.tokenizing)

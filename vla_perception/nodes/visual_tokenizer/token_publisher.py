@@ -10,8 +10,8 @@ from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from sensor_msgs.msg import CompressedImage
 
+from vla_perception.tokens import VisualTokens, to_message
 from vla_perception.tokens.shared_memory import SharedMemoryError, TokenWriter, unavailable_reason
-from vla_perception.tokens.visual_tokens import VisualTokens, to_message
 
 #: Token messages kept for a reliable subscriber that is behind: 2 MiB each for openvla-7b.
 DEPTH = 10

@@ -1,0 +1,177 @@
+"""`TokenBuffer`: what every source of tokens has in common, without any transport."""
+
+import math
+import threading
+import time
+
+import pytest
+from fake_tokenizer import MODEL, make_tokens
+
+from vla_perception.tokens import FingerprintMismatchError, TokenBuffer, VisualTokens
+from vla_perception.tokens.arrivals import Order
+
+OTHER = "cd" * 32
+
+
+def push(buffer, *sequences, **changes):
+    for sequence in sequences:
+        buffer.push(make_tokens(sequence, **changes))
+
+
+def test_newest_and_history_in_order():
+    tokens = TokenBuffer(history=3)
+    assert tokens.latest is None and tokens.history == () and tokens.age() == math.inf
+    push(tokens, 0)
+    assert [t.sequence for t in tokens.history] == [0]
+    push(tokens, 1, 2, 3)
+    assert tokens.latest.sequence == 3
+    assert [t.sequence for t in tokens.history] == [1, 2, 3]
+    assert tokens.received == 4
+    with pytest.raises(ValueError, match="at least 1"):
+        TokenBuffer(history=0)
+
+
+def test_gaps_are_counted_and_told(caplog):
+    tokens = TokenBuffer()
+    push(tokens, 5, 6, 9, 10, 15)
+    assert (tokens.lost, tokens.gaps, tokens.restarts) == (6, 2, 0)
+    assert "2 token messages were lost before sequence 9" in caplog.messages[0]
+
+
+def test_random_weights_are_told_once(caplog):
+    tokens = TokenBuffer()
+    push(tokens, 0, 1, weights="random")
+    assert caplog.messages == ["the tokens of 'fake' come from random weights: they mean nothing"]
+
+
+def test_a_restart_is_no_gap_and_history_begins_anew(caplog):
+    tokens = TokenBuffer(history=4)
+    push(tokens, 5, 6, 0, 1)
+    assert (tokens.lost, tokens.restarts) == (0, 1)
+    assert [t.sequence for t in tokens.history] == [0, 1]
+    assert "restarted" in caplog.messages[0]
+    # Other weights are a restart even if the numbers happen to go on.
+    push(tokens, 9, fingerprint=OTHER)
+    assert (tokens.lost, tokens.restarts) == (0, 2)
+    assert [t.sequence for t in tokens.history] == [9]
+
+
+def test_history_never_stacks_what_does_not_belong_together():
+    tokens = TokenBuffer(history=4)
+    push(tokens, 0, stamp_ns=10)
+    push(tokens, 1, stamp_ns=20)
+    push(tokens, 2, stamp_ns=5)  # a bag that loops
+    assert [t.sequence for t in tokens.history] == [2]
+    push(tokens, 3, cameras=("front", "wrist"))
+    assert [t.sequence for t in tokens.history] == [3]
+
+
+@pytest.mark.parametrize(
+    ("history", "stamps", "kept"),
+    [
+        (4, [0, 33, 100, 67, 133, 167], [67, 100, 133, 167]),
+        (8, [0, 33, 100, 133, 66, 167], [0, 33, 66, 100, 133, 167]),
+        (3, [0, 33, 66, 100, 10], [33, 66, 100]),  # older than all that is kept
+        (1, [0, 66, 33], [66]),
+        (4, [100, 133, 166, 50, 83], [50, 83]),  # older than all that came: time was set back
+        (4, [*range(0, 1000, 33), 0, 33], [0, 33]),
+        (3, [0, 0, 0, 0], [0, 0, 0]),
+    ],
+)
+def test_a_late_set_goes_to_its_place_in_the_history(history, stamps, kept):
+    tokens, latest = TokenBuffer(history=history), []
+    for sequence, stamp in enumerate(stamps):
+        push(tokens, sequence, stamp_ns=stamp)
+        latest.append(tokens.latest.stamp_ns)
+    assert [t.stamp_ns for t in tokens.history] == kept
+    assert (tokens.received, tokens.lost, tokens.restarts) == (len(stamps), 0, 0)
+    assert sum(after < before for before, after in zip(latest, latest[1:])) == (latest[-1] < max(stamps))
+
+
+def test_no_wait_returns_for_a_late_set():
+    tokens = TokenBuffer()
+    push(tokens, 0, stamp_ns=0)
+    push(tokens, 1, stamp_ns=100)
+    assert tokens.wait(0.0).stamp_ns == 100
+    push(tokens, 2, stamp_ns=50)
+    with pytest.raises(TimeoutError):
+        tokens.wait(0.0)
+    push(tokens, 3, stamp_ns=150)
+    assert tokens.wait(0.0).stamp_ns == 150
+
+
+def test_wait_returns_each_set_once_and_times_out():
+    tokens = TokenBuffer()
+    push(tokens, 0, 1)
+    assert tokens.wait(0.0).sequence == 1
+    begin = time.monotonic()
+    with pytest.raises(TimeoutError, match="no new visual tokens within 0.2 s"):
+        tokens.wait(0.2)
+    assert 0.19 < time.monotonic() - begin < 1.0
+    threading.Timer(0.1, push, (tokens, 2)).start()
+    assert tokens.wait(5.0).sequence == 2
+
+
+def test_all_threads_that_wait_get_the_set():
+    tokens = TokenBuffer()
+    got = []
+    threads = [threading.Thread(target=lambda: got.append(tokens.wait(10.0).sequence)) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.05)
+    push(tokens, 7)
+    for thread in threads:
+        thread.join(10.0)
+    assert got == [7] * 5
+
+
+def test_closing_frees_who_waits():
+    tokens = TokenBuffer()
+    threading.Timer(0.1, tokens.close).start()
+    with pytest.raises(RuntimeError, match="closed"):
+        tokens.wait(10.0)
+
+
+def test_other_weights_are_refused_and_nothing_old_is_given_instead(caplog):
+    tokens = TokenBuffer(expect_fingerprint=MODEL["fingerprint"])
+    push(tokens, 0)
+    push(tokens, 1, fingerprint=OTHER)
+    for read in (
+        lambda: tokens.latest,
+        lambda: tokens.history,
+        lambda: tokens.wait(0.1),
+        lambda: tokens.latest_within(9.0),
+    ):
+        with pytest.raises(FingerprintMismatchError, match="expected was abababab"):
+            read()
+    assert (tokens.received, tokens.rejected) == (1, 1)
+    assert "cdcdcdcd" in caplog.messages[-1]
+    push(tokens, 2)
+    assert tokens.latest.sequence == 2
+    with pytest.raises(ValueError, match="at least 8"):
+        TokenBuffer(expect_fingerprint="ab")
+    assert TokenBuffer(expect_fingerprint="ABABABAB").push(make_tokens(0)) is Order.IN_ORDER
+
+
+def test_age_and_freshness(caplog):
+    tokens = TokenBuffer()
+    now = time.time_ns()
+    push(tokens, 0, stamp_ns=now - 2_000_000_000)
+    assert 2.0 <= tokens.age() < 4.0
+    assert tokens.latest_within(5.0).sequence == 0 and tokens.latest_within(1.0) is None
+    # The oldest valid image counts; a view without an image has no age.
+    views = make_tokens(1, cameras=("front", "wrist"), stamp_ns=now).views
+    old = VisualTokens(
+        **{
+            **make_tokens(1, cameras=("front", "wrist")).__dict__,
+            "views": (
+                views[0],
+                type(views[1])("wrist", "", now - 10**10, 480, 640, views[1].affine, False),
+            ),
+        }
+    )
+    assert old.valid == (True, False) and old.stamps_ns == (now, now - 10**10)
+    assert old.age(now) == 0.0 and old.select("wrist").age(now) == math.inf
+    # Stamps from the future say that clocks differ, which makes every age meaningless.
+    push(tokens, 2, stamp_ns=time.time_ns() + 60 * 10**9)
+    assert tokens.latest_within(1.0) is None and "synchronise the clocks" in caplog.messages[-1]
