@@ -19,14 +19,19 @@ PAGE = ROOT / "docs" / "api.md"
 #: What is public: heading → module → names. All else may change without notice.
 PUBLIC = {
     "Tokens in a policy": {
-        "vla_perception.tokens.subscriber": (
+        "vla_perception.tokens": (
             "TokenSubscriber",
             "LocalTokenizer",
+            "TokenBuffer",
+            "VisualTokens",
+            "View",
             "tokenize",
+            "from_message",
+            "to_message",
+            "is_token_message",
             "FingerprintMismatchError",
             "TokenFormatError",
         ),
-        "vla_perception.tokens.visual_tokens": ("VisualTokens", "View", "from_message", "to_message"),
     },
     "Images to tokens": {
         "vla_perception.tokenizer": (

@@ -94,6 +94,23 @@ def test_reading_copies_nothing():
     assert np.shares_memory(read.numpy(), np.frombuffer(data, np.uint8))
 
 
+def test_files(tmp_path):
+    _, visual = make(torch.bfloat16)
+    visual.save(tmp_path / "message.safetensors")
+    assert (tmp_path / "message.safetensors").read_bytes() == visual.to_bytes()
+    read = VisualTokens.load(str(tmp_path / "message.safetensors"))
+    assert read.views == visual.views and read.to_bytes() == visual.to_bytes()
+    assert not read.data.flags.writeable and np.shares_memory(read.data, read.numpy())
+    (tmp_path / "empty").touch()
+    with pytest.raises(TokenFormatError, match="too few"):
+        VisualTokens.load(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError):
+        VisualTokens.load(tmp_path / "nothing")
+    (tmp_path / "cut").write_bytes(visual.to_bytes()[:-1])
+    with pytest.raises(TokenFormatError, match="truncated"):
+        VisualTokens.load(tmp_path / "cut")
+
+
 def test_the_reader_on_the_page_works():
     page = (Path(__file__).parents[2] / "docs" / "wire_format.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
