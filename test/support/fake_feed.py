@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from vla_perception.tokens.visual_tokens import View, VisualTokens
+from vla_perception.tokens import View, VisualTokens
 from vla_perception.view.health import LogBook, Status, TokenizerHealth
 from vla_perception.view.snapshot import LazyImage, Snapshot, encode_rgb
 

@@ -19,7 +19,7 @@ pytest.importorskip("websockets")
 from websockets.exceptions import InvalidStatus
 from websockets.sync import client
 
-from vla_perception.tokens.visual_tokens import VisualTokens
+from vla_perception.tokens import VisualTokens
 from vla_perception.view.server import PageServer
 from vla_perception.view.wire import unpack
 

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from vla_perception.tokens.visual_tokens import VisualTokens
+from vla_perception.tokens import VisualTokens
 from vla_perception.visualization.color_basis import ColorBasis
 
 #: The space of what the message's consumer gets. No encoder has this name: it holds a space.

@@ -31,8 +31,7 @@ from std_srvs.srv import Trigger
 
 from vla_perception.images import decode
 from vla_perception.sources.bags import header_stamp_ns
-from vla_perception.tokens.subscriber import TokenSubscriber
-from vla_perception.tokens.visual_tokens import VisualTokens
+from vla_perception.tokens import TokenSubscriber, VisualTokens
 from vla_perception.view.health import LogBook, Reception, Status, TokenizerHealth
 from vla_perception.view.snapshot import ImageHistory, LazyImage, PageImage, Snapshot, encode_rgb, stream_kind
 

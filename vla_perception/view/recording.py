@@ -12,7 +12,7 @@ from typing import Protocol
 
 from vla_perception.images import decode
 from vla_perception.sources.bags import COMPRESSED_IMAGE, Bag, BagMessage, compressed_format, header_stamp_ns
-from vla_perception.tokens.visual_tokens import FORMAT, VisualTokens
+from vla_perception.tokens import FORMAT, VisualTokens
 from vla_perception.view.snapshot import ImageHistory, LazyImage, PageImage, Snapshot, encode_rgb, stream_kind
 
 #: Snapshots that are kept: a page asks again when it changes what is painted.

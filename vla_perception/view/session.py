@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from vla_perception.tokens.visual_tokens import VisualTokens
+from vla_perception.tokens import VisualTokens
 from vla_perception.view.analysis import Palette, Patches, Pin, has_patches, spaces
 from vla_perception.view.snapshot import Snapshot
 from vla_perception.view.wire import Blobs

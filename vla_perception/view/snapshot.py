@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vla_perception.images.streams import MAX_PIXELS, check_size
-from vla_perception.tokens.visual_tokens import View, VisualTokens
+from vla_perception.tokens import View, VisualTokens
 
 #: Larger images are thinned out before they are made a JPEG; those that are streams already go as they are.
 MAX_SHOWN_PIXELS = 1 << 20

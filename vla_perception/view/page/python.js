@@ -16,7 +16,7 @@ export function asPython(frame, pin, space) {
 
 import numpy as np
 
-from vla_perception.tokens.visual_tokens import VisualTokens
+from vla_perception.tokens import VisualTokens
 
 # Message ${frame.sequence} of the page, saved with "Save message".
 tokens = VisualTokens.from_bytes(Path("tokens-${frame.sequence}.safetensors").read_bytes())
