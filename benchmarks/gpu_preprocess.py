@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from vla_perception.tokenizer import PRESETS, EncoderConfig, upload
-from vla_perception.tokenizer.image_transforms import Prepare, Step
+from vla_perception.tokenizer.image_transforms import ImageTransforms, Step
 from vla_perception.tokenizer.preprocess import Preprocessor
 from vla_perception.tokenizer.preprocess_gpu import DevicePreprocessor, PreprocessPlan
 
@@ -76,26 +76,26 @@ def measure(
 def measure_libero(
     preprocessor: DevicePreprocessor, reference: Preprocessor, size: tuple[int, int], rounds: int
 ) -> dict[str, object]:
-    """The same row for two images of (height, width) that are prepared as in OpenVLA's evaluation on LIBERO."""
-    prepare, cameras = Prepare({"": LIBERO}), ["front", "wrist"]
+    """The same row for two images of (height, width) that are transformed as in OpenVLA's evaluation on LIBERO."""
+    transforms, cameras = ImageTransforms({"": LIBERO}), ["front", "wrist"]
     generator = np.random.default_rng(1)
     # Coarse noise: fine noise takes JPEG several times as long as what cameras see.
     coarse = generator.integers(0, 256, (ROTATION, 2, size[0] // 16, size[1] // 16, 3), dtype=np.uint8)
     sets = [list(pair.repeat(16, 1).repeat(16, 2)) for pair in coarse]
 
     def on_device(images: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        return _whole(preprocessor, *prepare.begin(images, cameras))
+        return _whole(preprocessor, *transforms.images_on_host(images, cameras))
 
     def on_host(images: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        return _whole(preprocessor, prepare.images(images, cameras))
+        return _whole(preprocessor, transforms.images(images, cameras))
 
     row = {"size": f"{size[1]}x{size[0]}", "views": 2, "encoding": "libero", "fallback": preprocessor.fallback}
-    expected = [values.bfloat16() for values in reference(prepare.images(sets[1], cameras))]
+    expected = [values.bfloat16() for values in reference(transforms.images(sets[1], cameras))]
     way = on_device if preprocessor.does_steps else on_host
     row["equal"] = all(torch.equal(got.cpu(), wanted) for got, wanted in zip(way(sets[1]), expected))
     row["plan_us"], row["torch_us"] = _wall(way, sets, rounds), _wall(on_host, sets, max(3, rounds // 4))
     if preprocessor.does_steps and preprocessor.device.type == "cuda":
-        begun, steps = prepare.begin(sets[0], cameras)
+        begun, steps = transforms.images_on_host(sets[0], cameras)
         plan = preprocessor.plan(begun, steps)
         source = plan.upload(begun)
         outputs = _outputs(plan, source.device)

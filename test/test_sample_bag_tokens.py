@@ -49,7 +49,7 @@ def messages(count: int) -> list[bytes]:
                     frame.stamp_ns,
                     *image.shape[:2],
                     tokenizer.affine(*image.shape[:2], frame.camera),
-                    roi=tokenizer.seen(*image.shape[:2], frame.camera),
+                    roi=tokenizer.roi(*image.shape[:2], frame.camera),
                 )
                 for frame, image in zip(frames, images)
             ]

@@ -65,7 +65,11 @@ print(json.dumps(sorted(sys.modules)))
             1,
             "pool must be",
         ),
-        (["tokenize", "docs/images/tokens.png", "--model", "a/b", "--prepare", "turn", "--out", "t"], 1, "turn"),
+        (
+            ["tokenize", "docs/images/tokens.png", "--model", "a/b", "--image-transforms", "turn", "--out", "t"],
+            1,
+            "turn",
+        ),
         (
             ["tokenize", "docs/images/tokens.png", "--model", "a/b", "--adapter", "/no", "--out", "t"],
             1,

@@ -130,18 +130,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--projector", choices=options.PROJECTORS, help="default: the model's own")
     parser.add_argument("--pool", type=int, default=1, metavar="K", help="average K × K patch tokens into one")
     parser.add_argument(
-        "--prepare",
+        "--image-transforms",
         nargs="+",
         default=[],
         metavar="STEP",
-        help="what is done to images first: rotate180, region:x,y,width,height, jpeg, lanczos3, center_crop_tf, "
+        help="what is done to images first: rotate180, crop:x,y,width,height, jpeg, lanczos3, center_crop_tf, "
         "center_crop_pil",
     )
 
 
 def model_options(given: argparse.Namespace) -> dict:
     """What `add_model` or `add_options` read, as keywords of `VisualTokenizer.load`."""
-    names = ("adapter", "encoders", "image_size", "token_strategy", "projector", "pool", "prepare")
+    names = ("adapter", "encoders", "image_size", "token_strategy", "projector", "pool", "image_transforms")
     return {name: value for name, value in vars(given).items() if name in names}
 
 

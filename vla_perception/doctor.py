@@ -106,7 +106,9 @@ def packages() -> Iterator[Finding]:
         wanted = f"{name}>={lowest}" + (f",<{too_new}" if too_new else "")
         cure = f"pip install '{wanted}'"
         if not version and name == "simplejpeg":
-            yield Finding(name, "warn", "not installed; needed for the prepare step jpeg and compressed images", cure)
+            yield Finding(
+                name, "warn", "not installed; needed for the image transform jpeg and compressed images", cure
+            )
         elif not version:
             yield Finding(name, "fail", "not installed", cure)
         elif _numbers(lowest) <= _numbers(version) and not (too_new and _numbers(version) >= _numbers(too_new)):

@@ -27,9 +27,12 @@ PROJECTORS = ("linear", "gelu-mlp", "fused-gelu-mlp", "none")
 #: How an image becomes an encoder's square (tokenizer/preprocess.py).
 RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
 #: What is done to images before they are resized (tokenizer/image_transforms.py).
-IMAGE_TRANSFORMS = ("rotate180", "region", "jpeg", "lanczos3", "center_crop_tf", "center_crop_pil")
+IMAGE_TRANSFORMS = ("rotate180", "crop", "jpeg", "lanczos3", "center_crop_tf", "center_crop_pil")
 #: What `vla-perception tokenize` writes.
 OUTPUTS = ("tokens", "features")
+
+#: What `fingerprint_inputs` call some of these, since 0.1.0: a hash is over them, so they keep that spelling.
+SPELLED_IN_FINGERPRINTS = {"image_transforms": "prepare", "crop": "region"}
 
 # Frames and messages of the node
 
@@ -51,6 +54,18 @@ SIMULATION_GL = ("auto", "egl", "osmesa")
 def is_device(text: str) -> bool:
     """Whether `text` is the name of a device: one of `DEVICES`, ``cuda:N``, or another of PyTorch's (``mps``)."""
     return re.fullmatch(r"auto|[a-z]+(:\d+)?", text) is not None
+
+
+def spelled_in_fingerprint(step: str) -> str:
+    """An image transform (``crop:0,0,9,9``) as `fingerprint_inputs` spell it."""
+    name, colon, argument = step.partition(":")
+    return SPELLED_IN_FINGERPRINTS.get(name, name) + colon + argument
+
+
+def spelled_today(step: str) -> str:
+    """The reverse of `spelled_in_fingerprint`."""
+    name, colon, argument = step.partition(":")
+    return next((new for new, old in SPELLED_IN_FINGERPRINTS.items() if old == name), name) + colon + argument
 
 
 def tokens_per_view(token_strategy: str, patches: int) -> int:

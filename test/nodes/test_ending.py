@@ -107,7 +107,7 @@ from vla_perception.nodes.visual_tokenizer.token_publisher import TokenPublisher
 class Model:
     model = fingerprint = runtime = weights = compute_dtype = "odd"
     tokens_per_view = channels = 1
-    notes, device, config = (), SimpleNamespace(type="cpu"), SimpleNamespace(prepare={})
+    notes, device, config = (), SimpleNamespace(type="cpu"), SimpleNamespace(image_transforms={})
 
     def preprocess(self, images, *_arguments, **_options):
         return images

@@ -1,4 +1,4 @@
-"""Steps of `prepare` as Triton kernels have the host's bits: on a GPU, and on the CPU in Triton's interpreter."""
+"""Image transforms as Triton kernels have the host's bits: on a GPU, and on the CPU in Triton's interpreter."""
 
 import os
 import subprocess
@@ -15,13 +15,13 @@ triton = pytest.importorskip("triton", reason="this PyTorch comes without Triton
 from test_image_transforms_reference import IMAGES  # noqa: E402
 from test_preprocess_kernels import VIEWS, device, encoder, noise, preprocessor  # noqa: E402, F401
 
-from vla_perception.tokenizer import image_transform_kernels as prepare_kernels  # noqa: E402
-from vla_perception.tokenizer import image_transforms as prepare_module  # noqa: E402
-from vla_perception.tokenizer.image_transforms import Prepare, parse_step  # noqa: E402
+from vla_perception.tokenizer import image_transform_kernels as kernels  # noqa: E402
+from vla_perception.tokenizer import image_transforms as transforms_module  # noqa: E402
+from vla_perception.tokenizer.image_transforms import ImageTransforms, parse_step  # noqa: E402
 from vla_perception.tokenizer.preprocess import Preprocessor  # noqa: E402
 from vla_perception.tokenizer.preprocess_gpu import DevicePreprocessor  # noqa: E402
 
-REAL = {name: getattr(prepare_kernels, name) for name in ("_lanczos3_down", "_lanczos3_across", "_center_crop")}
+REAL = {name: getattr(kernels, name) for name in ("_lanczos3_down", "_lanczos3_across", "_center_crop")}
 
 
 @pytest.fixture(autouse=True)
@@ -30,13 +30,13 @@ def interpreted(device, monkeypatch):  # noqa: F811
         from triton.runtime.interpreter import InterpretedFunction
 
         for name, kernel in REAL.items():
-            monkeypatch.setattr(prepare_kernels, name, InterpretedFunction(kernel.fn))
-        monkeypatch.setattr(prepare_kernels, "BLOCK", (64, 64))
+            monkeypatch.setattr(kernels, name, InterpretedFunction(kernel.fn))
+        monkeypatch.setattr(kernels, "BLOCK", (64, 64))
 
 
 @pytest.fixture(scope="module")
 def tensorflow():
-    return np.load(Path(__file__).parents[1] / "data" / "prepare.npz")
+    return np.load(Path(__file__).parents[1] / "data" / "image_transforms.npz")
 
 
 def run(device, image, *texts):  # noqa: F811
@@ -75,8 +75,8 @@ def test_many_images_of_noise(device):  # noqa: F811
             np.testing.assert_array_equal(run(device, image, text), parse_step(text).run(image))
 
 
-def test_pixel_values_of_views_that_are_prepared_differently(device):  # noqa: F811
-    prepare = Prepare(
+def test_pixel_values_of_views_that_are_transformed_differently(device):  # noqa: F811
+    transforms = ImageTransforms(
         {"": ("rotate180", "jpeg:90", "lanczos3:28", "center_crop_tf:28"), "wrist": (), "side": ("lanczos3:20",)}
     )
     images = [noise((40, 52, 3), 1), VIEWS["bgr8"], VIEWS["rgb8"], noise((40, 52, 3), 3)]
@@ -84,50 +84,50 @@ def test_pixel_values_of_views_that_are_prepared_differently(device):  # noqa: F
     encoders = [encoder(28), encoder(28, "letterbox", name="e1")]
     made = preprocessor(encoders, device)
     assert made.does_steps
-    begun, steps = prepare.begin(images, cameras)
+    begun, steps = transforms.images_on_host(images, cameras)
     assert [tuple(step.name for step in chain) for chain in steps] == [
         ("lanczos3", "center_crop_tf"),
         ("lanczos3",),
         (),
         ("lanczos3", "center_crop_tf"),
     ]
-    for got, expected in zip(made(begun, steps), Preprocessor(encoders)(prepare.images(images, cameras))):
+    for got, expected in zip(made(begun, steps), Preprocessor(encoders)(transforms.images(images, cameras))):
         assert torch.equal(got.cpu(), expected)
 
 
 def test_what_the_host_has_to_do_before_and_after():
-    prepare = Prepare({"": ("lanczos3:28", "jpeg", "rotate180", "center_crop_tf:20", "lanczos3:16")})
+    transforms = ImageTransforms({"": ("lanczos3:28", "jpeg", "rotate180", "center_crop_tf:20", "lanczos3:16")})
     image = noise((40, 52, 3), 1)
-    (begun,), (left,) = prepare.begin([image], [None])
+    (begun,), (left,) = transforms.images_on_host([image], [None])
     assert [step.text for step in left] == ["center_crop_tf:20", "lanczos3:16"]
     for step in left:
         begun = step.run(begun)
-    np.testing.assert_array_equal(begun, prepare.image(image))
+    np.testing.assert_array_equal(begun, transforms.image(image))
     with pytest.raises(ValueError, match="at least 2 × 2"):
-        Prepare({"": ("center_crop_tf:20",)}).begin([image[:1]], [None])
+        ImageTransforms({"": ("center_crop_tf:20",)}).images_on_host([image[:1]], [None])
 
 
 def test_side_by_side_as_one_by_one():
-    prepare = Prepare({"": ("jpeg", "center_crop_pil")})
+    transforms = ImageTransforms({"": ("jpeg", "center_crop_pil")})
     images = [noise((48, 60 + view, 3), view) for view in range(4)]
-    for got, image in zip(prepare.images(images, [None] * 4), images):
-        np.testing.assert_array_equal(got, prepare.image(image))
+    for got, image in zip(transforms.images(images, [None] * 4), images):
+        np.testing.assert_array_equal(got, transforms.image(image))
 
 
 def test_kernels_that_fail_leave_the_steps_to_the_host(device, monkeypatch, caplog):  # noqa: F811
     made = preprocessor([encoder(28)], device)
-    monkeypatch.setattr(prepare_kernels, "center_crop", lambda *arguments: torch.zeros(1, 24, 24, 3, dtype=torch.uint8))
+    monkeypatch.setattr(kernels, "center_crop", lambda *arguments: torch.zeros(1, 24, 24, 3, dtype=torch.uint8))
     assert not made.does_steps and "values are not TensorFlow's" in caplog.text
     assert not DevicePreprocessor([encoder(28)], torch.device("cpu")).does_steps
 
 
-def test_a_tokenizer_prepares_on_the_gpu(device, monkeypatch):  # noqa: F811
+def test_a_tokenizer_transforms_on_the_gpu(device, monkeypatch):  # noqa: F811
     from vla_perception.tokenizer import VisualTokenizer
 
     chain = ["rotate180", "front=jpeg", "lanczos3:32", "center_crop_tf:28"]
     made = [
         VisualTokenizer.from_preset(
-            "tiny-random", device=name, compute_dtype="float32", image_size=[28, 32], prepare=chain
+            "tiny-random", device=name, compute_dtype="float32", image_size=[28, 32], image_transforms=chain
         )
         for name in (device.type, "cpu")
     ]
@@ -135,7 +135,7 @@ def test_a_tokenizer_prepares_on_the_gpu(device, monkeypatch):  # noqa: F811
         made[0]._preprocessor = preprocessor(made[0].config.encoders, device)
     assert made[0]._preprocessor.does_steps and not hasattr(made[1]._preprocessor, "does_steps")
     for function in ("resize_lanczos3", "crop_and_resize"):  # the host's
-        monkeypatch.setattr(prepare_module, function, None)
+        monkeypatch.setattr(transforms_module, function, None)
     images, cameras = [noise((40, 56, 3), seed) for seed in (1, 3)], ["front", "wrist"]
     with pytest.raises(TypeError):
         made[1].preprocess(images, cameras)
@@ -151,7 +151,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vla_perception.tokenizer import preprocess_kernels
-from vla_perception.tokenizer import image_transform_kernels as prepare_kernels
+from vla_perception.tokenizer import image_transform_kernels as kernels
 
 kinds = {"source": "*u8", "views": "*i64", "first": "*i32", "weights": "*fp32", "between": "*fp32", "output": "*u8"}
 kinds |= {name: "*i32" for name in ("left", "right", "top", "bottom")} | {"across": "*fp32", "down": "*fp32"}
@@ -161,9 +161,9 @@ integers |= {name: "*bf16" for name in ("table0", "table1", "output0", "output1"
 for kernel, kinds, options in (
     (preprocess_kernels._along_rows, integers, {}),
     (preprocess_kernels._along_columns, integers, {}),
-    (prepare_kernels._lanczos3_down, kinds, prepare_kernels._EXACT),
-    (prepare_kernels._lanczos3_across, kinds, prepare_kernels._EXACT),
-    (prepare_kernels._center_crop, kinds, prepare_kernels._EXACT),
+    (kernels._lanczos3_down, kinds, kernels._EXACT),
+    (kernels._lanczos3_across, kinds, kernels._EXACT),
+    (kernels._center_crop, kinds, kernels._EXACT),
 ):
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs={name: constants[name] for name in constants if name in signature})

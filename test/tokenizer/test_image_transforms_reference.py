@@ -1,4 +1,4 @@
-"""The steps of `prepare` against TensorFlow's results (test/data/make_prepare.py), and MiniVLA's crop against torch's."""
+"""Image transforms against TensorFlow's results (test/data/make_image_transforms.py), and MiniVLA's crop against torch's."""
 
 import math
 from pathlib import Path
@@ -9,14 +9,14 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("PIL")
 
-from vla_perception.tokenizer.image_transforms import Prepare, parse_step  # noqa: E402
+from vla_perception.tokenizer.image_transforms import ImageTransforms, parse_step  # noqa: E402
 
 IMAGES = ("astronaut", "coffee", "cat", "noise", "noise_enlarged", "noise_narrow", "noise_same")
 
 
 @pytest.fixture(scope="module")
 def reference():
-    return np.load(Path(__file__).parents[1] / "data" / "prepare.npz")
+    return np.load(Path(__file__).parents[1] / "data" / "image_transforms.npz")
 
 
 def run(step: str, image: np.ndarray) -> np.ndarray:
@@ -59,7 +59,7 @@ def test_whole_chain_of_openvlas_libero_evaluation(reference):
     """On the image as the simulator renders it, upside down."""
     steps = ("rotate180", "jpeg", "lanczos3:224", "center_crop_tf:224")
     rendered = reference["astronaut.input"][::-1, ::-1]
-    prepared = Prepare({"": steps}).image(rendered).astype(int)
+    prepared = ImageTransforms({"": steps}).image(rendered).astype(int)
     off = np.abs(prepared - reference["astronaut.center_crop"])
     assert off.max() <= 1 and (off > 0).mean() <= 2e-4
 

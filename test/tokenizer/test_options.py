@@ -241,11 +241,11 @@ def test_a_trained_model_takes_its_own_image_sizes(model):
         ({"image_size": [112, 0]}, "was trained at 98, 112 pixels"),
         ({"image_size": [98, 112, 112]}, "one or 2 whole numbers"),
         ({"image_size": [98, -1]}, "one or 2 whole numbers"),
-        ({"prepare": ["mirror"]}, "unknown prepare step 'mirror'; choose from rotate180"),
-        ({"prepare": ["region:1,2,3"]}, "x,y,width,height in pixels"),
-        ({"prepare": ["region:1,2,3,-4"]}, "x,y,width,height in pixels"),
-        ({"prepare": ["lanczos3"]}, "take images of 98, 112 pixels, so say which size"),
-        ({"prepare": ["jpeg:0"]}, "1 to 100"),
+        ({"image_transforms": ["mirror"]}, "unknown image transform 'mirror'; choose from rotate180"),
+        ({"image_transforms": ["crop:1,2,3"]}, "x,y,width,height in pixels"),
+        ({"image_transforms": ["crop:1,2,3,-4"]}, "x,y,width,height in pixels"),
+        ({"image_transforms": ["lanczos3"]}, "take images of 98, 112 pixels, so say which size"),
+        ({"image_transforms": ["jpeg:0"]}, "1 to 100"),
     ],
 )
 def test_choices_that_make_no_sense_say_why(model, choices, words):
@@ -265,31 +265,31 @@ def test_grids_that_differ_are_refused():
         VisualTokenizer.from_preset("tiny-random", image_size=224)
 
 
-# Prepared images
+# Image transforms
 
 
-def test_prepare_is_per_camera_and_part_of_the_fingerprint(model):
+def test_image_transforms_are_per_camera_and_part_of_the_fingerprint(model):
     _, _, folder = model
     plain = VisualTokenizer.from_checkpoint(folder)
-    tokenizer = VisualTokenizer.from_checkpoint(folder, prepare=["rotate180", "wrist=region:10,20,60,50"])
+    tokenizer = VisualTokenizer.from_checkpoint(folder, image_transforms=["rotate180", "wrist=crop:10,20,60,50"])
     front, wrist = checkpoints.image(0), checkpoints.image(1)
     with_cameras = tokenizer.preprocess([front, wrist], ["front", "wrist"])
     by_hand = plain.preprocess([np.rot90(front, 2), np.rot90(wrist, 2)[20:70, 10:70]])
     assert all(torch.equal(a, b) for a, b in zip(with_cameras, by_hand))
-    with pytest.raises(ValueError, match="prepared differently per camera"):
+    with pytest.raises(ValueError, match="transformed differently per camera"):
         tokenizer([front])
     same = VisualTokenizer.from_checkpoint(
-        folder, prepare={"": ["rotate180"], "wrist": ["rotate180", "region:10,20,60,50"]}
+        folder, image_transforms={"": ["rotate180"], "wrist": ["rotate180", "crop:10,20,60,50"]}
     )
     others = [
-        VisualTokenizer.from_checkpoint(folder, prepare=steps)
+        VisualTokenizer.from_checkpoint(folder, image_transforms=steps)
         for steps in (
             ["rotate180"],
             ["wrist=rotate180"],
             ["jpeg"],
             ["jpeg:90"],
             ["lanczos3:224"],
-            ["region:10,20,60,50"],
+            ["crop:10,20,60,50"],
         )
     ]
     assert same.fingerprint == tokenizer.fingerprint
@@ -304,12 +304,12 @@ def test_prepare_is_per_camera_and_part_of_the_fingerprint(model):
     "steps",
     [
         ["rotate180"],
-        ["region:40,30,200,120"],
+        ["crop:40,30,200,120"],
         ["lanczos3:224"],
         ["center_crop_pil"],
         ["center_crop_tf:224"],
         ["rotate180", "lanczos3:224", "center_crop_tf:224"],
-        ["region:40,30,200,120", "rotate180", "center_crop_pil"],
+        ["crop:40,30,200,120", "rotate180", "center_crop_pil"],
     ],
 )
 @pytest.mark.parametrize("strategy", ["resize-naive", "resize-crop", "letterbox"])
@@ -318,7 +318,7 @@ def test_the_affine_map_follows_every_step(model, steps, strategy):
     from dataclasses import replace
 
     _, _, folder = model
-    loaded = VisualTokenizer.from_checkpoint(folder, prepare=steps)
+    loaded = VisualTokenizer.from_checkpoint(folder, image_transforms=steps)
     config = replace(
         loaded.config, encoders=tuple(replace(encoder, resize_strategy=strategy) for encoder in loaded.config.encoders)
     )
@@ -351,7 +351,7 @@ def test_steps_equal_other_formulations():
     pil = Image.fromarray(checkpoints.image(0, 15, 20)).resize((200, 150), Image.Resampling.BICUBIC)
     image = np.asarray(pil)
     assert np.array_equal(parse_step("rotate180").run(image), np.asarray(pil.transpose(Image.Transpose.ROTATE_180)))
-    assert np.array_equal(parse_step("region:3,4,50,60").run(image), np.asarray(pil.crop((3, 4, 53, 64))))
+    assert np.array_equal(parse_step("crop:3,4,50,60").run(image), np.asarray(pil.crop((3, 4, 53, 64))))
 
 
 def test_center_crop_pil_is_minivlas():
@@ -373,7 +373,7 @@ def test_the_command_takes_the_choices(model, tmp_path):
     file, out = tmp_path / "image.png", tmp_path / "out.safetensors"
     Image.fromarray(checkpoints.image()).save(file)
     options = ["--encoders", "dinov2", "--projector", "none", "--pool", "7", "--token-strategy", "cls+patch"]
-    options += ["--prepare", "rotate180", "region:1,2,80,80"]
+    options += ["--image-transforms", "rotate180", "crop:1,2,80,80"]
     assert main(["tokenize", str(file), "--model", str(folder), *options, "--out", str(out)]) == 0
     expected = VisualTokenizer.from_checkpoint(
         folder,
@@ -381,13 +381,13 @@ def test_the_command_takes_the_choices(model, tmp_path):
         projector="none",
         pool=7,
         token_strategy="cls+patch",
-        prepare=["rotate180", "region:1,2,80,80"],
+        image_transforms=["rotate180", "crop:1,2,80,80"],
     )(checkpoints.image())
     close(load_file(out)["tokens"], expected.tokens)
     assert expected.tokens.shape == (1, 2, 384)
 
 
 def test_a_view_has_the_source_images_size(model):
-    tokenizer = VisualTokenizer.from_checkpoint(model[2], prepare=["region:10,20,60,50"])
+    tokenizer = VisualTokenizer.from_checkpoint(model[2], image_transforms=["crop:10,20,60,50"])
     (view,) = tokenize(tokenizer, {"front": checkpoints.image(0, 90, 130)}).views
     assert (view.height, view.width) == (90, 130)

@@ -22,7 +22,7 @@ def made(model="openvla-7b", weights=WEIGHTS, **choices):
 
 
 def test_the_message_says_what_its_fingerprint_is_made_of():
-    tokenizer = VisualTokenizer.from_preset("tiny-random", prepare=["rotate180"], pool=2)
+    tokenizer = VisualTokenizer.from_preset("tiny-random", image_transforms=["rotate180"], pool=2)
     inputs = tokenizer.metadata()["fingerprint_inputs"]
     assert digest(inputs) == tokenizer.fingerprint and digest(json.loads(json.dumps(inputs))) == tokenizer.fingerprint
     sent = make_tokens(0, fingerprint=tokenizer.fingerprint, fingerprint_inputs=inputs)
@@ -32,9 +32,21 @@ def test_the_message_says_what_its_fingerprint_is_made_of():
     policy = source(tokenizer.fingerprint)
     assert not policy.push(make_tokens(0, weights="random"))
     with pytest.raises(
-        FingerprintMismatchError, match=r"random weights of a preset without options came: pool 1, prepare \[\]"
+        FingerprintMismatchError,
+        match=r"random weights of a preset without options came: pool 1, image_transforms \[\]",
     ):
         policy.latest  # noqa: B018
+
+
+def test_fingerprints_are_those_of_0_1_0():
+    """Image transforms and `crop` had other names then, which the hash is over: a policy's pinned fingerprint stays."""
+    pinned = "c39c89222b23c8756cd91e99b3d31cf31522eaf29e85dad04814dbb19b6c9087"  # computed by 0.1.0
+    steps = ["rotate180", "wrist=crop:10,20,60,50", "jpeg"]
+    got, inputs = made(image_transforms=steps, pool=2)
+    assert got == digest(inputs) == pinned
+    assert inputs["settings"]["prepare"]["wrist"] == ["rotate180", "region:10,20,60,50", "jpeg:95"]
+    text = difference(made(pool=2)[0], made(pool=2)[1], inputs, got)
+    assert 'image_transforms.wrist (expected none, got ["rotate180", "crop:10,20,60,50", "jpeg:95"])' in text
 
 
 @pytest.mark.parametrize(
@@ -62,28 +74,32 @@ OFT = ["rotate180", "jpeg", "lanczos3", "center_crop_tf"]
     [
         (
             {},
-            {"prepare": OFT},
+            {"image_transforms": OFT},
             [
-                'prepare (expected [], got ["rotate180", "jpeg:95", "lanczos3:224", "center_crop_tf:224"])',
+                'image_transforms (expected [], got ["rotate180", "jpeg:95", "lanczos3:224", "center_crop_tf:224"])',
                 "weights are the expected",
             ],
         ),
         (
-            {"prepare": OFT},
+            {"image_transforms": OFT},
             {},
-            ['prepare (expected ["rotate180", "jpeg:95", "lanczos3:224", "center_crop_tf:224"], got [])'],
+            ['image_transforms (expected ["rotate180", "jpeg:95", "lanczos3:224", "center_crop_tf:224"], got [])'],
         ),
         (
-            {"prepare": ["lanczos3"]},
-            {"prepare": ["region:0,0,9,9"]},
-            ['expected ["lanczos3:224"], got ["region:0,0,9,9"]'],
+            {"image_transforms": ["lanczos3"]},
+            {"image_transforms": ["crop:0,0,9,9"]},
+            ['expected ["lanczos3:224"], got ["crop:0,0,9,9"]'],
         ),
-        ({"prepare": ["center_crop_pil"]}, {"prepare": ["front=rotate180"]}, ['expected ["center_crop_pil"]']),
+        (
+            {"image_transforms": ["center_crop_pil"]},
+            {"image_transforms": ["front=rotate180"]},
+            ['expected ["center_crop_pil"]'],
+        ),
         ({"pool": 2}, {}, ["pool (expected 2, got 1)", "weights are the expected"]),
         (
             {},
-            {"pool": 4, "prepare": ["lanczos3"]},
-            ["pool (expected 1, got 4)", 'prepare (expected [], got ["lanczos3:224"])'],
+            {"pool": 4, "image_transforms": ["lanczos3"]},
+            ["pool (expected 1, got 4)", 'image_transforms (expected [], got ["lanczos3:224"])'],
         ),
         (
             {"token_strategy": "cls"},
@@ -148,16 +164,16 @@ def test_values_that_python_takes_for_equal_are_told_apart(mine, theirs):
 
 
 def test_other_weights_are_named_with_what_came():
-    (expected, wanted), (got, inputs) = made(), made(weights=OTHER, prepare=["lanczos3"])
+    (expected, wanted), (got, inputs) = made(), made(weights=OTHER, image_transforms=["lanczos3"])
     text = difference(expected, None, inputs, got)
     assert "most likely the weights" in text and OTHER[:16] in text and "lanczos3:224" in text
     text = difference(expected, wanted, inputs, got)  # both sides known
     assert f"weights (expected digest {WEIGHTS[:16]}…, got {OTHER[:16]}…)" in text
-    assert 'prepare (expected [], got ["lanczos3:224"])' in text and "the expected ones" not in text
+    assert 'image_transforms (expected [], got ["lanczos3:224"])' in text and "the expected ones" not in text
 
 
 def test_inputs_that_are_not_the_fingerprints_are_not_believed():
-    (expected, _), (got, inputs) = made(), made(prepare=["lanczos3"])
+    (expected, _), (got, inputs) = made(), made(image_transforms=["lanczos3"])
     assert "not known" in difference(expected, None, None, got)
     assert "not known" in difference(expected, None, {**inputs, "weights": OTHER}, got)
 
@@ -188,7 +204,7 @@ def source(expected):
 
 
 def test_a_policy_reads_it_in_the_error():
-    (expected, wanted), (got, inputs) = made(pool=2), made(prepare=["region:1,2,3,4"], weights=OTHER)
+    (expected, wanted), (got, inputs) = made(pool=2), made(image_transforms=["crop:1,2,3,4"], weights=OTHER)
     wrong = make_tokens(1, fingerprint=got, fingerprint_inputs=inputs)
     known = source({**MODEL, "fingerprint": expected, "fingerprint_inputs": wanted})  # VisualTokenizer.metadata()
     taught = source(expected[:16])  # by right tokens that came before

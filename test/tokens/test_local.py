@@ -68,7 +68,7 @@ def test_tokens_that_are_no_numbers_are_refused_in_process_too(tokenizer):
     import torch
 
     class Overflowing:
-        affine, seen, metadata = tokenizer.affine, tokenizer.seen, tokenizer.metadata
+        affine, roi, metadata = tokenizer.affine, tokenizer.roi, tokenizer.metadata
 
         def __call__(self, images, features=False, cameras=None):
             return SimpleNamespace(tokens=torch.full((1, 196, 256), 7e4), features=None)
@@ -124,7 +124,7 @@ def test_places_through_resize_pooling_and_uncovered_pixels(strategy, pool):
     "steps",
     [
         ["rotate180"],
-        ["region:100,60,300,400", "rotate180"],
+        ["crop:100,60,300,400", "rotate180"],
         ["center_crop_pil"],
         ["lanczos3:224", "center_crop_tf:224"],
     ],
@@ -137,14 +137,16 @@ def test_places_through_everything_that_the_tokenizer_does(tokenizer, steps, str
     from vla_perception.tokenizer import VisualTokenizer
     from vla_perception.tokenizer.network import empty_network
 
-    chosen = VisualTokenizer.from_preset("tiny-random", prepare=steps, token_strategy="cls+patch", pool=2).config
+    chosen = VisualTokenizer.from_preset(
+        "tiny-random", image_transforms=steps, token_strategy="cls+patch", pool=2
+    ).config
     encoders = tuple(
         replace(encoder, resize_strategy=strategy, letterbox_fill=(0, 0, 0)) for encoder in chosen.encoders
     )
     config = replace(chosen, encoders=encoders)
     whole = VisualTokenizer(config, empty_network(config), weights="random", weights_digest="", compute_dtype="float32")
     height, width, side = 480, 640, config.encoders[0].image_size
-    view = View("front", "", 0, height, width, whole.affine(height, width), roi=whole.seen(height, width))
+    view = View("front", "", 0, height, width, whole.affine(height, width), roi=whole.roi(height, width))
     tokens = make_tokens(0, grid=whole.grid, token_strategy="cls+patch", pool=2, data=np.zeros((1, 50, 6), np.float32))
     tokens = VisualTokens(**{**tokens.__dict__, "views": (view,)})
     seen = set()
@@ -168,5 +170,5 @@ def test_places_through_everything_that_the_tokenizer_does(tokenizer, steps, str
             assert token == 1 + int(row) * 7 + int(column)
             seen.add("covered")
     assert "covered" in seen
-    if steps[0].startswith("region"):
+    if steps[0].startswith("crop"):
         assert "cut" in seen

@@ -12,7 +12,13 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TypedDict
 
-from vla_perception.options import PROJECTORS, RESIZE_STRATEGIES, TOKEN_STRATEGIES
+from vla_perception.options import (
+    PROJECTORS,
+    RESIZE_STRATEGIES,
+    SPELLED_IN_FINGERPRINTS,
+    TOKEN_STRATEGIES,
+    spelled_in_fingerprint,
+)
 from vla_perception.tokenizer.image_transforms import parse_chains
 
 Triple = tuple[float, float, float]
@@ -135,7 +141,7 @@ class TokenizerOptions(TypedDict, total=False):
     projector: str | None
     pool: int
     image_size: int | Sequence[int] | None
-    prepare: Sequence[str] | Mapping[str, Sequence[str]]
+    image_transforms: Sequence[str] | Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -149,8 +155,8 @@ class TokenizerConfig:
         output_channels: width of a token, the language model's hidden size; ignored for ``none``.
         token_strategy: ``patch``: one token per patch; ``cls``: the cls token; ``cls+patch``: the cls token, then patches.
         pool: k: k × k neighbouring patch tokens are averaged into one, after the projector.
-        prepare: what is done to images before they are resized, camera → steps (`prepare.Prepare`); ``""`` is for
-            cameras that are not named.
+        image_transforms: what is done to images before they are resized, camera → steps; ``""`` is for cameras that are
+            not named.
     """
 
     name: str
@@ -159,7 +165,7 @@ class TokenizerConfig:
     output_channels: int
     token_strategy: str = "patch"
     pool: int = 1
-    prepare: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    image_transforms: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
         if not self.encoders:
@@ -212,11 +218,13 @@ class TokenizerConfig:
 
     def settings(self) -> dict:
         """What changes tokens beside the weights, for the fingerprint."""
-        chains = {camera: list(steps) for camera, steps in self.prepare.items()}
+        chains = {
+            camera: [spelled_in_fingerprint(step) for step in steps] for camera, steps in self.image_transforms.items()
+        }
         return {
             "pool": self.pool,
             "preprocessing": [encoder.preprocessing() for encoder in self.encoders],
-            "prepare": chains.get("", []) if set(chains) <= {""} else chains,
+            SPELLED_IN_FINGERPRINTS["image_transforms"]: chains.get("", []) if set(chains) <= {""} else chains,
             "projector": self.projector,
             "token_strategy": self.token_strategy,
         }
@@ -230,7 +238,7 @@ class TokenizerConfig:
         projector: str | None = None,
         pool: int = 1,
         image_size: int | Sequence[int] | None = None,
-        prepare: Sequence[str] | Mapping[str, Sequence[str]] = (),
+        image_transforms: Sequence[str] | Mapping[str, Sequence[str]] = (),
     ) -> TokenizerConfig:
         """This model with a user's options; ValueError with the reason where they make no sense.
 
@@ -240,7 +248,7 @@ class TokenizerConfig:
             token_strategy, pool: see `TokenizerConfig`.
             projector: one of `PROJECTORS`; None for the model's own.
             image_size: side in pixels, one for all encoders or one for each; 0, None or nothing for the model's own.
-            prepare: steps in their order, ``camera=step`` for one camera alone, or camera → steps (`prepare`).
+            image_transforms: steps in their order, ``camera=step`` for one camera alone, or camera → steps.
         """
         kept = self._kept(encoders)
         own_sizes = [encoder.image_size for encoder in kept]
@@ -267,8 +275,10 @@ class TokenizerConfig:
             )
         if chosen != "none" and self.output_channels <= 0:
             raise ValueError(f"{self.name} says nothing of a language model's width; projector must be none")
-        chains = parse_chains(prepare, [encoder.image_size for encoder in kept])
-        return replace(self, encoders=kept, projector=chosen, token_strategy=token_strategy, pool=pool, prepare=chains)
+        chains = parse_chains(image_transforms, [encoder.image_size for encoder in kept])
+        return replace(
+            self, encoders=kept, projector=chosen, token_strategy=token_strategy, pool=pool, image_transforms=chains
+        )
 
     def _kept(self, names: Sequence[str] | None) -> tuple[EncoderConfig, ...]:
         wanted = [names] if isinstance(names, str) else list(names or ())

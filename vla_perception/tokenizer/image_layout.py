@@ -1,7 +1,7 @@
 """How the bytes of an image lie in memory, so that they can be sent to a device as they are.
 
 A camera's image reaches `preprocess` as a NumPy view: channels reversed (bgr8), a channel left out (bgra8), one channel
-three times (mono8), rows padded (`step`), upside down (``rotate180``), a part of a larger image (``region``).
+three times (mono8), rows padded (`step`), upside down (``rotate180``), a part of a larger image (``crop``).
 Rearranging those bytes costs NumPy some 1 ms for 640 × 480 and 10 ms for 1920 × 1080; copying the memory under the view costs
 hundredths, and a device reads any strides.
 """
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-#: Bytes sent per byte needed, up to which the gaps between rows (padding, what `region` cut off) are sent along.
+#: Bytes sent per byte needed, up to which the gaps between rows (padding, what `crop` cut off) are sent along.
 _MAX_GAPS = 1.5
 
 

@@ -1,6 +1,6 @@
-"""The steps ``lanczos3`` and ``center_crop_tf`` of `prepare` as Triton kernels, with the same bits.
+"""The steps ``lanczos3`` and ``center_crop_tf`` of image_transforms.py as Triton kernels, with the same bits.
 
-They are sums of float32 products, so the order of operations decides about bits: it is that of `prepare`, which is
+They are sums of float32 products, so the order of operations decides about bits: it is that of image_transforms.py, which is
 TensorFlow's, and no product may be fused with the sum that follows (`_EXACT`).
 """
 

@@ -3,14 +3,14 @@
 | step | what it does | whose |
 | --- | --- | --- |
 | ``rotate180`` | turns the image upside down | LIBERO |
-| ``region:x,y,width,height`` | cuts out a region, in pixels | – |
+| ``crop:x,y,width,height`` | cuts out a rectangle, in pixels | – |
 | ``jpeg``, ``jpeg:QUALITY`` | to JPEG and back as TensorFlow does it, at quality 95 by default | RLDS data sets |
 | ``lanczos3``, ``lanczos3:S`` | to S × S as ``tf.image.resize(method="lanczos3", antialias=True)`` does it | OpenVLA's evaluations |
 | ``center_crop_tf``, ``…:S`` | the middle 90 % of the area to S × S by ``tf.image.crop_and_resize`` | OpenVLA, OpenVLA-OFT |
 | ``center_crop_pil`` | the middle 90 % of the area in whole pixels, back to its size by PIL's bilinear | MiniVLA |
 
 S is the encoders' image size where they share one. The two centre crops differ by up to tens of levels. A step that
-is for one camera alone has its name before it: ``wrist=region:80,0,480,480``.
+is for one camera alone has its name before it: ``wrist=crop:80,0,480,480``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vla_perception.options import IMAGE_TRANSFORMS
 #: Row-major 2 × 3 map of image coordinates, in which pixel i covers [i, i + 1).
 Affine = tuple[float, float, float, float, float, float]
 #: Steps that only look at an image differently.
-VIEWS = ("rotate180", "region")
+VIEWS = ("rotate180", "crop")
 #: Bytes of an image from which on its JPEG round trip takes longer than starting a thread.
 _LARGE = 1 << 19
 _MAX_SIZE = 4096
@@ -62,22 +62,24 @@ class Step:
 
 
 def parse_chains(
-    prepare: Sequence[str] | Mapping[str, Sequence[str]], image_sizes: Sequence[int]
+    image_transforms: Sequence[str] | Mapping[str, Sequence[str]], image_sizes: Sequence[int]
 ) -> Mapping[str, tuple[str, ...]]:
     """Steps as they are configured → camera → its chain, checked and written out; ``""`` is for cameras not named.
 
     Args:
-        prepare: steps in their order, ``camera=step`` where one is for that camera alone; or camera → steps.
+        image_transforms: steps in their order, ``camera=step`` where one is for that camera alone; or camera → steps.
         image_sizes: of the encoders, for steps that go to S × S.
 
     Raises:
         ValueError: an unknown step or a number that makes no sense.
         ImportError: a step needs a library that is missing; says which.
     """
-    if isinstance(prepare, Mapping):
-        chains = {camera: [steps] if isinstance(steps, str) else list(steps) for camera, steps in prepare.items()}
+    if isinstance(image_transforms, Mapping):
+        chains = {
+            camera: [steps] if isinstance(steps, str) else list(steps) for camera, steps in image_transforms.items()
+        }
     else:
-        steps = [prepare] if isinstance(prepare, str) else prepare
+        steps = [image_transforms] if isinstance(image_transforms, str) else image_transforms
         split = [(camera, step) for camera, _, step in (f"={step}".rpartition("=") for step in steps)]
         pairs = [(camera.removeprefix("="), step) for camera, step in split]
         chains = {
@@ -94,13 +96,13 @@ def parse_step(text: str, image_sizes: Sequence[int] = ()) -> Step:
     name, _, argument = text.partition(":")
     if name == "rotate180" and not argument:
         return Step(name, lambda image: image[::-1, ::-1], _map_rotate180)
-    if name == "region":
+    if name == "crop":
         numbers = _numbers(text, argument, 4)
-        return Step(text, lambda image: _region(image, *numbers), lambda h, w: _map_region(h, w, *numbers))
+        return Step(text, lambda image: _crop(image, *numbers), lambda h, w: _map_crop(h, w, *numbers))
     if name == "jpeg":
         (quality,) = _numbers(text, argument or "95", 1)
         if not 1 <= quality <= 100:
-            raise ValueError(f"prepare step {text!r}: JPEG's quality is 1 to 100")
+            raise ValueError(f"image transform {text!r}: JPEG's quality is 1 to 100")
         _simplejpeg()
         return Step(f"jpeg:{quality}", lambda image: _jpeg(image, quality), _map_identity)
     if name in ("lanczos3", "center_crop_tf"):
@@ -120,10 +122,10 @@ def parse_step(text: str, image_sizes: Sequence[int] = ()) -> Step:
         )
     if name == "center_crop_pil" and not argument:
         return Step(name, _center_crop_pil, _map_center_crop_pil)
-    raise ValueError(f"unknown prepare step {text!r}; choose from {', '.join(IMAGE_TRANSFORMS)}")
+    raise ValueError(f"unknown image transform {text!r}; choose from {', '.join(IMAGE_TRANSFORMS)}")
 
 
-class Prepare:
+class ImageTransforms:
     """The chains of all cameras, ready to run.
 
     Args:
@@ -144,10 +146,10 @@ class Prepare:
         """`image` of each, side by side."""
         return _side_by_side(self._run, images, [self._chain(camera) for camera in cameras])
 
-    def begin(
+    def images_on_host(
         self, images: Sequence[np.ndarray], cameras: Sequence[str | None]
     ) -> tuple[list[np.ndarray], list[tuple[Step, ...]]]:
-        """The part of the preparation that the host has to do, and the steps of each image that a device can do."""
+        """Images after those steps that the host has to do, and of each the steps that are left for a device."""
         on_host, left = [], []
         for camera in cameras:
             chain = self._chain(camera)
@@ -170,7 +172,7 @@ class Prepare:
         return image
 
     def affine(self, height: int, width: int, camera: str | None = None) -> tuple[Affine, int, int]:
-        """Map from the source image's pixels to the prepared one's, and that one's height and width."""
+        """Map from the source image's pixels to the transformed one's, and that one's height and width."""
         whole: Affine = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
         for step in self._chain(camera):
             affine, height, width = step.map(height, width)
@@ -182,7 +184,7 @@ class Prepare:
             return self._chains[camera]
         if camera is None and set(self._chains) - {""}:
             raise ValueError(
-                f"images are prepared differently per camera ({', '.join(filter(None, self._chains))}): say which "
+                f"images are transformed differently per camera ({', '.join(filter(None, self._chains))}): say which "
                 "camera each comes from"
             )
         return self._chains.get("", [])
@@ -201,7 +203,7 @@ def _side_by_side(
     if working < 2 or (os.cpu_count() or 1) < 2:
         return [run(image, chain) for image, chain in zip(images, chains)]
     # Not kept: threads that outlived the call would be missing in a forked process.
-    with ThreadPoolExecutor(working, thread_name_prefix="prepare") as pool:
+    with ThreadPoolExecutor(working, thread_name_prefix="image_transforms") as pool:
         return list(pool.map(run, images, chains))
 
 
@@ -242,19 +244,19 @@ def _numbers(text: str, argument: str, count: int) -> tuple[int, ...]:
     parts = argument.split(",")
     if len(parts) != count or not all(part.strip().isdecimal() and len(part) < 8 for part in parts):
         wanted = "x,y,width,height in pixels" if count == 4 else "one whole number"
-        raise ValueError(f"prepare step {text!r}: {wanted} must follow the colon")
+        raise ValueError(f"image transform {text!r}: {wanted} must follow the colon")
     return tuple(int(part) for part in parts)
 
 
 def _size(text: str, argument: str, image_sizes: Sequence[int]) -> int:
     if not argument and len(set(image_sizes)) != 1:
         raise ValueError(
-            f"prepare step {text!r}: the encoders take images of {', '.join(map(str, image_sizes))} pixels, so say "
+            f"image transform {text!r}: the encoders take images of {', '.join(map(str, image_sizes))} pixels, so say "
             f"which size, as in {text}:224"
         )
     (size,) = _numbers(text, argument, 1) if argument else (image_sizes[0],)
     if not 2 <= size <= _MAX_SIZE:
-        raise ValueError(f"prepare step {text!r}: a size within 2 and {_MAX_SIZE} is needed")
+        raise ValueError(f"image transform {text!r}: a size within 2 and {_MAX_SIZE} is needed")
     return size
 
 
@@ -266,17 +268,17 @@ def _map_rotate180(height: int, width: int) -> tuple[Affine, int, int]:
     return (-1.0, 0.0, float(width), 0.0, -1.0, float(height)), height, width
 
 
-def _region(image: np.ndarray, x: int, y: int, width: int, height: int) -> np.ndarray:
-    _map_region(image.shape[0], image.shape[1], x, y, width, height)
+def _crop(image: np.ndarray, x: int, y: int, width: int, height: int) -> np.ndarray:
+    _map_crop(image.shape[0], image.shape[1], x, y, width, height)
     return image[y : y + height, x : x + width]
 
 
-def _map_region(
+def _map_crop(
     source_height: int, source_width: int, x: int, y: int, width: int, height: int
 ) -> tuple[Affine, int, int]:
     if width < 1 or height < 1 or x + width > source_width or y + height > source_height:
         raise ValueError(
-            f"prepare step region:{x},{y},{width},{height} does not lie within an image of {source_width} × {source_height}"
+            f"image transform crop:{x},{y},{width},{height} does not lie within an image of {source_width} × {source_height}"
         )
     return (1.0, 0.0, -float(x), 0.0, 1.0, -float(y)), height, width
 
@@ -285,7 +287,7 @@ def _simplejpeg():
     try:
         import simplejpeg
     except ImportError as error:
-        raise ImportError("the prepare step jpeg needs simplejpeg: pip install simplejpeg") from error
+        raise ImportError("the image transform jpeg needs simplejpeg: pip install simplejpeg") from error
     return simplejpeg
 
 
@@ -353,7 +355,9 @@ def crop_samples(source: int, size: int) -> tuple[np.ndarray, np.ndarray, np.nda
 def _map_crop_and_resize(height: int, width: int, size: int) -> tuple[Affine, int, int]:
     begin, end = (float(edge) for edge in _crop_box())
     if min(height, width) < 2:
-        raise ValueError(f"prepare step center_crop_tf needs an image of at least 2 × 2 pixels, got {width} × {height}")
+        raise ValueError(
+            f"image transform center_crop_tf needs an image of at least 2 × 2 pixels, got {width} × {height}"
+        )
     scale_x, scale_y = ((size - 1) / ((end - begin) * (length - 1)) for length in (width, height))
     return (
         (
@@ -385,6 +389,6 @@ def _center_crop_pil(image: np.ndarray) -> np.ndarray:
 def _map_center_crop_pil(height: int, width: int) -> tuple[Affine, int, int]:
     (top, rows), (left, columns) = _pil_crop(height), _pil_crop(width)
     if rows < 1 or columns < 1:
-        raise ValueError(f"prepare step center_crop_pil leaves nothing of an image of {width} × {height}")
+        raise ValueError(f"image transform center_crop_pil leaves nothing of an image of {width} × {height}")
     scale_x, scale_y = width / columns, height / rows
     return (scale_x, 0.0, -left * scale_x, 0.0, scale_y, -top * scale_y), height, width

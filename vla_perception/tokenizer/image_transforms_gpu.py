@@ -1,6 +1,6 @@
-"""Steps of `prepare` on the device, with the same bits as there: those that are arithmetic alone, which have a `Step.size`.
+"""Steps of image_transforms.py on a GPU, with the same bits as there: those that are arithmetic alone, which have a `Step.size`.
 
-``jpeg`` and ``center_crop_pil`` are done by libraries and stay on the host; ``rotate180`` and ``region`` cost nothing there.
+``jpeg`` and ``center_crop_pil`` are done by libraries and stay on the host; ``rotate180`` and ``crop`` cost nothing there.
 Needs Triton: PyTorch does not say whether it fuses a product with a sum.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from vla_perception.tokenizer import image_transform_kernels as prepare_kernels
+from vla_perception.tokenizer import image_transform_kernels as kernels
 from vla_perception.tokenizer.image_transforms import Step, crop_samples, lanczos3_taps
 from vla_perception.tokenizer.preprocess_kernels import UNROLL
 
@@ -60,7 +60,7 @@ def _lanczos3(image_size: tuple[int, int], size: int, device: torch.device) -> R
         weights = np.pad(weights.T, ((0, -weights.shape[1] % UNROLL), (0, 0)))
         arrays = first.astype(np.int32), np.ascontiguousarray(weights)
         taps.append(tuple(torch.from_numpy(array).to(device) for array in arrays))
-    return lambda source, views: prepare_kernels.lanczos3(source, views, image_size, *taps)
+    return lambda source, views: kernels.lanczos3(source, views, image_size, *taps)
 
 
 def _center_crop(image_size: tuple[int, int], size: int, device: torch.device) -> Run:
@@ -69,4 +69,4 @@ def _center_crop(image_size: tuple[int, int], size: int, device: torch.device) -
         before, after, part = crop_samples(length, size)
         arrays = before.astype(np.int32), after.astype(np.int32), part
         samples.append(tuple(torch.from_numpy(array).to(device) for array in arrays))
-    return lambda source, views: prepare_kernels.center_crop(source, views, *samples)
+    return lambda source, views: kernels.center_crop(source, views, *samples)

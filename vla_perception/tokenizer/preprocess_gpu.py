@@ -333,7 +333,7 @@ class DevicePreprocessor:
         Cached; for new sizes it computes weights and copies them to the device, which takes some milliseconds.
 
         Args:
-            steps: what is left of each image's preparation (`Prepare.begin`), where `does_steps`.
+            steps: what is left of each image's transforms (`ImageTransforms.images_on_host`), where `does_steps`.
 
         Raises:
             ValueError: no such images, or one of 2 GiB and more.
@@ -367,7 +367,7 @@ class DevicePreprocessor:
                 raise ArithmeticError("their values are not TensorFlow's on this device")
         except Exception as error:
             log.warning(
-                "images are prepared on the host, which is slower: no Triton kernels for it: %s", _reason(error)
+                "images are transformed on the host, which is slower: no Triton kernels for it: %s", _reason(error)
             )
             return False
         return True

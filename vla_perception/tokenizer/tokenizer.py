@@ -1,4 +1,4 @@
-"""The whole flow: images → prepared → pixel values → both encoders → concatenated features → projected tokens."""
+"""The whole flow: images → transformed → pixel values → both encoders → concatenated features → projected tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vla_perception.tokenizer.checkpoints.checkpoint import fingerprint
 from vla_perception.tokenizer.checkpoints.open import check_model, is_preset, open_model
 from vla_perception.tokenizer.config import TokenizerConfig
 from vla_perception.tokenizer.devices import TORCH_DTYPES, Placement, place
-from vla_perception.tokenizer.image_transforms import Prepare, Step, compose
+from vla_perception.tokenizer.image_transforms import ImageTransforms, Step, compose
 from vla_perception.tokenizer.network import TokenizerNetwork, empty_network
 from vla_perception.tokenizer.preprocess import Preprocessor, source_to_grid
 from vla_perception.tokenizer.preprocess_gpu import FILTERS, DevicePreprocessor
@@ -54,7 +54,7 @@ class VisualTokenizer:
     "Prismatic VLMs", 2024). Use `load`, `from_checkpoint` or `from_preset` to make one.
 
     All three take the same options, by keyword; `TokenizerConfig.with_options` has their meaning: ``encoders``,
-    ``token_strategy``, ``projector``, ``pool``, ``image_size``, ``prepare``.
+    ``token_strategy``, ``projector``, ``pool``, ``image_size``, ``image_transforms``.
 
     Attributes:
         config: the model's configuration, options included.
@@ -91,7 +91,7 @@ class VisualTokenizer:
         self._dtype = TORCH_DTYPES[compute_dtype]
         self.network = network
         self._runtime = make_runtime(runtime, network, self.device, self._dtype, compute_dtype == "float8")
-        self._prepare = Prepare(config.prepare)
+        self._transforms = ImageTransforms(config.image_transforms)
         on_device = self.device.type == "cuda" and all(encoder.interpolation in FILTERS for encoder in config.encoders)
         self._preprocessor = (
             DevicePreprocessor(config.encoders, self.device) if on_device else Preprocessor(config.encoders)
@@ -239,31 +239,31 @@ class VisualTokenizer:
     ) -> list[torch.Tensor]:
         """uint8 RGB [height, width, 3] images of any sizes → per encoder float32 [views, 3, side, side].
 
-        Prepared as the configuration says, then bit-identical to OpenVLA's image processor. On the CPU, or on the GPU
+        Transformed as the configuration says, then bit-identical to OpenVLA's image processor. On the CPU, or on the GPU
         that encodes; there it may still be being computed on the current stream.
 
         Args:
-            cameras: which camera each image comes from; needed where images are prepared differently per camera.
+            cameras: which camera each image comes from; needed where images are transformed differently per camera.
 
         Raises:
-            ValueError: no such images, or one that cannot be prepared (smaller than its region of interest).
+            ValueError: no such images, or one that cannot be transformed (smaller than its crop).
         """
-        return self._preprocessor(*self._prepared(images, cameras))
+        return self._preprocessor(*self._transformed(images, cameras))
 
-    def _prepared(
+    def _transformed(
         self, images: Sequence[np.ndarray] | np.ndarray, cameras: Sequence[str] | None
     ) -> tuple[Sequence[np.ndarray], Sequence[tuple[Step, ...]] | None]:
-        """Arguments of `_preprocessor`: images, and what of their preparation is left to it."""
+        """Arguments of `_preprocessor`: images, and those of their transforms that are left to it."""
         if isinstance(images, np.ndarray) and images.ndim == 3:
             images = [images]
         if cameras is not None and len(cameras) != len(images):
             raise ValueError(f"{len(images)} images need as many cameras, got {list(cameras)}")
-        if not self._prepare:
+        if not self._transforms:
             return images, None
         cameras = cameras or [None] * len(images)
         if isinstance(self._preprocessor, DevicePreprocessor) and self._preprocessor.does_steps:
-            return self._prepare.begin(images, cameras)
-        return self._prepare.images(images, cameras), None
+            return self._transforms.images_on_host(images, cameras)
+        return self._transforms.images(images, cameras), None
 
     @torch.inference_mode()
     def encode(self, pixel_values: Sequence[torch.Tensor], features: bool = False) -> TokenizerOutput:
@@ -288,7 +288,7 @@ class VisualTokenizer:
         cameras: Sequence[str] | None = None,
     ) -> TokenizerOutput:
         """`preprocess` and `encode` in one: on a GPU, one CUDA graph from the second call with such sizes on."""
-        return self._tokens(*self._prepared(images, cameras), features)
+        return self._tokens(*self._transformed(images, cameras), features)
 
     def _tokens(
         self, images: Sequence[np.ndarray], steps: Sequence[tuple[Step, ...]] | None, features: bool
@@ -313,12 +313,12 @@ class VisualTokenizer:
         images = [np.zeros((*size, 3), np.uint8)] * views
         self.encode(self._preprocessor(images))
         if self.device.type == "cuda":
-            prepared: tuple = (images, None)
-            with contextlib.suppress(ValueError):  # such images cannot be prepared: too small, or of unknown cameras
-                prepared = self._prepared(images, cameras)
+            transformed: tuple = (images, None)
+            with contextlib.suppress(ValueError):  # such images cannot be transformed: too small, or of unknown cameras
+                transformed = self._transformed(images, cameras)
             with torch.inference_mode():
                 for _ in range(2):  # a graph with preprocessing is captured at the second time
-                    self._tokens(*prepared, features=False)
+                    self._tokens(*transformed, features=False)
             # Not the whole device: somebody else may be capturing a graph.
             torch.cuda.current_stream(self.device).synchronize()
 
@@ -328,16 +328,16 @@ class VisualTokenizer:
         (x, y, 1), where pixel i covers [i, i + 1), goes to (column, row), where token j covers [j, j + 1).
 
         Raises:
-            ValueError: an image of that size cannot be prepared.
+            ValueError: an image of that size cannot be transformed.
         """
-        prepared, height, width = self._prepare.affine(height, width, camera)
+        affine, height, width = self._transforms.affine(height, width, camera)
         to_patches = source_to_grid(height, width, self.config.encoders[0], self._towers[0].patch_size)
-        return tuple(value / self.config.pool for value in compose(to_patches, prepared))
+        return tuple(value / self.config.pool for value in compose(to_patches, affine))
 
-    def seen(self, height: int, width: int, camera: str | None = None) -> tuple[float, ...] | None:
-        """(left, top, right, bottom) of what `prepare` leaves of a source image, in pixels; None: all of it."""
-        (a, _, c, _, e, f), new_height, new_width = self._prepare.affine(height, width, camera)
-        # Every step keeps the axes, so the prepared image's corners are those of what was left.
+    def roi(self, height: int, width: int, camera: str | None = None) -> tuple[float, ...] | None:
+        """(left, top, right, bottom) of what the image transforms leave of a source image, in pixels; None: all of it."""
+        (a, _, c, _, e, f), new_height, new_width = self._transforms.affine(height, width, camera)
+        # Every step keeps the axes, so the transformed image's corners are those of what was left.
         (left, right), (top, bottom) = sorted((-c / a, (new_width - c) / a)), sorted((-f / e, (new_height - f) / e))
         part = (max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height)))
         whole = (0.0, 0.0, float(width), float(height))

@@ -239,7 +239,7 @@ class TokenBuffer:
         if self._mismatch[0] != tokens.fingerprint:
             why = difference(expected, self._expected_inputs, tokens.fingerprint_inputs, tokens.fingerprint)
             if tokens.fingerprint_inputs is None and tokens.weights == "random":
-                why = f"random weights of a preset without options came: pool {tokens.pool}, prepare [], {tokens.projector}"
+                why = f"random weights of a preset without options came: pool {tokens.pool}, image_transforms [], {tokens.projector}"
             text = (
                 f"the tokens of model {tokens.model!r} have the fingerprint {tokens.fingerprint[:16]}…, expected was "
                 f"{expected[:16]}…: they come from other weights or another preprocessing than this policy is "

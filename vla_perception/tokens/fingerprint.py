@@ -14,6 +14,10 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from vla_perception.options import SPELLED_IN_FINGERPRINTS, spelled_today
+
+#: The settings' entry of the image transforms.
+_TRANSFORMS = SPELLED_IN_FINGERPRINTS["image_transforms"]
 _ENTRIES = 12
 #: Bytes of settings up to which other ones are tried; real ones have about one thousand.
 _MAX_TRIED = 1 << 14
@@ -78,16 +82,16 @@ def difference(expected: str, wanted: Mapping[str, object] | None, found: Mappin
     except (TypeError, ValueError, OverflowError, RecursionError):
         return "the message is garbled where it says what its fingerprint is made of"
     if wanted is None:
-        options = {key: value for key, value in found["settings"].items() if key != "preprocessing"}  # type: ignore[attr-defined]
+        options = {key: value for key, value in _readable(found["settings"]).items() if key != "preprocessing"}  # type: ignore[attr-defined]
         return (
             "most likely the weights differ: with these ones (digest "
-            f"{str(found['weights'])[:16]}…) no usual image transforms (`prepare`) and options have the expected "
+            f"{str(found['weights'])[:16]}…) no usual image transforms and options have the expected "
             f"fingerprint; they came with {_short(options)}"
         )
     parts = []
     if wanted["weights"] != found["weights"]:
         parts.append(f"weights (expected digest {str(wanted['weights'])[:16]}…, got {str(found['weights'])[:16]}…)")
-    before, after = _flat(wanted["settings"]), _flat(found["settings"])
+    before, after = _flat(_readable(wanted["settings"])), _flat(_readable(found["settings"]))
     # As the hash sees them: there 1, 1.0 and true are three values.
     names = [name for name in sorted({**before, **after}) if _brief(before, name, None) != _brief(after, name, None)]
     parts += [f"{name[:80]} (expected {_brief(before, name)}, got {_brief(after, name)})" for name in names[:_ENTRIES]]
@@ -95,6 +99,28 @@ def difference(expected: str, wanted: Mapping[str, object] | None, found: Mappin
         parts.append(f"{len(names) - _ENTRIES} more settings")
     same = "; the weights are the expected ones" if wanted["weights"] == found["weights"] else ""
     return f"what differs: {', '.join(parts) or 'the form of settings'}{same}"
+
+
+def _readable(settings: Mapping[str, object]) -> dict[str, object]:
+    """Settings with the image transforms as parameters and options spell them today."""
+
+    def spelled(steps: object) -> object:
+        return (
+            [spelled_today(step) if isinstance(step, str) else step for step in steps]
+            if isinstance(steps, list)
+            else steps
+        )
+
+    result = dict(settings)
+    if _TRANSFORMS in result:
+        value = result.pop(_TRANSFORMS)
+        chains = (
+            {camera: spelled(steps) for camera, steps in value.items()}
+            if isinstance(value, Mapping)
+            else spelled(value)
+        )
+        result["image_transforms"] = chains
+    return result
 
 
 def _flat(settings: object, prefix: str = "") -> dict[str, object]:
@@ -135,21 +161,21 @@ def _neighbours(found: Mapping[str, object]) -> Iterator[dict[str, object]]:
     if not isinstance(encoders, list) or not all(isinstance(entry, Mapping) for entry in encoders):
         return
     sizes = {entry.get("image_size") for entry in encoders if isinstance(entry.get("image_size"), int)}
-    transforms = [settings.get("prepare"), *_transforms(sizes)]
+    transforms = [settings.get(_TRANSFORMS), *_transforms(sizes)]
     pools = [settings.get("pool"), 1, 2, 3, 4, 7, 8, 9, 14, 16]
     strategies = [settings.get("token_strategy"), "patch", "cls", "cls+patch"]
-    for strategy, pool, prepare in itertools.product(strategies, pools, transforms):
-        changed = {"prepare": prepare, "pool": pool, "token_strategy": strategy}
+    for strategy, pool, chain in itertools.product(strategies, pools, transforms):
+        changed = {_TRANSFORMS: chain, "pool": pool, "token_strategy": strategy}
         yield {"settings": {**settings, **changed}, "weights": found["weights"]}
-    for preprocessing, prepare in itertools.product(_preprocessings(encoders), transforms):
+    for preprocessing, chain in itertools.product(_preprocessings(encoders), transforms):
         yield {
-            "settings": {**settings, "preprocessing": preprocessing, "prepare": prepare},
+            "settings": {**settings, "preprocessing": preprocessing, _TRANSFORMS: chain},
             "weights": found["weights"],
         }
 
 
 def _transforms(sizes: set[int]) -> Iterator[list[str]]:
-    """Chains of `prepare` that evaluations and data sets of this kind of model use."""
+    """Image transforms that evaluations and data sets of this kind of model use."""
     size = next(iter(sizes)) if len(sizes) == 1 else None
     resizes = [[], [f"lanczos3:{size}"]] if size else [[]]
     crops = [[], ["center_crop_pil"], [f"center_crop_tf:{size}"]] if size else [[], ["center_crop_pil"]]

@@ -130,5 +130,5 @@ def _view(tokenizer: VisualTokenizer, camera: str, image: np.ndarray, stamp_ns: 
         height=height,
         width=width,
         affine=tokenizer.affine(height, width, camera),
-        roi=tokenizer.seen(height, width, camera),
+        roi=tokenizer.roi(height, width, camera),
     )

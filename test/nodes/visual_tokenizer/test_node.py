@@ -43,7 +43,7 @@ DEFAULTS = {
     "image_size": [0],
     "token_strategy": "patch",
     "pool": 1,
-    "prepare": [""],
+    "image_transforms": [""],
     "cameras": ["front"],
     "image_transport": "raw",
     "max_image_pixels": 64_000_000,
@@ -358,9 +358,9 @@ def test_one_camera(robot, tokenizer):
     assert np.abs(message.features_float32() - expected.features.numpy()).max() < 0.05 * expected.features.abs().max()
 
 
-def test_choices_of_tokens_and_prepared_images(robot):
-    prepare = ["rotate180", "wrist=region:10,5,60,50"]
-    choices = dict(token_strategy="cls+patch", pool=2, prepare=prepare)
+def test_options_of_tokens_and_image_transforms(robot):
+    image_transforms = ["rotate180", "wrist=crop:10,5,60,50"]
+    choices = dict(token_strategy="cls+patch", pool=2, image_transforms=image_transforms)
     robot.start(cameras=["front", "wrist"], image_size=[200, 0], **choices)  # SigLIP's stays as it is, 224
     from vla_perception.tokenizer import VisualTokenizer
 
@@ -374,7 +374,7 @@ def test_choices_of_tokens_and_prepared_images(robot):
     assert message.views[1].affine == pytest.approx(expected.affine(96, 128, "wrist"))
     # Turned, then cut: the first patch begins where the source image, 128 × 96, has its (118, 91).
     assert message.patch_corners(1, view=1)[0] == pytest.approx((118, 91))
-    # An image that is too small for its region is skipped, and counted.
+    # An image that is too small for its crop is skipped, and counted.
     stamp = robot.next_stamp()
     robot.send("front", image_message(images["front"], stamp))
     robot.send("wrist", image_message(image(202, 40, 40), stamp))
@@ -382,8 +382,11 @@ def test_choices_of_tokens_and_prepared_images(robot):
     robot.process.wait_for("does not lie within an image of 40 × 40")
 
     for values, words in (
-        ({"prepare": ["top=rotate180"]}, "prepare names top, which is not among the cameras (front, wrist)"),
-        ({"prepare": ["mirror"]}, "unknown prepare step 'mirror'; choose from rotate180"),
+        (
+            {"image_transforms": ["top=rotate180"]},
+            "image_transforms names top, which is not among the cameras (front, wrist)",
+        ),
+        ({"image_transforms": ["mirror"]}, "unknown image transform 'mirror'; choose from rotate180"),
         ({"encoders": ["clip"]}, "no encoder 'clip'"),
         ({"pool": 5}, "pool 5 does not divide the grid of 14 × 14"),
     ):

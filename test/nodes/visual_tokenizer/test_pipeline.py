@@ -64,7 +64,7 @@ class Model:
     def affine(self, height, width, camera):
         return (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
-    def seen(self, height, width, camera):
+    def roi(self, height, width, camera):
         return None
 
     def metadata(self):

@@ -63,7 +63,7 @@ MODEL = (
     "adapter",
     "encoders",
     "image_size",
-    "prepare",
+    "image_transforms",
     "token_strategy",
     "projector",
     "pool",
@@ -113,10 +113,10 @@ SETTINGS: dict[str, _Setting] = {
     "image_size": _Setting(
         [0], "Side of the encoders' input in pixels, one for all or one for each; 0: the model's own."
     ),
-    "prepare": _Setting(
+    "image_transforms": _Setting(
         [""],
         "What is done to images before they are resized, in this order, as in training: rotate180, "
-        "region:x,y,width,height, jpeg, lanczos3, center_crop_tf, center_crop_pil; camera=step for one camera alone.",
+        "crop:x,y,width,height, jpeg, lanczos3, center_crop_tf, center_crop_pil; camera=step for one camera alone.",
     ),
     "token_strategy": _Setting(
         "patch",
@@ -414,10 +414,10 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                 choices = _choices(settings)
                 # Before PyTorch is imported, which takes seconds.
                 check_model(settings["model"], **choices)
-                strangers = set(parse_chains(choices["prepare"], [224])) - {"", *settings["cameras"]}
+                strangers = set(parse_chains(choices["image_transforms"], [224])) - {"", *settings["cameras"]}
                 if strangers:
                     raise ValueError(
-                        f"prepare names {', '.join(sorted(strangers))}, which is not among the cameras "
+                        f"image_transforms names {', '.join(sorted(strangers))}, which is not among the cameras "
                         f"({', '.join(settings['cameras'])})"
                     )
                 try:
@@ -771,7 +771,7 @@ def _choices(settings: Mapping[str, object]) -> dict[str, object]:
         # A parameter cannot be an empty list of strings: what is empty within it is left out.
         "encoders": list(filter(None, settings["encoders"])),
         "image_size": list(settings["image_size"]),
-        "prepare": list(filter(None, settings["prepare"])),
+        "image_transforms": list(filter(None, settings["image_transforms"])),
         "token_strategy": settings["token_strategy"],
         "projector": settings["projector"] or None,
         "pool": settings["pool"],
@@ -804,7 +804,7 @@ def _checked(name: str, value: object) -> object:
                     f"cameras: {camera!r} is no name; use letters, digits and _, and remap {camera!r}'s topic"
                 )
         return cameras
-    if name in ("encoders", "prepare", "image_size"):
+    if name in ("encoders", "image_transforms", "image_size"):
         return list(value or setting.default)
     if name in ("model", "device") and not value:
         raise ValueError(f"{name} must not be empty: {setting.text}")

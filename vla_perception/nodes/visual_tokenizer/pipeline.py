@@ -412,7 +412,7 @@ class Pipeline:
         return calls
 
     def _view(self, frame: Frame, image: np.ndarray) -> View:
-        """ValueError where an image of this size cannot be prepared."""
+        """ValueError where an image of this size cannot be transformed."""
         height, width = image.shape[:2]
         return View(
             camera=frame.camera,
@@ -421,7 +421,7 @@ class Pipeline:
             height=height,
             width=width,
             affine=self.tokenizer.affine(height, width, frame.camera),
-            roi=self.tokenizer.seen(height, width, frame.camera),
+            roi=self.tokenizer.roi(height, width, frame.camera),
         )
 
     def _encode(self, job: _Job) -> bool:

@@ -78,7 +78,7 @@ def check_model(model: str, adapter: str | os.PathLike | None = None, **options:
         raise ValueError(_no_model(model))
     if adapter not in (None, "none") and not is_directory(local_path(adapter)):
         raise ValueError(f"there is no adapter at {str(adapter)!r}; give the folder that holds adapter_config.json")
-    parse_chains(options.get("prepare", ()), [224])  # whatever the size will be
+    parse_chains(options.get("image_transforms", ()), [224])  # whatever the size will be
 
 
 def open_model(

@@ -1,7 +1,7 @@
-"""Writes prepare.npz: what TensorFlow makes of images in OpenVLA's evaluation code, step by step.
+"""Writes image_transforms.npz: what TensorFlow makes of images in OpenVLA's evaluation code, step by step.
 
     pip install tensorflow-cpu scikit-image
-    python test/data/make_prepare.py
+    python test/data/make_image_transforms.py
 
 The calls are those of ``resize_image`` in OpenVLA's LIBERO and Bridge evaluations (JPEG round trip, Lanczos-3) and of
 ``crop_and_resize`` and ``get_vla_action`` in its ``openvla_utils.py`` (centre crop with crop_scale 0.9), there always
@@ -15,7 +15,7 @@ import numpy as np
 import skimage.data
 import tensorflow as tf
 
-FILE = Path(__file__).with_name("prepare.npz")
+FILE = Path(__file__).with_name("image_transforms.npz")
 
 
 def images() -> dict[str, tuple[np.ndarray, int]]:
