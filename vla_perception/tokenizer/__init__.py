@@ -25,8 +25,8 @@ tokenizer
     `VisualTokenizer`, the whole flow.
 config, presets
     Configurations, and those that have a name.
-image_transforms, preprocess
-    uint8 RGB → each encoder's pixel values. On a GPU: image_transforms_gpu, preprocess_gpu, upload, image_layout and the
+image_inputs, image_transforms, preprocess
+    Images as people have them → uint8 RGB → each encoder's pixel values. On a GPU: image_transforms_gpu, preprocess_gpu, upload, image_layout and the
     Triton kernels beside them.
 network, encoder, projector
     Pixel values → features → tokens.

@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 
 from vla_perception.tokenizer.config import EncoderConfig
+from vla_perception.tokenizer.image_inputs import check_image
+from vla_perception.tokenizer.image_transforms import Step
 
 #: Pixels of a padded or scaled image; PIL takes 4 bytes for each.
 _MAX_PIXELS = 1 << 28
@@ -35,16 +37,6 @@ def check_pillow() -> None:
             f"Pillow {PIL.__version__} resizes tall images to other pixel values than models were trained on, so tokens "
             "would be wrong: pip install 'pillow<13'"
         )
-
-
-def check_image(image: np.ndarray) -> np.ndarray:
-    """`image` itself, if it is a uint8 [height, width, 3] array; ValueError with advice otherwise."""
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
-        kind = getattr(image, "dtype", type(image).__name__)
-        raise ValueError(f"an image must be a uint8 NumPy array, got {kind}; scale to 0–255 and convert first")
-    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(f"an image must have the shape [height, width, 3] (RGB), got {list(image.shape)}")
-    return image
 
 
 def resized_size(height: int, width: int, config: EncoderConfig) -> tuple[int, int]:
@@ -150,10 +142,12 @@ class Preprocessor:
             for geometry in dict.fromkeys(geometries)
         ]
 
-    def __call__(self, images: Sequence[np.ndarray], steps: None = None) -> list[torch.Tensor]:
+    def __call__(
+        self, images: Sequence[np.ndarray], steps: Sequence[tuple[Step, ...]] | None = None
+    ) -> list[torch.Tensor]:
         """uint8 [height, width, 3] images of any sizes → per encoder float32 [views, 3, side, side].
 
-        `steps` are for `DevicePreprocessor`: nothing of the images' preparation can be left to this one.
+        `steps` is None: image transforms can only be left to a `DevicePreprocessor`.
         """
         if isinstance(images, np.ndarray) and images.ndim == 3:
             images = [images]

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 from vla_perception.tokenizer.config import EncoderConfig
+from vla_perception.tokenizer.image_inputs import check_image
 from vla_perception.tokenizer.image_layout import Layout, memory_of
 from vla_perception.tokenizer.image_transforms import Step, parse_step
 from vla_perception.tokenizer.preprocess import (
     Preprocessor,
-    check_image,
     check_pillow,
     crop_offset,
     letterbox_padding,

@@ -18,6 +18,7 @@ from vla_perception.tokenizer.checkpoints.checkpoint import fingerprint
 from vla_perception.tokenizer.checkpoints.open import check_model, is_preset, open_model
 from vla_perception.tokenizer.config import TokenizerConfig
 from vla_perception.tokenizer.devices import TORCH_DTYPES, Placement, place
+from vla_perception.tokenizer.image_inputs import ImageLike, as_images
 from vla_perception.tokenizer.image_transforms import ImageTransforms, Step, compose
 from vla_perception.tokenizer.network import TokenizerNetwork, empty_network
 from vla_perception.tokenizer.preprocess import Preprocessor, source_to_grid
@@ -39,7 +40,8 @@ class TokenizerOutput:
     """What the encoders and the projector computed.
 
     Attributes:
-        tokens: [views, tokens, channels] in the compute dtype, on the tokenizer's device.
+        tokens: [views, tokens, channels] in the compute dtype, on the tokenizer's device. Constants to autograd: a head
+            can be trained on them.
         features: [views, tokens, encoder channels], before the projector; None unless asked for.
     """
 
@@ -235,39 +237,57 @@ class VisualTokenizer:
         return tokens_per_view(self.config.token_strategy, self.grid[0] * self.grid[1])
 
     def preprocess(
-        self, images: Sequence[np.ndarray] | np.ndarray, cameras: Sequence[str] | None = None
+        self, images: ImageLike | Sequence[ImageLike], cameras: Sequence[str] | None = None
     ) -> list[torch.Tensor]:
-        """uint8 RGB [height, width, 3] images of any sizes → per encoder float32 [views, 3, side, side].
+        """Images of any sizes → per encoder float32 [views, 3, side, side].
 
         Transformed as the configuration says, then bit-identical to OpenVLA's image processor. On the CPU, or on the GPU
         that encodes; there it may still be being computed on the current stream.
 
         Args:
+            images: one, several, or a batch: uint8 arrays [height, width, 3] RGB, uint8 tensors (channels first or
+                last), Pillow's images, paths of image files.
             cameras: which camera each image comes from; needed where images are transformed differently per camera.
 
         Raises:
-            ValueError: no such images, or one that cannot be transformed (smaller than its crop).
+            ValueError: no such images (floats, for one), or one that cannot be transformed (smaller than its crop).
         """
-        return self._preprocessor(*self._transformed(images, cameras))
+        return self._preprocessor(*self._transformed(as_images(images), cameras))
 
     def _transformed(
-        self, images: Sequence[np.ndarray] | np.ndarray, cameras: Sequence[str] | None
+        self, images: Sequence[np.ndarray], cameras: Sequence[str] | None
     ) -> tuple[Sequence[np.ndarray], Sequence[tuple[Step, ...]] | None]:
         """Arguments of `_preprocessor`: images, and those of their transforms that are left to it."""
-        if isinstance(images, np.ndarray) and images.ndim == 3:
-            images = [images]
         if cameras is not None and len(cameras) != len(images):
             raise ValueError(f"{len(images)} images need as many cameras, got {list(cameras)}")
         if not self._transforms:
             return images, None
-        cameras = cameras or [None] * len(images)
+        named: Sequence[str | None] = cameras or [None] * len(images)
         if isinstance(self._preprocessor, DevicePreprocessor) and self._preprocessor.does_steps:
-            return self._transforms.images_on_host(images, cameras)
-        return self._transforms.images(images, cameras), None
+            return self._transforms.images_on_host(images, named)
+        return self._transforms.images(images, named), None
 
-    @torch.inference_mode()
     def encode(self, pixel_values: Sequence[torch.Tensor], features: bool = False) -> TokenizerOutput:
         """What `preprocess` gave → tokens; `features` also returns what went into the projector, pooled alike."""
+        with torch.inference_mode():
+            found = self._encoded(pixel_values, features)
+        return _output(*found)
+
+    def __call__(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        features: bool = False,
+        cameras: Sequence[str] | None = None,
+    ) -> TokenizerOutput:
+        """`preprocess` and `encode` in one: on a GPU, one CUDA graph from the second call with such sizes on."""
+        with torch.inference_mode():
+            found = self._tokens(*self._transformed(as_images(images), cameras), features)
+        return _output(*found)
+
+    def _encoded(
+        self, pixel_values: Sequence[torch.Tensor], features: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Features, if asked for, and tokens."""
         if len(pixel_values) != len(self._towers):
             raise ValueError(f"{len(self._towers)} tensors are needed, one per encoder, got {len(pixel_values)}")
         for encoder, pixels in zip(self.config.encoders, pixel_values):
@@ -278,26 +298,16 @@ class VisualTokenizer:
                     f"at least one view and as many as the others, got {list(pixels.shape)}; `preprocess` makes them"
                 )
         joined, tokens = self._runtime(pixel_values, features)
-        return TokenizerOutput(tokens, joined if features else None)
-
-    @torch.inference_mode()
-    def __call__(
-        self,
-        images: Sequence[np.ndarray] | np.ndarray,
-        features: bool = False,
-        cameras: Sequence[str] | None = None,
-    ) -> TokenizerOutput:
-        """`preprocess` and `encode` in one: on a GPU, one CUDA graph from the second call with such sizes on."""
-        return self._tokens(*self._transformed(images, cameras), features)
+        return joined if features else None, tokens
 
     def _tokens(
         self, images: Sequence[np.ndarray], steps: Sequence[tuple[Step, ...]] | None, features: bool
-    ) -> TokenizerOutput:
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
         if isinstance(self._preprocessor, DevicePreprocessor):
             found = self._runtime.from_images(self._preprocessor.plan(images, steps), images, features)
             if found is not None:
-                return TokenizerOutput(found[1], found[0])
-        return self.encode(self._preprocessor(images, steps), features)
+                return found
+        return self._encoded(self._preprocessor(images, steps), features)
 
     def warm_up(self, views: int = 1, size: tuple[int, int] = (480, 640), cameras: Sequence[str] | None = None) -> None:
         """Runs some times on black images, so that the first real frame does not pay for set-up.
@@ -313,12 +323,12 @@ class VisualTokenizer:
         images = [np.zeros((*size, 3), np.uint8)] * views
         self.encode(self._preprocessor(images))
         if self.device.type == "cuda":
-            transformed: tuple = (images, None)
+            ready, steps = images, None
             with contextlib.suppress(ValueError):  # such images cannot be transformed: too small, or of unknown cameras
-                transformed = self._transformed(images, cameras)
+                ready, steps = self._transformed(images, cameras)
             with torch.inference_mode():
                 for _ in range(2):  # a graph with preprocessing is captured at the second time
-                    self._tokens(*transformed, features=False)
+                    self._tokens(ready, steps, features=False)
             # Not the whole device: somebody else may be capturing a graph.
             torch.cuda.current_stream(self.device).synchronize()
 
@@ -373,6 +383,15 @@ class VisualTokenizer:
             "encoders": encoders,
             "projector": self.config.projector,
         }
+
+
+def _output(features: torch.Tensor | None, tokens: torch.Tensor) -> TokenizerOutput:
+    """Tensors that autograd may save for a backward pass, unless the caller is in inference mode too."""
+
+    def usable(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+
+    return TokenizerOutput(usable(tokens), None if features is None else usable(features))
 
 
 def _place(device: str, compute_dtype: str) -> Placement:
