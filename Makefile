@@ -30,7 +30,7 @@ help:
 	@echo "make clean   remove environments, build outputs and out/"
 
 demo: $(KILTED)
-	.venv/bin/python -m vla_perception.demo
+	.venv/bin/python -m demo
 
 # Every run happens, also after one has failed. Tests that touch ROS wait more than they compute, so the two
 # distributions' run side by side (what Jazzy's print comes in one piece, behind the others); then the rest, a process per

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from ros_harness import ROOT, RosContext, RosProcess, domains_of_a_module, free_domain
+from ros_harness import ROOT, RosContext, RosProcess, domains_given_back, free_domain
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def ros_domains():
-    with domains_of_a_module():
+    with domains_given_back():
         yield
 
 

@@ -25,9 +25,16 @@ from PIL import Image
 from ros_harness import ROOT
 from rosbags.typesys import Stores, get_typestore
 
-from vla_perception import demo, demo_image
 from vla_perception.images.decode import compressed_to_rgb
 from vla_perception.sources.bags import Bag
+from vla_perception.visualization import figures
+
+sys.path.insert(0, str(ROOT))
+
+from demo import DemoError, recording  # noqa: E402
+from demo.__main__ import MOMENTS, main  # noqa: E402
+from demo.events import Events  # noqa: E402
+from demo.report import make_report  # noqa: E402
 
 pytestmark = pytest.mark.ros
 
@@ -39,7 +46,7 @@ TYPES = get_typestore(Stores.ROS2_JAZZY)
 def start_demo(*arguments: str) -> subprocess.Popen:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return subprocess.Popen(
-        [sys.executable, "-m", "vla_perception.demo", *arguments],
+        [sys.executable, "-m", "demo", *arguments],
         env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -103,12 +110,11 @@ def test_every_frame_is_accounted_for(whole):
 
 def test_a_bag_with_more_images_than_memory_is_for(monkeypatch):
     with Bag(ROOT / "examples" / "sample_bag") as bag:
-        cameras = demo.find_cameras(bag)
-        images = demo.read_images(bag, cameras)
+        images = recording.Recording.read(bag).images
         assert {name: len(messages) for name, messages in images.items()} == dict.fromkeys(CAMERAS, 40)
-        monkeypatch.setattr(demo, "IMAGES_LIMIT", 1 << 20)
-        with pytest.raises(demo.DemoError, match="more than 1 MiB of images"):
-            demo.read_images(bag, cameras)
+        monkeypatch.setattr(recording, "IMAGES_LIMIT", 1 << 20)
+        with pytest.raises(DemoError, match="more than 1 MiB of images"):
+            recording.Recording.read(bag)
 
 
 def test_latencies(whole):
@@ -128,7 +134,7 @@ def test_the_table(whole):
 def test_the_image(whole):
     """The camera images are those that the tokens came from; the other cells are 14 × 14 patches of one color."""
     sheet = np.asarray(Image.open(whole[0] / "tokens.png").convert("RGB")).astype(int)
-    cell, gap = demo_image.CELL_WIDTH, demo_image.GAP
+    cell, gap = figures.CELL_WIDTH, figures.GAP
     height = cell * 480 // 640
     assert sheet.shape[1] == gap + 4 * (cell + gap)
     # Rows of cells: where the second column holds no background.
@@ -137,7 +143,7 @@ def test_the_image(whole):
     # On a machine that hardly keeps up, fewer moments may have become tokens.
     moments, left_over = divmod(len(tops), len(CAMERAS))
     messages = json.loads((whole[0] / "report.json").read_text())["token_messages"]
-    assert left_over == 0 and min(messages, 2) <= moments <= demo.MOMENTS
+    assert left_over == 0 and min(messages, 2) <= moments <= MOMENTS
 
     images = {}
     with Bag(ROOT / "examples" / "sample_bag") as bag:
@@ -201,14 +207,14 @@ def test_a_process_that_dies_is_quoted(refused):
 
 
 def test_bags_that_do_not_fit(tmp_path, capsys):
-    assert demo.main(["--bag", str(tmp_path / "nowhere"), "--out", str(tmp_path)]) == 1
+    assert main(["--bag", str(tmp_path / "nowhere"), "--out", str(tmp_path)]) == 1
     assert "no bag at" in capsys.readouterr().err
 
 
 def unbalanced(**changes: int) -> list[str]:
     """The problems of a report over one camera with 10 frames, all encoded except for the changes."""
     counters = dict(received=10, encoded=10, replaced=0, unmatched=0, undecodable=0, pending=0) | changes
-    events = demo.Events(policy=None, rmw="rmw_none")
+    events = Events(policy=None, rmw="rmw_none")
     events.status = {
         "visual_tokenizer: camera eye": {key: str(value) for key, value in counters.items()},
         "visual_tokenizer: model": {"token_messages": "10"},
@@ -228,8 +234,7 @@ def unbalanced(**changes: int) -> list[str]:
         for i in range(10)
     ]
     published = {"/eye/image_raw": {i: i for i in range(10)}}
-    cameras = demo.Cameras(("eye",), "raw", {"eye": "/eye/image_raw"})
-    report, problems = demo.make_report(events, messages, published, cameras)
+    report, problems = make_report(events, messages, published, {"eye": "/eye/image_raw"})
     assert report["latency_ms"]["image_to_policy"] == {"p50": 5.0, "p95": 5.0, "p99": 5.0}
     return problems
 

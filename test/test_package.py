@@ -222,7 +222,7 @@ def test_the_command_says_what_is_missing():
 
 @pytest.mark.ros
 def test_a_policy_needs_rclpy_and_numpy_only():
-    run_without(HEAVY, "import vla_perception.demo_policy")
+    run_without(HEAVY, "import demo.policy")
 
 
 # --- what it installs

@@ -41,7 +41,7 @@ def slow_rclpy(tmp_path_factory):
     return {"PYTHONPATH": os.pathsep.join((str(folder), ros_environment(0)["PYTHONPATH"]))}
 
 
-MODULES = [*(f"vla_perception.nodes.{name}" for name in NODES), "vla_perception.demo_policy"]
+MODULES = [*(f"vla_perception.nodes.{name}" for name in NODES), "demo.policy"]
 FUNCTION = "from vla_perception.nodes import executables; executables.{}()"
 STARTS = {name: ["-m", name] for name in MODULES} | {name: ["-c", FUNCTION.format(name)] for name in NODES}
 

@@ -24,7 +24,7 @@ _LOCKS: dict[int, socket.socket] = {}
 
 
 def free_domain() -> int:
-    """A ROS_DOMAIN_ID that no other test process of this machine holds; kept until `domains_of_a_module` ends.
+    """A ROS_DOMAIN_ID that no other test process of this machine holds; kept until `domains_given_back` ends.
 
     The lock is a socket name in Linux's abstract namespace: exclusive, without a file, and given back by the kernel
     however the process ends. The discovery port tells of participants that do not take part in this.
@@ -46,7 +46,7 @@ def free_domain() -> int:
 
 
 @contextlib.contextmanager
-def domains_of_a_module() -> Iterator[None]:
+def domains_given_back() -> Iterator[None]:
     """Gives back what was taken inside: there are fewer domains than tests, and other runs need some as well."""
     before = set(_LOCKS)
     yield

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vla_perception.tokens.visual_tokens import View
+from vla_perception.tokens import View
 from vla_perception.visualization.overlay import overlay, side_by_side, side_by_side_size
 
 ROWS, COLUMNS = 3, 4

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vla_perception.tokens.visual_tokens import View
+from vla_perception.tokens import View
 
 #: Pixels that are painted at a time: what is needed meanwhile is several times as large as they are.
 _AT_A_TIME = 1 << 18

@@ -1,8 +1,8 @@
 """The policy's side of `make demo`: a node that receives tokens as a policy would, and keeps account of them.
 
-Started by `vla_perception.demo` in a process of its own. It tells on stdout, a JSON object per line, what happens
-(`ready`, `tokens`, `diagnostics`, `problem`), ends when its stdin is closed, and then writes to the folder
-`record`: `messages.json` (a dict per token message) and some of the messages as safetensors files.
+Started by `python -m demo` as a separate process. It reports on stdout, a JSON object per line (`ready`, `tokens`,
+`diagnostics`, `problem`), ends when its stdin is closed, and then writes to the folder `record`: `messages.json` (a dict
+per token message) and some of the messages as safetensors files.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class DemoPolicy(Node):
         self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
         self._state = self.create_client(GetState, f"{tokenizer}/get_state")
         self._asked = None
-        self._readiness = self.create_timer(0.1, self._look_whether_ready)
-        threading.Thread(target=self._until_stdin_ends, args=(stop,), daemon=True).start()
+        self._readiness = self.create_timer(0.1, self._check_ready)
+        threading.Thread(target=self._stop_when_stdin_closes, args=(stop,), daemon=True).start()
 
     def close(self) -> None:
         """Writes the record."""
@@ -64,7 +64,7 @@ class DemoPolicy(Node):
         try:
             tokens = from_message(message)
         except TokenFormatError as error:
-            tell("problem", text=f"A message on `tokens` that is none: {error}")
+            report("problem", text=f"A message on `tokens` is not a token message: {error}")
             return
         stamp_ns = message.header.stamp.sec * 1_000_000_000 + message.header.stamp.nanosec
         self._messages.append(
@@ -83,13 +83,13 @@ class DemoPolicy(Node):
         if not self._kept or stamp_ns >= self._kept_ns + self._spacing_ns:
             self._kept_ns = stamp_ns
             self._kept.append((tokens.sequence, bytes(message.data)))
-        tell("tokens", count=len(self._messages))
+        report("tokens", count=len(self._messages))
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         status = {status.name: {pair.key: pair.value for pair in status.values} for status in message.status}
-        tell("diagnostics", status=status)
+        report("diagnostics", status=status)
 
-    def _look_whether_ready(self) -> None:
+    def _check_ready(self) -> None:
         """Ready: the tokenizer is active, and its token publisher is seen here."""
         if self._asked is None:
             if self._state.service_is_ready() and self.count_publishers("tokens"):
@@ -97,20 +97,20 @@ class DemoPolicy(Node):
         elif self._asked.done():
             if self._asked.result().current_state.id == State.PRIMARY_STATE_ACTIVE:
                 self._readiness.cancel()
-                tell("ready", rmw=get_rmw_implementation_identifier())
+                report("ready", rmw=get_rmw_implementation_identifier())
             self._asked = None
         elif time.monotonic() > self._asked_at + 2.0:  # an answer can be lost while the two discover each other
             self._state.remove_pending_request(self._asked)
             self._asked = None
 
     @staticmethod
-    def _until_stdin_ends(stop: Stop) -> None:
+    def _stop_when_stdin_closes(stop: Stop) -> None:
         sys.stdin.buffer.read()
         stop(0)
 
 
-def tell(event: str, **facts: object) -> None:
-    """A line on stdout for the demo; that it is gone is none of the policy's business."""
+def report(event: str, **facts: object) -> None:
+    """A line on stdout for the demo. Nothing happens where the demo is gone."""
     try:
         print(json.dumps({"event": event, **facts}), flush=True)
     except BrokenPipeError:
