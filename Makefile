@@ -82,7 +82,7 @@ $(KILTED): setup.py setup.cfg package.xml | $(UV)
 $(JAZZY): setup.py setup.cfg package.xml requirements/jazzy.txt | $(UV)
 	@[ -x .venv-jazzy/bin/python ] || $(UV) venv --quiet --python '$(PYTHON)' .venv-jazzy
 	$(UV) pip install --python .venv-jazzy/bin/python --requirement requirements/jazzy.txt \
-	  --editable '.[tokenizer,shm,bags,view,sim,test]'
+	  --editable '.[tokenizer,shm,offline,view,sim,test]'
 	@touch $@
 
 clean:

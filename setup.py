@@ -39,6 +39,14 @@ ROS = [
 # series; processes of different ones do not see each other, and do with the topic.
 SHM = ["iceoryx2>=0.10,<0.11; platform_machine == 'x86_64' and sys_platform == 'linux'"]
 BAGS = ["mcap>=1.1", "pyyaml"]  # mcap brings zstandard and lz4
+# Recorded data → tokens (docs/offline.md).
+OFFLINE = [
+    *BAGS,
+    "rosbags>=0.11",  # messages of bags without ROS, and writing bags
+    "av>=12",  # videos: its wheels bring FFmpeg, where torchcodec needs FFmpeg's libraries on the machine
+    "pyarrow>=14",  # LeRobot datasets are parquet files
+    "tqdm>=4.60",
+]
 OPENVLA = ["torch>=2.4", "transformers>=4.46"]  # a policy that runs OpenVLA's language model on the tokens
 # The page of `vla-perception view`: 5 MB, most of which huggingface_hub brings along anyway. aiohttp takes 12 MB, and
 # what draws by itself (NiceGUI, viser, rerun-sdk) 100 to 760. simplejpeg makes JPEGs of raw images.
@@ -97,11 +105,12 @@ setup(
         "shm": SHM,
         "bags": BAGS,
         "view": VIEW,
+        "offline": OFFLINE,
         "sim": SIM,
         "openvla": OPENVLA,
         "test": TEST,
         "dev": DEV,
-        "all": TOKENIZER + ROS + SHM + BAGS + VIEW + SIM + OPENVLA + TEST + DEV,
+        "all": TOKENIZER + ROS + SHM + OFFLINE + VIEW + SIM + OPENVLA + TEST + DEV,
     },
     entry_points={
         "console_scripts": [

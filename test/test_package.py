@@ -75,7 +75,7 @@ def test_extras():
     base = {requirement.name for requirement in declared if requirement.marker is None}
     assert base == {"numpy", "safetensors", "ml_dtypes"}
     extras = set(metadata.metadata("vla_perception").get_all("Provides-Extra"))
-    assert extras == {"tokenizer", "ros", "shm", "bags", "view", "sim", "openvla", "test", "dev", "all"}
+    assert extras == {"tokenizer", "ros", "shm", "bags", "offline", "view", "sim", "openvla", "test", "dev", "all"}
     for requirement in declared:
         if requirement.marker is not None and requirement.marker.evaluate({"extra": "all"}):
             assert requirement.specifier.contains(metadata.version(requirement.name)), requirement
@@ -121,6 +121,10 @@ FOR_ALL = r"(?:options|printable|byte_array)\b"
         ("sources", rf"vla_perception\.(?!sources\b|images\b|{FOR_ALL}).*|rclpy"),
         ("tokens", rf"vla_perception\.(?!tokens\b|tokenizer\b|{FOR_ALL}).*|torchvision|timm"),
         ("visualization", rf"vla_perception\.(?!tokens\b|visualization\b|{FOR_ALL}).*|rclpy|torch"),
+        (
+            "offline",
+            rf"vla_perception\.(?!(offline|sources|images|tokens|tokenizer|synchronizer|startup|__version__)\b|{FOR_ALL}).*|rclpy",
+        ),
         ("synchronizer.py", rf"vla_perception\.(?!tokens\.arrivals\b|{FOR_ALL}).*|rclpy|torch"),
         ("options.py", r"(?!__future__|re\b).*"),
         # live.py alone knows ROS; the command brings them together.

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vla_perception import __version__, options, startup
+from vla_perception.offline import command as offline
 from vla_perception.view import command as view_command
 
 
@@ -54,15 +55,18 @@ MODEL_HELP = (
 def _add_tokenize(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "tokenize",
-        help="image files to a safetensors file of tokens",
-        description="Writes one tensor, [images, tokens, channels], in the order in which the images are given.",
+        help="images, videos, bags and LeRobot datasets to files of tokens",
+        description="Into a folder, it writes one file per recording or episode, and an index (docs/offline.md). Into "
+        "FILE.safetensors, it writes one tensor of image files, [images, tokens, channels], in the order in which they "
+        "are given.",
     )
     parser.add_argument(
         "images",
         nargs="+",
-        metavar="IMAGE",
+        metavar="SOURCE",
         type=Path,
-        help="JPEG, PNG, BMP, GIF, PPM, TIFF or WebP; one that is damaged is an error",
+        help="files or folders of images (JPEG, PNG, BMP, GIF, PPM, TIFF or WebP), videos, rosbag2 recordings, LeRobot "
+        "datasets. For FILE.safetensors image files alone, of which a damaged one is an error",
     )
     add_model(parser)
     add_placement(parser)
@@ -79,7 +83,8 @@ def _add_tokenize(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="larger images are refused (default: %(default)s)",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE.safetensors")
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER or FILE.safetensors")
+    offline.add_options(parser)
     parser.set_defaults(run=_tokenize)
 
 
@@ -197,7 +202,9 @@ def _check_folder(file: Path) -> None:
         raise ValueError(f"the folder {file.parent} does not exist")
 
 
-def _tokenize(given: argparse.Namespace) -> None:
+def _tokenize(given: argparse.Namespace) -> int:
+    if given.out.suffix != ".safetensors":
+        return offline.run(given, model_options(given))
     from PIL import Image
 
     from vla_perception.sources import image_files
@@ -241,6 +248,7 @@ def _tokenize(given: argparse.Namespace) -> None:
         f"{given.out}: {given.output} {list(result.shape)} {tokenizer.compute_dtype}, "
         f"{tokenizer.model} ({tokenizer.weights} weights), fingerprint {tokenizer.fingerprint[:12]}"
     )
+    return 0
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:

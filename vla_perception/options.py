@@ -38,10 +38,15 @@ SPELLED_IN_FINGERPRINTS = {"image_transforms": "prepare", "crop": "region"}
 
 #: Which camera topics are subscribed to: ``<camera>/image_raw``, or ``<camera>/image_raw/compressed``.
 IMAGE_TRANSPORTS = ("raw", "compressed")
-#: How frames of several cameras become a frame set (nodes/visual_tokenizer/synchronizer.py).
+#: How frames of several cameras become a frame set (synchronizer.py).
 SYNC_POLICIES = ("approximate", "latest")
 #: When a frame set is encoded: whenever there is one, or when the service `encode` is called.
 TRIGGERS = ("continuous", "on_request")
+
+# Recorded data (offline/)
+
+#: What a damaged frame or file of a recording leads to: it is left out and counted, or ends the run.
+ON_ERROR = ("skip", "stop")
 
 # Simulated cameras
 

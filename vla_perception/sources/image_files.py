@@ -39,7 +39,11 @@ def read(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         ValueError: no image of a known format, larger than allowed, truncated, corrupt, or without a meaning in color.
         OSError: it cannot be read.
     """
-    data = _bytes(path)
+    return decode(_bytes(path), path, max_pixels)
+
+
+def decode(data: bytes, path: Path | str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """`read`, of a file's bytes that lie elsewhere; `path` stands in error messages."""
     with _open(path, data, max_pixels) as image:
         try:
             # Pillow fills what a damaged JPEG lacks with grey, and does without the end of a PNG.
@@ -66,7 +70,7 @@ def _bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _open(path: Path, data: bytes, max_pixels: int) -> PIL.Image.Image:
+def _open(path: Path | str, data: bytes, max_pixels: int) -> PIL.Image.Image:
     """An image of which the header has been read."""
     from PIL import Image, UnidentifiedImageError
 

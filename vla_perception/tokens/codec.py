@@ -83,19 +83,19 @@ def write(metadata: Mapping[str, object], tensors: Mapping[str, np.ndarray], dty
 def read(data: bytes | bytearray | memoryview | np.ndarray | array.array) -> Contents:
     """Reads what `write` wrote; TokenFormatError if its layout is wrong, or not of this schema."""
     view = data.data if isinstance(data, np.ndarray) else memoryview(data)
-    header, payload = _split(view.cast("B").toreadonly())
+    header, payload = split(view.cast("B").toreadonly())
     entry = header.get("__metadata__")
     text = entry.get(METADATA_KEY) if isinstance(entry, dict) else None
     if not isinstance(text, str):
         raise TokenFormatError(f"no {METADATA_KEY!r} entry in the safetensors metadata")
-    metadata = _parse(text, f"the {METADATA_KEY!r} entry")
+    metadata = parse_object(text, f"the {METADATA_KEY!r} entry")
     if metadata.get("schema") != SCHEMA:
         raise TokenFormatError(
             f"schema {metadata.get('schema')!r} is not {SCHEMA!r}, the one this version reads; see FORMAT"
         )
     if "tokens" not in header:
         raise TokenFormatError("there is no tensor named 'tokens'")
-    _check_layout(header, len(payload))
+    check_layout(header, len(payload))
     tokens, dtype = _tensor(header["tokens"], payload, "tokens")
     tensors = {"tokens": tokens}
     if "features" in header:
@@ -129,7 +129,7 @@ def float32(words: np.ndarray, dtype: str) -> np.ndarray:
 _json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 
 
-def _split(data: memoryview) -> tuple[dict, memoryview]:
+def split(data: memoryview) -> tuple[dict, memoryview]:
     """safetensors: 8 bytes little-endian header length, header (JSON), payload."""
     if len(data) < 8:
         raise TokenFormatError(f"{len(data)} bytes are too few for a safetensors header")
@@ -142,10 +142,10 @@ def _split(data: memoryview) -> tuple[dict, memoryview]:
         text = str(data[8 : 8 + length], "utf-8")
     except UnicodeDecodeError:
         raise TokenFormatError("the safetensors header is not UTF-8") from None
-    return _parse(text, "the safetensors header"), data[8 + length :]
+    return parse_object(text, "the safetensors header"), data[8 + length :]
 
 
-def _parse(text: str, what: str) -> dict:
+def parse_object(text: str, what: str) -> dict:
     """A JSON object; TokenFormatError for anything else, and for what JSON readers read differently."""
     try:
         value = _DECODER.decode(text)
@@ -172,7 +172,7 @@ def _reject_constant(name: str) -> float:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_reject_constant)
 
 
-def _check_layout(header: Mapping[str, Any], size: int) -> None:
+def check_layout(header: Mapping[str, Any], size: int) -> None:
     """Every byte of the payload belongs to one tensor, as safetensors demands: none can pass for another."""
     spans = []
     for name, entry in header.items():

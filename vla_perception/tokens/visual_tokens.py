@@ -198,7 +198,7 @@ class VisualTokens:
             sequence=sequence,
             features=words[1] if len(words) > 1 else None,
             _source=(words[0], tokens.detach()) if tokens.is_cuda else None,
-            **_model_fields(model),
+            **model_fields(model),
         )
 
     def numpy(self) -> np.ndarray:
@@ -357,7 +357,7 @@ class VisualTokens:
                 views=tuple(View.from_metadata(entry) for entry in metadata["views"]),
                 sequence=codec.whole_number(metadata["sequence"], stop=2**63),
                 features=contents.tensors.get("features"),
-                **_model_fields(metadata),
+                **model_fields(metadata),
             )
         except TokenFormatError:
             raise
@@ -396,7 +396,7 @@ class VisualTokens:
                     )
 
 
-def _model_fields(model: Mapping[str, Any]) -> dict[str, Any]:
+def model_fields(model: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `VisualTokens` that say what the model is, checked. KeyError, TypeError, ValueError if amiss."""
     fields = {key: model[key] for key in _MODEL_KEYS}
     for key in ("model", "weights", "fingerprint", "compute_dtype", "token_strategy", "projector"):

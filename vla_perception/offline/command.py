@@ -1,0 +1,203 @@
+"""`vla-perception tokenize SOURCE… --out FOLDER` and `vla-perception verify`: their options, and what they print."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vla_perception import options, startup
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vla_perception.offline.recordings import Recording
+    from vla_perception.offline.run import RunSettings
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What `tokenize` takes for runs, beside the model's options."""
+    which = parser.add_argument_group("which part of the sources, for --out FOLDER")
+    which.add_argument(
+        "--cameras",
+        nargs="+",
+        default=[],
+        metavar="NAME[=WHERE]",
+        help="the views in their order; WHERE: a bag's topic, a dataset's key, a folder's subfolder; default: all there are",
+    )
+    which.add_argument(
+        "--values",
+        nargs="+",
+        default=[],
+        metavar="NAME=TOPIC[:FIELD]",
+        help="numbers of a bag's messages to store beside the tokens, such as action=/arm/command; a dataset's numbers "
+        "(action, observation.state, …) are stored anyway",
+    )
+    which.add_argument("--episodes", metavar="N,N-N", help="of a LeRobot dataset; default: all")
+    which.add_argument("--every", type=_at_least(1), default=1, metavar="N", help="each N-th frame set (default: all)")
+    which.add_argument("--rate", type=float, default=0.0, metavar="HZ", help="at most so many frame sets per second")
+    which.add_argument(
+        "--image-rate", type=float, default=1.0, metavar="HZ", help="of a folder of images (default: %(default)s)"
+    )
+    which.add_argument("--sync-policy", default="approximate", choices=options.SYNC_POLICIES, help="as the node's")
+    which.add_argument("--sync-slop-sec", type=float, default=0.05, metavar="SEC", help="as the node's (default: 0.05)")
+    which.add_argument("--max-age-sec", type=float, default=0.5, metavar="SEC", help="as the node's (default: 0.5)")
+    how = parser.add_argument_group("how, for --out FOLDER")
+    how.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=options.TOKEN_DTYPES,
+        help="of the stored tokens (default: %(default)s, as the node sends them)",
+    )
+    how.add_argument(
+        "--runtime",
+        default="auto",
+        choices=options.RUNTIMES,
+        help="as the node's (default: %(default)s)",
+    )
+    how.add_argument(
+        "--batch",
+        type=_at_least(1),
+        default=1,
+        metavar="N",
+        help="frame sets that are encoded together; 1 gives the node's tokens bit by bit, more is faster on a GPU and "
+        "changes last bits, by how much is measured and stands in the index (default: 1)",
+    )
+    how.add_argument(
+        "--on-error",
+        default="skip",
+        choices=options.ON_ERROR,
+        help="a damaged frame or file is skipped, reported and counted, or ends the run (default: %(default)s)",
+    )
+
+
+def _at_least(least: int) -> Any:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return value
+
+    number.__name__ = "whole number"
+    return number
+
+
+def run(given: argparse.Namespace, choices: dict[str, Any]) -> int:
+    """`tokenize` into a folder. `choices`: which tokenizer, as keywords of `VisualTokenizer.load`."""
+    from vla_perception.offline import recordings as sources
+    from vla_perception.offline.run import RunSettings
+    from vla_perception.tokenizer.checkpoints.open import check_model
+
+    if given.output != "tokens":
+        raise ValueError("--output features is for --out FILE.safetensors; --projector none makes the tokens features")
+    if not given.rate >= 0 or not given.image_rate > 0:
+        raise ValueError("--rate and --image-rate are frames per second, above 0")
+    selection = sources.Selection(
+        cameras=sources.parse_cameras(given.cameras),
+        values=sources.parse_cameras(given.values),
+        every=given.every,
+        rate=given.rate,
+        episodes=None if given.episodes is None else sources.parse_episodes(given.episodes),
+        sync_policy=given.sync_policy,
+        sync_slop_sec=given.sync_slop_sec,
+        max_age_sec=given.max_age_sec,
+        image_rate=given.image_rate,
+        max_image_pixels=given.max_image_pixels,
+    )
+    settings = RunSettings(given.out, selection, given.batch, given.dtype, given.on_error)
+    if given.out.exists() and not given.out.is_dir():
+        raise ValueError(f"--out {given.out} is a file: name a folder, or a FILE.safetensors for image files alone")
+    check_model(given.model, **choices)
+    recordings = sources.open_recordings(given.images, selection)
+    return _tokenize(given, choices, settings, recordings)
+
+
+def _tokenize(
+    given: argparse.Namespace, choices: dict[str, Any], settings: RunSettings, recordings: Sequence[Recording]
+) -> int:
+    from PIL import Image
+    from tqdm import tqdm
+
+    from vla_perception.offline import run as runs
+    from vla_perception.offline.recordings import expected_sets
+
+    Image.MAX_IMAGE_PIXELS = None  # image_files has the bound that the user gave
+    tokenizer = load(given, choices)
+    expected = sum(expected_sets(recording, settings.selection) for recording in recordings)
+    layouts = (runs.layout_of(recording, tokenizer, settings).frame_bytes for recording in recordings)
+    size = sum(bytes_ * expected_sets(recording, settings.selection) for recording, bytes_ in zip(recordings, layouts))
+    settings.out.mkdir(parents=True, exist_ok=True)
+    _say_disk_need(settings.out, len(recordings), expected, size)
+    index = runs.begin(settings, tokenizer, recordings)
+    try:
+        with tqdm(
+            total=expected, unit=" frame sets", smoothing=0.05, dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 30,
+        ) as bar:  # fmt: skip
+            failed, statistics = runs.encode_recordings(
+                recordings,
+                tokenizer,
+                settings,
+                report=lambda text: bar.write(text, file=sys.stderr),
+                advance=bar.update,
+            )
+    except KeyboardInterrupt:
+        print("vla-perception: the same command goes on from here", file=sys.stderr)
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                f"{settings.out}: no space left; with more of it the same command goes on from here"
+            ) from error
+        raise
+    index = runs.end(settings, index, recordings, failed)
+    totals = index["totals"]
+    damaged = totals["frames_skipped"] + totals["frames_damaged"]
+    print(
+        f"{settings.out}: {totals['frames']} frame sets in {len(index['recordings'])} recordings, "
+        f"{totals['bytes'] / 1e9:.2f} GB, {tokenizer.model} ({tokenizer.weights} weights), fingerprint "
+        f"{tokenizer.fingerprint[:12]}"
+        + (f"; {damaged} frames were damaged" if damaged else "")
+        + (f"; {len(failed)} recordings could not be read" if failed else "")
+        + f". {statistics.frame_sets / max(statistics.seconds, 1e-9):.1f} frame sets per second"
+    )
+    return int(bool(failed))
+
+
+def load(given: argparse.Namespace, choices: dict[str, Any]) -> Any:
+    """The tokenizer, warmed up as the node does it, and its notes on stderr."""
+    # As in the node: OpenMP threads that spin while they wait take the cores from decoding.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with startup.Progress() as progress:
+        progress("importing PyTorch and timm", begins=True)
+        with startup.imports():
+            from vla_perception.tokenizer.runtime import limit_threads
+            from vla_perception.tokenizer.tokenizer import VisualTokenizer
+
+            limit_threads()
+        progress(f"loading {given.model}", begins=True)
+        tokenizer = VisualTokenizer.load(
+            given.model,
+            device=given.device,
+            compute_dtype=given.compute_dtype,
+            runtime=given.runtime,
+            **choices,
+        )
+    for note in tokenizer.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if tokenizer.weights == "random":
+        print(f"note: {tokenizer.model} is a preset with random weights; its tokens mean nothing", file=sys.stderr)
+    return tokenizer
+
+
+def _say_disk_need(out: Path, recordings: int, expected: int, size: int) -> None:
+    free = shutil.disk_usage(out).free
+    text = (
+        f"{recordings} recordings with about {expected} frame sets: their tokens take about {size / 1e9:.2f} GB; "
+        f"{free / 1e9:.1f} GB are free in {out}"
+    )
+    print(text + (": not enough, unless some are there already" if size > free else ""), file=sys.stderr)

@@ -1,0 +1,353 @@
+"""Episodes of LeRobot datasets (v3.0, and v2.1): images from parquet or mp4, and the numbers beside them.
+
+Frames are those of LeRobot's own reader: of a video the frame whose time is closest to the row's timestamp, within
+LeRobot's tolerance, decoded by FFmpeg's libraries. https://github.com/huggingface/lerobot, datasets/video_utils.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from vla_perception.offline.recordings import FrameError, FrameSet, Problems, Selection, SourceError, safe_name
+from vla_perception.offline.video_recordings import check_frame_size, frames_of, opened, to_rgb
+from vla_perception.sources import image_files
+
+#: Seconds between a row's timestamp and its frame, at most: LeRobot's default.
+TOLERANCE_SEC = 1e-4
+#: What a feature of images may be.
+_IMAGES = ("image", "video")
+_PREFIX = "observation.images."
+#: Bytes of info.json, and of a line of v2.1's lists.
+_MAX_JSON = 8 << 20
+#: Rows that are held at a time.
+_ROWS = 256
+#: What may stand in info.json's templates for paths.
+_FIELD = re.compile(r"\{[a-z_]+(:0?\d{1,2}d)?\}")
+
+
+@dataclass(frozen=True)
+class _Episode:
+    """Where an episode lies.
+
+    Attributes:
+        data: parquet file with its rows.
+        videos: key → (mp4 file, where in it the episode begins, in seconds).
+    """
+
+    index: int
+    length: int
+    tasks: tuple[str, ...]
+    data: Path
+    videos: dict[str, tuple[Path, float]]
+
+
+class _Dataset:
+    """The index of a dataset. SourceError if it is none that is understood."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        info = _object(_read_text(root / "meta" / "info.json"), root / "meta" / "info.json")
+        self.version = str(info.get("codebase_version", ""))
+        if not self.version.startswith(("v3.", "v2.")):
+            raise SourceError(
+                f"{root} is a LeRobot dataset of version {self.version[:20]!r}; v3.0 and v2.1 are read (LeRobot converts)"
+            )
+        try:
+            self.fps = float(info["fps"])
+            self.features: dict[str, dict] = {str(key): dict(feature) for key, feature in info["features"].items()}
+            self._data_path = str(info["data_path"])
+            self._video_path = str(info.get("video_path") or "")
+            self._chunk_size = int(info.get("chunks_size") or 1000)
+            if not 0 < self.fps < 1e6 or self._chunk_size < 1:
+                raise ValueError("fps or chunks_size is no positive number")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise SourceError(f"{root}/meta/info.json is not as LeRobot writes it: {error!r}") from error
+        self.image_keys = [key for key, feature in self.features.items() if feature.get("dtype") in _IMAGES]
+
+    @cached_property
+    def episodes(self) -> list[_Episode]:
+        try:
+            found = list(self._episodes_of_v3() if self.version.startswith("v3.") else self._episodes_of_v2())
+        except SourceError:
+            raise
+        except Exception as error:  # noqa: BLE001 - pyarrow's errors, and whatever odd content leads to
+            raise SourceError(f"{self.root}/meta: the list of episodes cannot be read: {error}") from error
+        return sorted(found, key=lambda episode: episode.index)
+
+    def _episodes_of_v3(self) -> Iterator[_Episode]:
+        import pyarrow.parquet as parquet
+
+        videos = [key for key in self.image_keys if self.features[key]["dtype"] == "video"]
+        columns = ["episode_index", "length", "tasks", "data/chunk_index", "data/file_index"]
+        for key in videos:
+            columns += [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
+        files = sorted((self.root / "meta" / "episodes").rglob("*.parquet"))
+        if not files:
+            raise SourceError(f"{self.root}/meta/episodes holds no parquet file: is the dataset complete?")
+        for file in files:
+            for row in parquet.read_table(file, columns=columns).to_pylist():
+                yield _Episode(
+                    int(row["episode_index"]),
+                    int(row["length"]),
+                    tuple(map(str, row["tasks"] or ())),
+                    self._file(self._data_path, chunk_index=row["data/chunk_index"], file_index=row["data/file_index"]),
+                    {
+                        key: (
+                            self._file(
+                                self._video_path,
+                                video_key=key,
+                                chunk_index=row[f"videos/{key}/chunk_index"],
+                                file_index=row[f"videos/{key}/file_index"],
+                            ),
+                            float(row[f"videos/{key}/from_timestamp"]),
+                        )
+                        for key in videos
+                    },
+                )
+
+    def _episodes_of_v2(self) -> Iterator[_Episode]:
+        path = self.root / "meta" / "episodes.jsonl"
+        for line in _read_text(path, 1 << 30).splitlines():
+            if not line.strip():
+                continue
+            row = _object(line, path)
+            index = int(row["episode_index"])
+            names = {"episode_chunk": index // self._chunk_size, "episode_index": index}
+            videos = {
+                key: (self._file(self._video_path, video_key=key, **names), 0.0)
+                for key in self.image_keys
+                if self.features[key]["dtype"] == "video"
+            }
+            tasks = tuple(map(str, row.get("tasks") or ()))
+            yield _Episode(index, int(row["length"]), tasks, self._file(self._data_path, **names), videos)
+
+    def _file(self, template: str, **names: Any) -> Path:
+        """A file of the dataset, by info.json's template for its path; never outside of the dataset."""
+        numbers = {name: value if name == "video_key" else int(value) for name, value in names.items()}
+        # The template comes with the dataset: it may name these values with a width, and reach into nothing.
+        if len(template) > 500 or re.search(r"[{}]", _FIELD.sub("", template)):
+            raise SourceError(f"{self.root}/meta/info.json has an odd path: {template[:100]!r}")
+        path = PurePosixPath(template.format(**numbers))
+        if path.is_absolute() or ".." in path.parts:
+            raise SourceError(f"{self.root}/meta/info.json leads outside of the dataset: {template[:100]!r}")
+        return self.root / path
+
+
+class EpisodeRecording:
+    """One episode of a dataset."""
+
+    kind = "lerobot"
+
+    def __init__(self, dataset: _Dataset, episode: _Episode, keys: dict[str, str], selection: Selection) -> None:
+        self.name = f"{safe_name(dataset.root.resolve().name)}/episode_{episode.index:06d}"
+        self.source = str(dataset.root)
+        self.cameras = tuple(keys)
+        self.seconds = episode.length / dataset.fps
+        self.problems = Problems()
+        self._dataset, self._episode, self._keys = dataset, episode, keys
+        self._max_pixels = selection.max_image_pixels
+        used = [episode.videos[key][0] for key in keys.values() if key in episode.videos]
+        self.files = list(dict.fromkeys([dataset.root / "meta" / "info.json", episode.data, *used]))
+        self.details: dict[str, object] = {
+            "episode_index": episode.index,
+            "tasks": list(episode.tasks),
+            "fps": dataset.fps,
+            "keys": dict(keys),
+            "lerobot_version": dataset.version,
+        }
+
+    def expected_sets(self) -> int:
+        return self._episode.length
+
+    def frame_sets(self) -> Iterator[FrameSet]:
+        """One per row; `FrameSet.values` has the dataset's numbers under the dataset's names."""
+        self.problems.clear()
+        with contextlib.ExitStack() as stack:
+            readers = [self._reader(key, stack) for key in self._keys.values()]
+            for ordinal, row in enumerate(self._rows()):
+                seconds = float(row["timestamp"])
+                images = [reader(row, seconds) for reader in readers]
+                stamp_ns = round(seconds * 1e9)
+                yield FrameSet(
+                    ordinal,
+                    stamp_ns,
+                    seconds,
+                    (stamp_ns,) * len(images),
+                    ("",) * len(images),
+                    partial(_all, images),
+                    self._values(row),
+                )
+
+    def _reader(self, key: str, stack: contextlib.ExitStack) -> Any:
+        """(row, seconds) → what gives the camera's image."""
+        if key not in self._episode.videos:
+            return partial(_stored_image, key=key, root=self._dataset.root, max_pixels=self._max_pixels)
+        path, start_sec = self._episode.videos[key]
+        container, stream = stack.enter_context(opened(path))
+        check_frame_size(stream, path, self._max_pixels)
+        return _ClosestFrames(path, frames_of(container, stream, start_sec), start_sec, self._max_pixels)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        """The episode's rows, in their order, some at a time."""
+        import pyarrow.parquet as parquet
+
+        index = self._episode.index
+        wanted = [name for name in self._dataset.features if name not in self._episode.videos]
+        try:
+            with parquet.ParquetFile(self._episode.data) as file:
+                columns = [name for name in file.schema_arrow.names if name in (*wanted, "episode_index", "timestamp")]
+                unused = [key for key in self._dataset.image_keys if key not in self._keys.values()]
+                columns = [name for name in columns if name not in unused]
+                place = file.schema_arrow.names.index("episode_index")
+                groups = [group for group in range(file.num_row_groups) if _may_hold(file, group, place, index)]
+                for batch in file.iter_batches(_ROWS, row_groups=groups, columns=columns):
+                    for row in batch.to_pylist():
+                        if row["episode_index"] == index:
+                            yield row
+        except OSError as error:
+            raise SourceError(f"{self._episode.data} cannot be read: {error}") from error
+
+    def _values(self, row: dict[str, Any]) -> dict[str, np.ndarray]:
+        found = {}
+        for name, feature in self._dataset.features.items():
+            dtype = _DTYPES.get(str(feature.get("dtype")))
+            if dtype is None or name not in row or name == "timestamp":
+                continue
+            value: np.ndarray = np.asarray(row[name], dtype)
+            found[name] = value if list(value.shape) != [1] else value.reshape(())
+        return found
+
+
+#: Features whose numbers are stored beside the tokens.
+_DTYPES: dict[str, type[np.generic]] = {
+    "float32": np.float32,
+    "float64": np.float64,
+    "int64": np.int64,
+    "int32": np.int32,
+    "bool": np.bool_,
+}
+
+
+class _ClosestFrames:
+    """Of a video's frames, in their order, the one closest to each time that is asked for, in its order."""
+
+    def __init__(self, path: Path, frames: Iterator[tuple[float, Any]], start_sec: float, max_pixels: int) -> None:
+        self._path, self._start_sec, self._max_pixels = path, start_sec, max_pixels
+        self._frames = ((at, frame) for at, frame in frames if not isinstance(frame, FrameError))
+        self._at, self._next = next(self._frames, None), next(self._frames, None)
+        self._image: tuple[float, Any] | None = None
+
+    def __call__(self, _row: dict, seconds: float) -> Any:
+        """What gives uint8 RGB of the frame."""
+        wanted = self._start_sec + seconds
+        while (
+            self._next is not None and self._at is not None and abs(self._next[0] - wanted) < abs(self._at[0] - wanted)
+        ):
+            self._at, self._next = self._next, next(self._frames, None)
+        if self._at is None or abs(self._at[0] - wanted) > TOLERANCE_SEC:
+            nearest = "none" if self._at is None else f"the closest is at {self._at[0]:.4f} s"
+            error = FrameError(f"{self._path.name} has no frame at {wanted:.4f} s: {nearest}")
+            return partial(_raise, error)
+        if self._image is None or self._image[0] != self._at[0]:
+            try:
+                self._image = self._at[0], to_rgb(self._at[1], self._max_pixels)
+            except ValueError as error:
+                return partial(_raise, error)
+        image = self._image[1]
+        return lambda: image
+
+
+def episodes(root: Path, selection: Selection) -> list[EpisodeRecording]:
+    """The wanted episodes of a dataset. SourceError if it is none, or lacks what was asked for."""
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise SourceError(f"{error}: datasets are read with pyarrow: pip install '.[offline]'") from error
+    dataset = _Dataset(root)
+    keys = _camera_keys(dataset, selection)
+    wanted = [
+        episode for episode in dataset.episodes if selection.episodes is None or episode.index in selection.episodes
+    ]
+    if selection.episodes is not None:
+        absent = sorted(selection.episodes - {episode.index for episode in wanted})
+        if absent:
+            raise SourceError(f"{root} has no episode {absent[0]}; it has {len(dataset.episodes)}")
+    if not wanted:
+        raise SourceError(f"{root} has no episodes")
+    return [EpisodeRecording(dataset, episode, keys, selection) for episode in wanted]
+
+
+def _camera_keys(dataset: _Dataset, selection: Selection) -> dict[str, str]:
+    """Camera → key of its feature."""
+    named = {key.removeprefix(_PREFIX): key for key in dataset.image_keys}
+    if not selection.cameras:
+        if not named:
+            raise SourceError(f"{dataset.root} has no images; its features are {', '.join(dataset.features)}")
+        return named
+    keys = {}
+    for name, where in selection.cameras:
+        key = where or named.get(name, name)
+        if key not in dataset.image_keys:
+            raise SourceError(
+                f"{dataset.root} has no images {key} for the camera {name}; it has {', '.join(dataset.image_keys)} "
+                "(--cameras NAME=KEY)"
+            )
+        keys[name] = key
+    return keys
+
+
+def _may_hold(file: Any, group: int, column: int, index: int) -> bool:
+    """Whether rows of an episode may be in a row group, by its statistics."""
+    statistics = file.metadata.row_group(group).column(column).statistics
+    if statistics is None or not statistics.has_min_max:
+        return True
+    return statistics.min <= index <= statistics.max
+
+
+def _stored_image(row: dict, _seconds: float, *, key: str, root: Path, max_pixels: int) -> Any:
+    """What gives the image that lies in a row: a file's bytes, or the path of one."""
+    cell = row.get(key)
+    if not isinstance(cell, dict) or not (cell.get("bytes") or cell.get("path")):
+        return partial(_raise, FrameError(f"{key} holds no image"))
+    if cell.get("bytes"):
+        return partial(image_files.decode, cell["bytes"], f"{key} of frame {row.get('frame_index')}", max_pixels)
+    path = PurePosixPath(str(cell["path"]))
+    if path.is_absolute() or ".." in path.parts:
+        return partial(_raise, FrameError(f"{key} leads outside of the dataset"))
+    return partial(image_files.read, root / path, max_pixels)
+
+
+def _all(images: list) -> list[np.ndarray]:
+    return [image() for image in images]
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _read_text(path: Path, limit: int = _MAX_JSON) -> str:
+    try:
+        if path.stat().st_size > limit:
+            raise SourceError(f"{path} is larger than {limit >> 20} MiB")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path} cannot be read: {error}") from error
+
+
+def _object(text: str, path: Path) -> dict:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{path} holds no JSON object")
+    return value
