@@ -81,6 +81,20 @@ def test_the_index_lists_every_page():
     assert listed == {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
 
 
+def test_the_tree_of_the_design_names_every_module():
+    block = re.search(r"^```\n(vla_perception/\n.*?)^```", TEXTS[ROOT / "docs" / "design.md"], re.DOTALL | re.MULTILINE)
+    named, folders = set(), []
+    for line in block.group(1).splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        for name in re.split(r"\s{2,}", line.strip())[0].split(", "):
+            if name.split()[0].endswith("/"):
+                folders[depth:] = [name.split()[0].rstrip("/")]
+            elif name.split()[0].endswith(".py"):
+                named.add("/".join([*folders[:depth], name.split()[0]]))
+    present = {str(path.relative_to(ROOT)) for path in (ROOT / "vla_perception").rglob("*.py")}
+    assert named == {name for name in present if not name.endswith(("__init__.py", "__main__.py"))}
+
+
 def test_making_tokens_without_ros(tmp_path, monkeypatch):
     """Two cameras of ten frames each, 10 ms apart: a message for each frame set, read again from its file."""
     pytest.importorskip("timm")
