@@ -47,17 +47,87 @@ def test_minimal_policy(number):
         assert "Traceback" not in policy.output
 
 
-@pytest.fixture(scope="module")
-def cpp_reader(tmp_path_factory) -> Path:
+def build(program: Path, *sources: Path, flags=("-O1",)) -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler (g++ or clang++) to build examples/cpp_reader with")
-    program = tmp_path_factory.mktemp("cpp") / "token_reader"
-    source = ROOT / "examples" / "cpp_reader" / "token_reader.cpp"
-    subprocess.run(
-        [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", str(source), "-o", str(program)], check=True
-    )
+    command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", *flags, *map(str, sources), "-o", str(program)]
+    subprocess.run(command, check=True)
     return program
+
+
+@pytest.fixture(scope="module")
+def cpp_reader(tmp_path_factory) -> Path:
+    source = ROOT / "examples" / "cpp_reader" / "token_reader.cpp"
+    return build(tmp_path_factory.mktemp("cpp") / "token_reader", source)
+
+
+def test_the_cpp_header_can_be_included_in_several_files_of_a_program(tmp_path):
+    (tmp_path / "one.cpp").write_text(
+        '#include "token_reader.hpp"\n'
+        "size_t size_of(const unsigned char* data, size_t size) { return vla_tokens::read_tokens(data, size).tokens; }\n"
+    )
+    (tmp_path / "two.cpp").write_text(
+        '#include <fstream>\n#include <iterator>\n#include "token_reader.hpp"\n#include "token_reader.hpp"\n'
+        "size_t size_of(const unsigned char* data, size_t size);\n"
+        "int main(int, char** arguments) {\n"
+        "  std::ifstream file(arguments[1], std::ios::binary);\n"
+        "  const std::vector<uint8_t> data{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};\n"
+        "  const auto tokens = vla_tokens::read_tokens(data.data(), data.size());\n"
+        "  const bool same = tokens.tokens == size_of(data.data(), data.size());\n"
+        '  return same && tokens.camera(0) == "front" && tokens.valid(0) && !tokens.valid(1) ? tokens.sequence() : 0;\n'
+        "}\n"
+    )
+    folder = ROOT / "examples" / "cpp_reader"
+    program = build(tmp_path / "program", tmp_path / "one.cpp", tmp_path / "two.cpp", flags=("-O0", f"-I{folder}"))
+    assert subprocess.run([str(program), str(ROOT / "examples" / "sample_message.safetensors")]).returncode == 42
+
+
+def test_the_sample_message_is_what_its_program_writes(tmp_path):
+    program = ROOT / "examples" / "make_sample_message.py"
+    subprocess.run([sys.executable, str(program), str(tmp_path)], check=True, env=ros_environment(0))
+    for name in ("sample_message.safetensors", "sample_message.json"):
+        assert (tmp_path / name).read_bytes() == (ROOT / "examples" / name).read_bytes(), name
+
+
+def test_readers_find_in_the_sample_message_what_is_said_of_it(cpp_reader):
+    """The C++ reader, the one on the page of the wire format, and safetensors' own."""
+    safetensors = pytest.importorskip("safetensors")
+    path = ROOT / "examples" / "sample_message.safetensors"
+    expected = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert path.stat().st_size == expected["bytes"]
+
+    done = subprocess.run([str(cpp_reader), str(path)], check=True, capture_output=True)
+    found = json.loads(done.stdout)
+    for key in ("shape", "dtype", "sequence", "fingerprint"):
+        assert found[key] == expected[key], key
+    for view, described in zip(found["views"], expected["views"], strict=True):
+        assert view == {key: described[key] for key in view}
+
+    page = (ROOT / "docs" / "wire_format.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(.*?)```", page, re.S)[1], namespace := {})
+    values, metadata = namespace["read"](path.read_bytes())
+    assert values.tolist() == expected["tokens"]
+    for key in ("sequence", "fingerprint", "grid", "token_strategy"):
+        assert metadata[key] == expected[key]
+    for view, described in zip(metadata["views"], expected["views"], strict=True):
+        assert view.get("seen") == described["seen"]
+        for key in ("camera", "frame_id", "valid", "affine"):
+            assert view[key] == described[key]
+        # Where pixels end up, by the page's formula alone; the cls token stands before the grid.
+        a, b, c, d, e, f = view["affine"]
+        left, top, right, bottom = view.get("seen") or (0, 0, view["width"], view["height"])
+        for x, y, token in described["token_of_pixels"]:
+            column, row = int(np.floor(a * x + b * y + c)), int(np.floor(d * x + e * y + f))
+            rows, columns = expected["grid"]
+            inside = 0 <= row < rows and 0 <= column < columns and left <= x < right and top <= y < bottom
+            assert token == (1 + row * columns + column if inside else None)
+
+    torch = pytest.importorskip("torch")
+    with safetensors.safe_open(path, framework="pt") as file:
+        for name in ("tokens", "features"):
+            assert file.get_tensor(name).dtype == torch.bfloat16
+            assert file.get_tensor(name).float().tolist() == expected[name]
 
 
 def stored(dtype: str) -> VisualTokens:
