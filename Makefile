@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 
 # Pages in one wrapping style.
 MARKDOWN := $(wildcard *.md) examples/README.md test/data/README.md $(addprefix docs/, README.md design.md install.md \
-  jetson.md security.md tutorial.md without_ros.md)
+  jetson.md policy.md security.md transport.md tutorial.md wire_format.md without_ros.md)
 
 UV := .bootstrap/bin/uv
 KILTED := .venv/.installed

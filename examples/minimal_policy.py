@@ -9,13 +9,13 @@ from vla_perception.tokens import TokenSubscriber
 
 rclpy.init()
 try:
-    with TokenSubscriber(rclpy.create_node("minimal_policy")) as tokens:
+    with TokenSubscriber(rclpy.create_node("minimal_policy")) as subscriber:
         begin = time.monotonic()
         while True:
-            visual = tokens.wait(timeout_sec=30.0)
-            array = visual.float32()  # or visual.torch("cuda")
-            rate = tokens.received / (time.monotonic() - begin)
-            age = 1e3 * tokens.age(visual)
-            print(f"{visual.cameras} {array.shape} {visual.dtype} {rate:.1f} Hz, {age:.0f} ms old, {tokens.lost} lost")
+            tokens = subscriber.wait(timeout_sec=30.0)
+            array = tokens.float32()  # or tokens.torch("cuda")
+            rate = subscriber.received / (time.monotonic() - begin)
+            age, lost = 1e3 * subscriber.age(tokens), subscriber.lost
+            print(f"{tokens.cameras} {array.shape} {tokens.dtype} {rate:.1f} Hz, {age:.0f} ms old, {lost} lost")
 except (KeyboardInterrupt, ExternalShutdownException):
     pass

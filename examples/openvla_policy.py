@@ -122,22 +122,22 @@ class LanguageModel:
         ids = self._tokenizer.encode(self._prompt.format(instruction.lower())).ids
         return ids if ids[-1] == EMPTY_TOKEN else [*ids, EMPTY_TOKEN]
 
-    def embed(self, visual: VisualTokens, instruction: str) -> torch.Tensor:
+    def embed(self, tokens: VisualTokens, instruction: str) -> torch.Tensor:
         """[1, length, width]: [BOS], the tokens of every view one after the other, the prompt."""
-        if visual.shape[2] != self.width:
+        if tokens.shape[2] != self.width:
             raise ValueError(
-                f"the tokens of {visual.model!r} have {visual.shape[2]} channels, this language model takes "
+                f"the tokens of {tokens.model!r} have {tokens.shape[2]} channels, this language model takes "
                 f"{self.width}: start the tokenizer with the same checkpoint"
             )
-        tokens = visual.torch(self.device).to(self.dtype).flatten(0, 1)[None]
+        embeddings = tokens.torch(self.device).to(self.dtype).flatten(0, 1)[None]
         ids = torch.tensor([self.prompt_ids(instruction)], device=self.device)
         text = self._llama.get_input_embeddings()(ids)
-        return torch.cat([text[:, :1], tokens, text[:, 1:]], dim=1)
+        return torch.cat([text[:, :1], embeddings, text[:, 1:]], dim=1)
 
     @torch.inference_mode()
-    def act(self, visual: VisualTokens, instruction: str) -> Action:
+    def act(self, tokens: VisualTokens, instruction: str) -> Action:
         """One action, its tokens decoded greedily one by one."""
-        inputs = {"inputs_embeds": self.embed(visual, instruction)}
+        inputs = {"inputs_embeds": self.embed(tokens, instruction)}
         cache, logits = {CACHE: DynamicCache()}, []
         for _ in self._low:
             output = self._llama.model(**inputs, **cache, use_cache=True)
@@ -185,7 +185,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="of the language model (default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--views", type=int, default=1, help="cameras that the model was trained with")
-    parser.add_argument("--expect-fingerprint", help="refuse tokens of any other tokenizer")
+    parser.add_argument("--expect-fingerprint", help="reject tokens of any other tokenizer")
     parser.add_argument("--max-age", type=float, default=1.0, help="seconds; no action on older images")
     parser.add_argument("--request", action="store_true", help="for a tokenizer with trigger: on_request")
     import rclpy
@@ -202,31 +202,31 @@ def main() -> int:
     log = node.get_logger()
     actions = node.create_publisher(JointState, "action", 1)
     try:
-        with TokenSubscriber(node, expect_fingerprint=options.expect_fingerprint) as source:
-            log.info(f"waiting for {source.topic}")
+        with TokenSubscriber(node, expect_fingerprint=options.expect_fingerprint) as subscriber:
+            log.info(f"waiting for {subscriber.topic}")
             while True:
-                # Whatever is wrong with the tokens, the answer is no action: the robot's controller must hold.
+                # No action if anything is wrong with the tokens: the robot's controller must hold.
                 try:
-                    visual = source.request() if options.request else source.wait(5.0)
+                    tokens = subscriber.request() if options.request else subscriber.wait(5.0)
                 except FingerprintMismatchError as error:
                     log.fatal(str(error))
                     return 1
                 except (TimeoutError, TokenFormatError, RuntimeError) as error:
                     log.error(f"no action: {error}")
                     continue
-                if len(visual.views) != options.views or not all(visual.valid):
-                    log.error(f"no action: views {visual.cameras}, valid {visual.valid}, wanted {options.views}")
+                if len(tokens.views) != options.views or not all(tokens.valid):
+                    log.error(f"no action: views {tokens.cameras}, valid {tokens.valid}, wanted {options.views}")
                     continue
-                if not -0.1 <= (age := source.age(visual)) <= options.max_age:
+                if not -0.1 <= (age := subscriber.age(tokens)) <= options.max_age:
                     log.error(f"no action: the image is {age:.2f} s old (--max-age {options.max_age})")
                     continue
-                action = model.act(visual, options.instruction)
+                action = model.act(tokens, options.instruction)
                 if not all(map(model.is_action, action.token_ids)):
                     log.error(f"no action: the language model said {action.token_ids}, which is none")
                     continue
                 message = JointState(position=action.values.tolist())
-                message.header.stamp.sec, message.header.stamp.nanosec = divmod(visual.stamp_ns, 10**9)
-                message.header.frame_id = visual.views[0].frame_id
+                message.header.stamp.sec, message.header.stamp.nanosec = divmod(tokens.stamp_ns, 10**9)
+                message.header.frame_id = tokens.views[0].frame_id
                 message.name = list(AXES) if len(AXES) == len(action.values) else []
                 actions.publish(message)
     except (KeyboardInterrupt, ExternalShutdownException):

@@ -247,7 +247,7 @@ def test_the_policy_on_the_page_works():
     pytest.importorskip("rclpy")
     domain = free_domain()
     with (
-        RosProcess(["-c", code_on_the_page("visual.float32().shape, tokens.age")], domain) as policy,
+        RosProcess(["-c", code_on_the_page("tokens.float32().shape, subscriber.age")], domain) as policy,
         fake_tokenizer(domain),
     ):
         policy.wait_for("('front', 'wrist') (2, 196, 256) 0.")
@@ -267,7 +267,7 @@ def test_the_node_on_the_page_acts_on_two_frames():
     ):
         actions = listener.collect(JointState, "action")
         wait_until(lambda: actions, 30.0, "an action")
-        # Every value of a set is its sequence number: two that follow one another have their mean at a half.
+        # Every value of a message is its sequence number: two that follow one another have their mean at a half.
         assert len(actions[0].position) == 7 and set(actions[0].position) == {actions[0].position[0]}
         assert actions[0].position[0] % 1 == 0.5
         assert policy.stop() == 0, policy.output
@@ -281,14 +281,14 @@ import time, rclpy
 from vla_perception.tokens import TokenSubscriber
 def say(*words): print(*words, flush=True)
 hold, follow = (lambda: say("hold")), (lambda chunk: say("follow", chunk))
-def act(visual): say("act", visual.sequence); return visual.sequence
+def act(tokens): say("act", tokens.sequence); return tokens.sequence
 rclpy.init()
-tokens = TokenSubscriber(rclpy.create_node("policy"))
+subscriber = TokenSubscriber(rclpy.create_node("policy"))
 """
     code, domain = before + code_on_the_page("max_age_sec=0.1").replace("0.1", "0.5"), free_domain()
     with RosProcess(["-c", code], domain) as policy:
         policy.wait_for("hold\n")
-        # Half of the 30 turns a second have no new set; then there are no more, and what there was gets old.
+        # Half of the 30 turns a second have no new message; then there are no more, and what there was gets old.
         with RosProcess(
             [str(ROOT / "test" / "support" / "fake_tokenizer.py"), "--rate", "10", "--count", "10"], domain
         ):

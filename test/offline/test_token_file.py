@@ -13,8 +13,8 @@ from safetensors import safe_open  # noqa: E402
 from vla_perception.offline.recordings import FrameSet, SourceError  # noqa: E402
 from vla_perception.offline.token_file import TokenFile  # noqa: E402
 from vla_perception.offline.token_file_writer import BusyError, Geometry, Layout, TokenFileWriter  # noqa: E402
+from vla_perception.tokens import VisualTokens  # noqa: E402
 from vla_perception.tokens.codec import TokenFormatError  # noqa: E402
-from vla_perception.tokens.visual_tokens import VisualTokens  # noqa: E402
 
 SHAPE = (2, 12, 7)  # of which bytes leave what follows unaligned
 GEOMETRY = [

@@ -55,13 +55,31 @@ def test_a_policy_loop_runs_on_local_tokens(tokenizer):
         LocalTokenizer(tokenizer, expect_fingerprint=OTHER).encode({"front": next(images)})
 
 
+def code_on_the_page(words: str) -> str:
+    """The one program of docs/policy.md that has these words in it."""
+    page = (ROOT / "docs" / "policy.md").read_text(encoding="utf-8")
+    (code,) = (code for code in re.findall(r"```python\n(.*?)```", page, re.S) if words in code)
+    return code
+
+
 def test_local_tokens_on_the_page(tokenizer, monkeypatch):
-    page = (ROOT / "docs" / "policy.md").read_text()
-    (code,) = (code for code in re.findall(r"```python\n(.*?)```", page, re.S) if "LocalTokenizer" in code)
     monkeypatch.setattr("vla_perception.tokenizer.VisualTokenizer.load", lambda _model, **_options: tokenizer)
     camera = SimpleNamespace(read=lambda: np.zeros((48, 64, 3), np.uint8))
-    exec(code, namespace := {"camera": camera})
-    assert namespace["visual"].cameras == ("front",) and namespace["visual"].shape == (1, 196, 256)
+    exec(code_on_the_page("LocalTokenizer"), namespace := {"camera": camera})
+    assert namespace["tokens"].cameras == ("front",) and namespace["tokens"].shape == (1, 196, 256)
+
+
+def test_files_on_the_page(tokenizer, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    exec(code_on_the_page("VisualTokens.load"), namespace := {})
+    assert namespace["tokens"].cameras == ("front", "wrist") and namespace["tokens"].stamp_ns == 0
+    images = {"front": np.zeros((480, 640, 3), np.uint8), "wrist": np.zeros((480, 640, 3), np.uint8)}
+    assert namespace["tokens"].to_bytes() == tokenize(tokenizer, images, stamp_ns=0).to_bytes()
+
+
+def test_frame_sets_on_the_page(capsys):
+    exec(code_on_the_page("SetSynchronizer"), {})
+    assert capsys.readouterr().out == "[('front', 100000000, 'first'), ('wrist', 110000000, 'second')]\n"
 
 
 def test_tokens_that_are_no_numbers_are_refused_in_process_too(tokenizer):
