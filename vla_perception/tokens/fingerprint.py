@@ -82,7 +82,7 @@ def difference(expected: str, wanted: Mapping[str, object] | None, found: Mappin
     except (TypeError, ValueError, OverflowError, RecursionError):
         return "the message is garbled where it says what its fingerprint is made of"
     if wanted is None:
-        options = {key: value for key, value in _readable(found["settings"]).items() if key != "preprocessing"}  # type: ignore[attr-defined]
+        options = {key: value for key, value in _readable(found["settings"]).items() if key != "preprocessing"}
         return (
             "most likely the weights differ: with these ones (digest "
             f"{str(found['weights'])[:16]}…) no usual image transforms and options have the expected "
@@ -101,7 +101,7 @@ def difference(expected: str, wanted: Mapping[str, object] | None, found: Mappin
     return f"what differs: {', '.join(parts) or 'the form of settings'}{same}"
 
 
-def _readable(settings: Mapping[str, object]) -> dict[str, object]:
+def _readable(settings: object) -> dict[str, object]:
     """Settings with the image transforms as parameters and options spell them today."""
 
     def spelled(steps: object) -> object:
@@ -111,7 +111,7 @@ def _readable(settings: Mapping[str, object]) -> dict[str, object]:
             else steps
         )
 
-    result = dict(settings)
+    result = dict(settings) if isinstance(settings, Mapping) else {}
     if _TRANSFORMS in result:
         value = result.pop(_TRANSFORMS)
         chains = (
