@@ -3,7 +3,6 @@
 import io
 import subprocess
 import sys
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -12,26 +11,9 @@ from vla_perception.images import decode as images
 from vla_perception.images.decode import ENCODINGS, ImageDecodeError, compressed_to_rgb, image_to_rgb
 
 cv2 = pytest.importorskip("cv2")
+from camera_images import Compressed, RawImage  # noqa: E402
 
 HEIGHT, WIDTH = 24, 32
-
-
-@dataclass
-class RawImage:
-    """The fields of sensor_msgs/Image that decoding reads."""
-
-    height: int
-    width: int
-    encoding: str
-    data: object
-    step: int = 0
-    is_bigendian: int = 0
-
-
-@dataclass
-class Compressed:
-    format: str
-    data: object = field(default=b"")
 
 
 def noise(*shape, dtype=np.uint8, seed=0):

@@ -5,16 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from node_sources import node_source
+from node_sources import PAGES, node_source
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = {
-    "visual_tokenizer": "nodes.md",
-    "bag_player": "nodes_bags.md",
-    "opencv_camera": "nodes_cameras.md",
-    "mujoco_camera": "nodes_cameras.md",
-    "token_viewer": "nodes_cameras.md",
-}
 COMMANDS = [
     (path.name, re.sub(r"\\\n\s*", "", command))
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "launch").glob("*.py"))]

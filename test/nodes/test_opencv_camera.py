@@ -275,9 +275,9 @@ def test_a_stream_that_breaks_says_so_and_can_be_opened_again(stream):
 # The node.
 
 try:
+    from calibration import CALIBRATION
     from ros_harness import Listener, RosProcess, free_domain, wait_for_messages
     from sensor_msgs.msg import CameraInfo, CompressedImage, Image
-    from test_camera_info import CALIBRATION
 
     from vla_perception.images.decode import compressed_to_rgb, image_to_rgb
 except ImportError:  # no ROS here: the tests below are not selected

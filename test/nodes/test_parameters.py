@@ -9,8 +9,8 @@ from node_sources import node_source
 
 rclpy = pytest.importorskip("rclpy")
 
+from node_sources import PAGES  # noqa: E402
 from ros_harness import RosProcess, free_domain, in_domain  # noqa: E402
-from test_node_docs import PAGES  # noqa: E402
 
 from vla_perception.nodes.parameters import declare, warn_of_ignored, warn_of_ignored_qos  # noqa: E402
 

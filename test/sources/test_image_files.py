@@ -9,7 +9,7 @@ import pytest
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("simplejpeg")
-from test_streams import BOMBS, ODDITIES, photograph  # noqa: E402
+from camera_images import BOMBS, ODDITIES, photograph  # noqa: E402
 
 from vla_perception.sources import image_files  # noqa: E402
 

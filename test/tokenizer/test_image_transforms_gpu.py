@@ -12,8 +12,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")
 pytest.importorskip("timm")
 triton = pytest.importorskip("triton", reason="this PyTorch comes without Triton")
-from test_image_transforms_reference import IMAGES  # noqa: E402
-from test_preprocess_kernels import VIEWS, device, encoder, noise, preprocessor  # noqa: E402, F401
+import kernel_images  # noqa: E402
+from kernel_images import VIEWS, encoder, noise, preprocessor  # noqa: E402
+from preprocessing import IMAGES  # noqa: E402
 
 from vla_perception.tokenizer import image_transform_kernels as kernels  # noqa: E402
 from vla_perception.tokenizer import image_transforms as transforms_module  # noqa: E402
@@ -21,11 +22,13 @@ from vla_perception.tokenizer.image_transforms import ImageTransforms, parse_ste
 from vla_perception.tokenizer.preprocess import Preprocessor  # noqa: E402
 from vla_perception.tokenizer.preprocess_gpu import DevicePreprocessor  # noqa: E402
 
+device = kernel_images.device  # a fixture
+
 REAL = {name: getattr(kernels, name) for name in ("_lanczos3_down", "_lanczos3_across", "_center_crop")}
 
 
 @pytest.fixture(autouse=True)
-def interpreted(device, monkeypatch):  # noqa: F811
+def interpreted(device, monkeypatch):
     if device.type == "cpu":
         from triton.runtime.interpreter import InterpretedFunction
 
@@ -39,14 +42,14 @@ def tensorflow():
     return np.load(Path(__file__).parents[1] / "data" / "image_transforms.npz")
 
 
-def run(device, image, *texts):  # noqa: F811
+def run(device, image, *texts):
     plan = preprocessor([encoder(28)], device).plan([image], [tuple(parse_step(text) for text in texts)])
     (prepared,) = plan.prepare(plan.upload([image]))
     return prepared[0].cpu().numpy()
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_tensorflows_images(device, tensorflow, name):  # noqa: F811
+def test_tensorflows_images(device, tensorflow, name):
     """Lanczos-3 has the host's bits, which are TensorFlow's but for 2e-4 of the values; the crop has TensorFlow's."""
     image, resized = tensorflow[f"{name}.jpeg"], tensorflow[f"{name}.lanczos3"]
     step = f"lanczos3:{len(resized)}"
@@ -57,14 +60,14 @@ def test_tensorflows_images(device, tensorflow, name):  # noqa: F811
 
 @pytest.mark.parametrize("texts", [("lanczos3:37",), ("center_crop_tf:50",), ("lanczos3:40", "center_crop_tf:24")])
 @pytest.mark.parametrize("name", ["bgr8", "bgra8", "mono8", "rotate180", "rows padded", "region", "every second pixel"])
-def test_images_as_they_lie_in_memory(device, name, texts):  # noqa: F811
+def test_images_as_they_lie_in_memory(device, name, texts):
     expected = VIEWS[name]
     for text in texts:
         expected = parse_step(text).run(expected)
     np.testing.assert_array_equal(run(device, VIEWS[name], *texts), expected)
 
 
-def test_many_images_of_noise(device):  # noqa: F811
+def test_many_images_of_noise(device):
     """A product fused with its sum would show in one value of some ten thousand."""
     if device.type == "cpu":
         pytest.skip("the interpreter fuses nothing")
@@ -75,7 +78,7 @@ def test_many_images_of_noise(device):  # noqa: F811
             np.testing.assert_array_equal(run(device, image, text), parse_step(text).run(image))
 
 
-def test_pixel_values_of_views_that_are_transformed_differently(device):  # noqa: F811
+def test_pixel_values_of_views_that_are_transformed_differently(device):
     transforms = ImageTransforms(
         {"": ("rotate180", "jpeg:90", "lanczos3:28", "center_crop_tf:28"), "wrist": (), "side": ("lanczos3:20",)}
     )
@@ -114,14 +117,14 @@ def test_side_by_side_as_one_by_one():
         np.testing.assert_array_equal(got, transforms.image(image))
 
 
-def test_kernels_that_fail_leave_the_steps_to_the_host(device, monkeypatch, caplog):  # noqa: F811
+def test_kernels_that_fail_leave_the_steps_to_the_host(device, monkeypatch, caplog):
     made = preprocessor([encoder(28)], device)
     monkeypatch.setattr(kernels, "center_crop", lambda *arguments: torch.zeros(1, 24, 24, 3, dtype=torch.uint8))
     assert not made.does_steps and "values are not TensorFlow's" in caplog.text
     assert not DevicePreprocessor([encoder(28)], torch.device("cpu")).does_steps
 
 
-def test_a_tokenizer_transforms_on_the_gpu(device, monkeypatch):  # noqa: F811
+def test_a_tokenizer_transforms_on_the_gpu(device, monkeypatch):
     from vla_perception.tokenizer import VisualTokenizer
 
     chain = ["rotate180", "front=jpeg", "lanczos3:32", "center_crop_tf:28"]

@@ -8,10 +8,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("PIL")
+pytest.importorskip("torchvision")
+pytest.importorskip("timm")
+from preprocessing import IMAGES  # noqa: E402
 
 from vla_perception.tokenizer.image_transforms import ImageTransforms, parse_step  # noqa: E402
-
-IMAGES = ("astronaut", "coffee", "cat", "noise", "noise_enlarged", "noise_narrow", "noise_same")
 
 
 @pytest.fixture(scope="module")

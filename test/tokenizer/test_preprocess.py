@@ -9,38 +9,14 @@ import pytest
 torch = pytest.importorskip("torch")
 transforms = pytest.importorskip("torchvision.transforms")
 pytest.importorskip("timm")
-from PIL import Image  # noqa: E402
-from torchvision.transforms import functional  # noqa: E402
+from preprocessing import SIZES, STATISTICS, reference  # noqa: E402
 
 from vla_perception.tokenizer import preprocess as preprocess_module  # noqa: E402
 from vla_perception.tokenizer.config import (  # noqa: E402
     HALF,
-    IMAGENET_MEAN,
-    IMAGENET_MEAN_BF16,
-    IMAGENET_STD,
-    IMAGENET_STD_BF16,
     EncoderConfig,
 )
 from vla_perception.tokenizer.preprocess import Preprocessor, source_to_grid  # noqa: E402
-
-SIZES = [(480, 640), (640, 480), (224, 224), (100, 37), (97, 223), (720, 1281), (225, 224), (31, 500), (1, 9)]
-STATISTICS = [(IMAGENET_MEAN_BF16, IMAGENET_STD_BF16), (IMAGENET_MEAN, IMAGENET_STD), (HALF, HALF)]
-
-
-def reference(image: np.ndarray, config: EncoderConfig) -> torch.Tensor:
-    """PrismaticImageProcessor of openvla in torchvision's own operations on a PIL image."""
-    image = Image.fromarray(image)
-    side = config.image_size
-    if config.resize_strategy == "letterbox":
-        width, height = image.size
-        longest = max(width, height)
-        horizontal, vertical = int((longest - width) / 2), int((longest - height) / 2)
-        fill = tuple(int(value * 255) for value in config.mean)
-        image = functional.pad(image, [horizontal, vertical, horizontal, vertical], fill=fill)
-    target = [side, side] if config.resize_strategy == "resize-naive" else side
-    image = functional.resize(image, target, interpolation=functional.InterpolationMode.BICUBIC, antialias=True)
-    image = functional.center_crop(image, [side, side])
-    return functional.normalize(functional.to_tensor(image), config.mean, config.std)
 
 
 @pytest.mark.parametrize("strategy", ["resize-naive", "resize-crop", "letterbox"])

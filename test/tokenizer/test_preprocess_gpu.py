@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")
 pytest.importorskip("timm")
 from PIL import Image  # noqa: E402
-from test_preprocess import SIZES, STATISTICS, reference  # noqa: E402
+from preprocessing import SIZES, STATISTICS, reference  # noqa: E402
 
 from vla_perception.tokenizer import preprocess_gpu as device_preprocess  # noqa: E402
 from vla_perception.tokenizer.config import HALF, EncoderConfig  # noqa: E402

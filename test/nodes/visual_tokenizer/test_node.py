@@ -679,7 +679,7 @@ def test_a_locked_model_is_settled_for_the_process():
 
 def test_an_encoding_that_fails_and_tokens_that_are_not_finite(monkeypatch):
     pytest.importorskip("torch")
-    from test_pipeline import Model
+    from fake_model import Model
 
     from vla_perception.nodes.visual_tokenizer.node import VisualTokenizerNode
 
