@@ -184,14 +184,14 @@ def test_a_page_that_does_not_paint_gets_the_latest_later(served):
             feed.publish(random_tokens(sequence))
         page.say(type="painted")
         assert page.wait_for("frame")["sequence"] == 49, "what came meanwhile is skipped"
-        page.say(type="pause", pause=True)
+        page.say(type="pause", paused=True)
         page.say(type="painted")
         page.say(type="mode", mode="norm")
         assert page.wait_for("layers")["sequence"] == 49
         feed.publish(random_tokens(50))
         page.say(type="mode", mode="colors")
         assert page.wait_for("layers")["sequence"] == 49, "paused"
-        page.say(type="pause", pause=False)
+        page.say(type="pause", paused=False)
         assert page.wait_for("frame")["sequence"] == 50
 
 

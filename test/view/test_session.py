@@ -97,6 +97,20 @@ def test_under_the_pointer_it_is_what_lies_there_now():
     )
 
 
+def test_a_paused_page_keeps_what_it_shows():
+    page = Page()
+    assert page.session.next_frame() is None, "there is no message yet"
+    page.feed.publish(random_tokens(1))
+    assert unpack(page.session.next_frame())[0]["sequence"] == 1
+    assert page.session.next_frame() is None, "it is shown already"
+    page.say(type="pause", paused=True)
+    page.feed.publish(random_tokens(2))
+    assert page.session.next_frame() is None
+    assert page.say(type="mode", mode="norm")[0]["sequence"] == 1
+    page.say(type="pause", paused=False)
+    assert unpack(page.session.next_frame())[0]["sequence"] == 2
+
+
 def test_change_is_to_the_message_before_whatever_was_shown():
     page, shown, before, now = Page(), random_tokens(1), random_tokens(2), random_tokens(3)
     page.say(type="mode", mode="change")

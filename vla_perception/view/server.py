@@ -13,8 +13,11 @@ import functools
 import ipaddress
 import json
 import secrets
+import signal
 import socket
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -162,7 +165,7 @@ class PageServer:
             timeout_graceful_shutdown=1,
             limit_concurrency=200,
         )
-        self._server = uvicorn.Server(config)
+        self._server = _Server(config)
 
     def run(self) -> None:
         """Serves until SIGINT, SIGTERM or `stop`."""
@@ -221,6 +224,18 @@ class PageServer:
             media_type="application/octet-stream",
             headers={"Content-Disposition": f'attachment; filename="{name}"'},
         )
+
+
+class _Server(uvicorn.Server):
+    """Ends at SIGINT and SIGTERM as any server, and does not raise them again: ending a viewer is no failure."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is threading.main_thread():
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, self.handle_exit, number, None)
+        yield
 
 
 class _Page:
@@ -289,22 +304,19 @@ class _Page:
 
     async def _send_frames(self) -> None:
         """The latest snapshot, when the page has painted the one before; what came meanwhile is skipped."""
-        last: object = None
         while True:
             await self.changed.wait()
             self.changed.clear()
-            session = self.session
-            # In the worker: that of a recording may have to be read, or even computed.
-            latest = functools.partial(self._feed.snapshot, session.topic, session.index)
-            snapshot = await self._server.in_worker(latest)
-            if snapshot is None or snapshot is last or (session.paused and not self._feed.times):
+            begin = time.monotonic()
+            # In the worker: a recording's snapshot may have to be read, or even computed.
+            frame = await self._server.in_worker(functools.partial(self.session.next_frame))
+            if frame is None:
                 continue
-            last, begin = snapshot, time.monotonic()
             self._painted.clear()
-            await self._send(await self._server.in_worker(functools.partial(session.frame, snapshot)))
+            await self._send(frame)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._painted.wait(), PAINT_SEC)
-            await asyncio.sleep(max(0.0, begin + 1 / session.hz - time.monotonic()))
+            await asyncio.sleep(max(0.0, begin + 1 / self.session.hz - time.monotonic()))
             self.changed.set()
 
     async def _send_health(self) -> None:

@@ -205,6 +205,13 @@ class Session:
     def shown(self) -> Snapshot | None:
         return None if self._shown is None else self._shown.snapshot
 
+    def next_frame(self) -> bytes | None:
+        """The latest snapshot, or that at `index`, as a frame; None if the page shows it already, or is paused."""
+        snapshot = self._feed.snapshot(self.topic, self.index)
+        if snapshot is None or snapshot is self.shown or (self.paused and not self._feed.times):
+            return None
+        return self.frame(snapshot)
+
     def frame(self, snapshot: Snapshot) -> bytes:
         """The message with images and layers of a snapshot, which is shown from here on."""
         shown = _Shown(snapshot)

@@ -50,7 +50,7 @@ export class Chart {
         { label: "at", value: (self, value) => (value === null ? "now" : `${Math.round(value - end(self))} s`) },
         ...series.map((one, index) => ({
           label: one.label,
-          class: one.hidden ? "unlisted" : "",
+          class: one.hidden ? "unlisted" : null,
           stroke: COLORS[(one.color ?? index) % COLORS.length],
           width: 1.5,
           dash: one.dash ? [4, 3] : undefined,

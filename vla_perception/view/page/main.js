@@ -46,7 +46,7 @@ const charts = [
       STAGES.map((stage, index) => ({
         label: stage,
         hidden: percent === "p95",
-        with: STAGES.length,
+        with: percent === "p50" ? STAGES.length : undefined,
         color: index,
         values: samples.map((sample) => sample[`${stage}_${percent}`]),
         dash: percent === "p95",
@@ -66,15 +66,14 @@ const handlers = {
     setTimes(message.times);
     connection.send({ type: "mode", mode: mode() });
     connection.send({ type: "visible", visible: !document.hidden });
+    connection.send({ type: "pause", paused: $("pause").getAttribute("aria-pressed") === "true" });
     if (selected) connection.send({ type: "select", topic: selected });
   },
   async frame(message) {
     await tiles.show(message);
     view.frame = message;
-    requestAnimationFrame(() => {
-      painted(message);
-      connection.send({ type: "painted" });
-    });
+    painted(message);
+    requestAnimationFrame(() => connection.send({ type: "painted" }));
   },
   layers(message) {
     tiles.layers(message);
@@ -91,8 +90,12 @@ const handlers = {
   error: (message) => notice(message.text),
   control: (message) => notice(message.text),
 };
+// One after the other: a frame takes a while to be decoded, and what follows it may be about it.
+let handled = Promise.resolve();
 const connection = new Connection(
-  (message) => handlers[message.type]?.(message),
+  (message) => {
+    handled = handled.then(() => handlers[message.type]?.(message)).catch((error) => console.error(error));
+  },
   (connected) => {
     document.body.classList.toggle("disconnected", !connected);
     notice(connected ? "" : "The server of this page does not answer; trying again.");
@@ -223,10 +226,10 @@ $("tokenizers").addEventListener("change", (event) => {
 });
 $("hz").addEventListener("change", (event) => connection.send({ type: "hz", hz: Number(event.target.value) || 5 }));
 $("pause").addEventListener("click", (event) => {
-  const pause = event.target.getAttribute("aria-pressed") !== "true";
-  event.target.setAttribute("aria-pressed", String(pause));
-  event.target.textContent = pause ? "Go on" : "Pause";
-  connection.send({ type: "pause", pause });
+  const paused = event.target.getAttribute("aria-pressed") !== "true";
+  event.target.setAttribute("aria-pressed", String(paused));
+  event.target.textContent = paused ? "Go on" : "Pause";
+  connection.send({ type: "pause", paused });
 });
 $("control").addEventListener("click", (event) => {
   const action = event.target.dataset.action;
