@@ -5,8 +5,9 @@ PYTHON ?= >=3.10,<3.13
 PYTEST_ARGS ?=
 
 # Pages in one wrapping style.
-MARKDOWN := $(wildcard *.md) examples/README.md test/data/README.md $(addprefix docs/, README.md design.md install.md \
-  jetson.md policy.md security.md transport.md tutorial.md wire_format.md without_ros.md)
+MARKDOWN := $(wildcard *.md examples/*.md examples/*/*.md test/*/*.md) \
+  $(filter-out docs/models.md docs/performance.md docs/nodes%.md docs/deployment.md docs/reliability.md, \
+  $(wildcard docs/*.md))
 
 UV := .bootstrap/bin/uv
 KILTED := .venv/.installed
