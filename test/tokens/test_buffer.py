@@ -1,7 +1,6 @@
 """`TokenBuffer`: what every source of tokens has in common, without any transport."""
 
 import math
-import threading
 import time
 
 import pytest
@@ -18,7 +17,7 @@ def push(buffer, *sequences, **changes):
         buffer.push(make_tokens(sequence, **changes))
 
 
-def test_newest_and_history_in_order():
+def test_latest_and_history_in_order():
     tokens = TokenBuffer(history=3)
     assert tokens.latest is None and tokens.history == () and tokens.age() == math.inf
     push(tokens, 0)
@@ -31,20 +30,20 @@ def test_newest_and_history_in_order():
         TokenBuffer(history=0)
 
 
-def test_gaps_are_counted_and_told(caplog):
+def test_gaps_are_counted_and_logged(caplog):
     tokens = TokenBuffer()
     push(tokens, 5, 6, 9, 10, 15)
     assert (tokens.lost, tokens.gaps, tokens.restarts) == (6, 2, 0)
     assert "2 token messages were lost before sequence 9" in caplog.messages[0]
 
 
-def test_random_weights_are_told_once(caplog):
+def test_random_weights_are_logged_once(caplog):
     tokens = TokenBuffer()
     push(tokens, 0, 1, weights="random")
     assert caplog.messages == ["the tokens of 'fake' come from random weights: they mean nothing"]
 
 
-def test_a_restart_is_no_gap_and_history_begins_anew(caplog):
+def test_a_restart_is_not_a_gap_and_history_begins_anew(caplog):
     tokens = TokenBuffer(history=4)
     push(tokens, 5, 6, 0, 1)
     assert (tokens.lost, tokens.restarts) == (0, 1)
@@ -78,7 +77,7 @@ def test_history_never_stacks_what_does_not_belong_together():
         (3, [0, 0, 0, 0], [0, 0, 0]),
     ],
 )
-def test_a_late_set_goes_to_its_place_in_the_history(history, stamps, kept):
+def test_a_late_message_goes_to_its_place_in_the_history(history, stamps, kept):
     tokens, latest = TokenBuffer(history=history), []
     for sequence, stamp in enumerate(stamps):
         push(tokens, sequence, stamp_ns=stamp)
@@ -88,7 +87,7 @@ def test_a_late_set_goes_to_its_place_in_the_history(history, stamps, kept):
     assert sum(after < before for before, after in zip(latest, latest[1:])) == (latest[-1] < max(stamps))
 
 
-def test_no_wait_returns_for_a_late_set():
+def test_no_wait_returns_for_a_late_message():
     tokens = TokenBuffer()
     push(tokens, 0, stamp_ns=0)
     push(tokens, 1, stamp_ns=100)
@@ -100,39 +99,7 @@ def test_no_wait_returns_for_a_late_set():
     assert tokens.wait(0.0).stamp_ns == 150
 
 
-def test_wait_returns_each_set_once_and_times_out():
-    tokens = TokenBuffer()
-    push(tokens, 0, 1)
-    assert tokens.wait(0.0).sequence == 1
-    begin = time.monotonic()
-    with pytest.raises(TimeoutError, match="no new visual tokens within 0.2 s"):
-        tokens.wait(0.2)
-    assert 0.19 < time.monotonic() - begin < 1.0
-    threading.Timer(0.1, push, (tokens, 2)).start()
-    assert tokens.wait(5.0).sequence == 2
-
-
-def test_all_threads_that_wait_get_the_set():
-    tokens = TokenBuffer()
-    got = []
-    threads = [threading.Thread(target=lambda: got.append(tokens.wait(10.0).sequence)) for _ in range(5)]
-    for thread in threads:
-        thread.start()
-    time.sleep(0.05)
-    push(tokens, 7)
-    for thread in threads:
-        thread.join(10.0)
-    assert got == [7] * 5
-
-
-def test_closing_frees_who_waits():
-    tokens = TokenBuffer()
-    threading.Timer(0.1, tokens.close).start()
-    with pytest.raises(RuntimeError, match="closed"):
-        tokens.wait(10.0)
-
-
-def test_other_weights_are_refused_and_nothing_old_is_given_instead(caplog):
+def test_other_weights_are_rejected_and_nothing_old_is_given_instead(caplog):
     tokens = TokenBuffer(expect_fingerprint=MODEL["fingerprint"])
     push(tokens, 0)
     push(tokens, 1, fingerprint=OTHER)

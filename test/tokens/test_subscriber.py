@@ -106,14 +106,6 @@ def test_a_gap_after_a_killed_publisher_has_left_the_list_is_a_loss(ros, monkeyp
 
 
 @pytest.mark.ros
-def test_bfloat16_arrives_exactly(ros):
-    with TokenSubscriber(ros.node()) as tokens, ros.fake("--rate", 50, "--first", 3, "--dtype", "bfloat16"):
-        visual = tokens.wait(20.0)
-        assert visual.dtype == "bfloat16" and visual.numpy().dtype.name == "bfloat16"
-        assert (visual.float32() == visual.sequence).all()
-
-
-@pytest.mark.ros
 def test_request_waits_for_a_set_of_its_own(ros):
     with TokenSubscriber(ros.node()) as tokens:
         with pytest.raises(TimeoutError, match="no service /encode"):
@@ -299,44 +291,6 @@ def test_request_does_not_repeat_what_is_refused_for_good(ros):
         with pytest.raises(RuntimeError, match="/encode: refused: every latest set is encoded anyway"):
             tokens.request(20.0)
     assert len(asked) == 1
-
-
-@pytest.mark.ros
-def test_callback_is_not_called_for_a_late_set(ros):
-    publisher, node, stamps = ros.publisher(), ros.node(), []
-    with TokenSubscriber(node, callback=lambda visual: stamps.append(visual.stamp_ns), history=8) as tokens:
-        ros.spin(node)
-        matched(publisher)
-        for sequence, stamp in enumerate([0, 100, 50, 150, 120, 110]):
-            publisher.publish(to_message(make_tokens(sequence, stamp_ns=stamp)))
-            wait_until(lambda sequence=sequence: tokens.received == sequence + 1, 20.0, "the set")
-        wait_until(lambda: stamps and stamps[-1] == 150, 20.0, "the latest set")
-        assert stamps == sorted(set(stamps)) and len(stamps) + tokens.skipped == 6
-        assert [visual.stamp_ns for visual in tokens.history] == [0, 50, 100, 110, 120, 150]
-
-
-@pytest.mark.ros
-def test_callback_runs_in_the_policys_executor_and_sees_the_newest(ros):
-    node, publisher = ros.node(), ros.publisher()
-    seen, threads, go = [], set(), threading.Event()
-
-    def act(visual):
-        seen.append(visual.sequence)
-        threads.add(threading.current_thread())
-        go.wait(20.0)
-
-    tokens = TokenSubscriber(node, callback=act)
-    ros.spin(node)
-    matched(publisher)
-    publisher.publish(to_message(make_tokens(0)))
-    wait_until(lambda: seen == [0], 20.0, "the first callback")
-    for sequence in range(1, 6):
-        publisher.publish(to_message(make_tokens(sequence)))
-    wait_until(lambda: tokens.received == 6, 20.0, "six sets")
-    go.set()
-    wait_until(lambda: seen == [0, 5], 20.0, "the latest set, and only that")
-    assert tokens.skipped == 4 and tokens.lost == 0
-    assert threads == {ros.spinning[0][2]}
 
 
 @pytest.mark.ros
