@@ -284,9 +284,9 @@ def iceoryx2() -> Iterator[Finding]:
         return
     folder = services.root().rstrip("/")
     try:
-        exists = services.look_at_folder()
-        services.look_at_files()
-        services.make_sure_of_room(services.SERVICES_BYTES)
+        exists = services.check_folder()
+        services.check_files()
+        services.require_room(services.SERVICES_BYTES)
         if not os.access(services.FOLDER, os.W_OK):
             raise services.SharedMemoryError(f"{services.FOLDER} cannot be written to")
     except services.SharedMemoryError as error:

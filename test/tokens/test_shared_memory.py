@@ -354,20 +354,20 @@ def test_shared_memory_that_fails_at_the_tokenizer_leaves_the_topic_and_comes_ag
     with TokenSubscriber(ros.node()) as tokens:
         wait_until(source.on_topic, 20.0, "a match")
         for module in (shared_memory, shared_memory_services):
-            monkeypatch.setattr(module, "make_sure_of_room", no_room)
+            monkeypatch.setattr(module, "require_room", no_room)
         source.publisher.open_shared_memory()
         assert told == ["tokens go by the topic alone: no room; tried again in 0.1 s, later less often"]
         source.send()
         wait_until(lambda: tokens.received == source.sent, 20.0, "a set by the topic")
         for module in (shared_memory, shared_memory_services):
-            monkeypatch.setattr(module, "make_sure_of_room", lambda _size: None)
+            monkeypatch.setattr(module, "require_room", lambda _size: None)
         until_shared(tokens, source.send)
-        monkeypatch.setattr(shared_memory, "make_sure_of_room", no_room)
+        monkeypatch.setattr(shared_memory, "require_room", no_room)
         source.send()
         wait_until(lambda: tokens.transport == "topic" and source.on_topic(), 20.0, "the topic")
         source.send()
         wait_until(lambda: tokens.latest.sequence == source.sent - 1, 20.0, "a set by the topic")
-        monkeypatch.setattr(shared_memory, "make_sure_of_room", lambda _size: None)
+        monkeypatch.setattr(shared_memory, "require_room", lambda _size: None)
         until_shared(tokens, source.send)
         source.publisher.close_shared_memory()
         wait_until(lambda: tokens.transport == "topic", 20.0, "the topic")

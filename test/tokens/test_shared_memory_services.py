@@ -133,9 +133,9 @@ with open("/dev/shm/memory", "w+b") as file:
     memory = mmap.mmap(file.fileno(), 2**22)
 address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
 fill(2**20)
-services.take_pages(address + 5000, 2**19)
+services.allocate_pages(address + 5000, 2**19)
 memory[5000:5000 + 2**19] = bytes(2**19)
-print(attempt(lambda: services.take_pages(address + 2**20, 2**21)))
+print(attempt(lambda: services.allocate_pages(address + 2**20, 2**21)))
 """
     assert "no room for 2.0 MiB" in own_shm(code)
 
@@ -144,10 +144,10 @@ def test_a_dev_shm_without_a_limit_is_not_full(monkeypatch):
     state = list(os.statvfs("/dev/shm"))
     state[2] = state[3] = state[4] = 0  # blocks, free, available: as a tmpfs with size=0 says
     monkeypatch.setattr(shared_memory_services.os, "statvfs", lambda _path: os.statvfs_result(state))
-    shared_memory_services.make_sure_of_room(2**30)
+    shared_memory_services.require_room(2**30)
     state[2] = 100
     with pytest.raises(SharedMemoryError, match="/dev/shm has 0.0 MiB left"):
-        shared_memory_services.make_sure_of_room(0)
+        shared_memory_services.require_room(0)
 
 
 # Files that were left, or laid, there
@@ -208,7 +208,7 @@ for name in files():
     if name.endswith(".global_mgmt"):
         os.truncate(name, 0)
 services._PROBE_SEC = 1
-print(attempt(lambda: services._try_in_another_process("name")))
+print(attempt(lambda: services._open_in_trial_process("name")))
 """
     assert own_shm(code).startswith("a trial hung for 1 s; if that stays so, end the processes")
 
@@ -298,10 +298,10 @@ def link(path: Path) -> None:
 
 
 SPOILED = {
-    "link": (link, "is no folder"),
-    "dangling link": (lambda path: path.symlink_to("nowhere"), "is no folder"),
-    "file": (Path.touch, "is no folder"),
-    "pipe": (os.mkfifo, "is no folder"),
+    "link": (link, "is not a folder"),
+    "dangling link": (lambda path: path.symlink_to("nowhere"), "is not a folder"),
+    "file": (Path.touch, "is not a folder"),
+    "pipe": (os.mkfifo, "is not a folder"),
     "everybody's": (lambda path: (path.mkdir(), path.chmod(0o777)), "others may write"),
     "everybody's, sticky": (lambda path: (path.mkdir(), path.chmod(0o1777)), "others may write"),
     "the group's": (lambda path: (path.mkdir(), path.chmod(0o770)), "others may write"),
@@ -326,7 +326,7 @@ def test_what_belongs_to_another_user_is_refused_by_name(folder, monkeypatch, ki
     os.mkdir(folder / names[0], 0o700) if kind == "folder" else (folder / names[1]).write_bytes(b"1")
     monkeypatch.setattr(shared_memory_services.os, "geteuid", lambda: other)
     assert path != shared_memory_services.root()
-    look = shared_memory_services._make_folder if kind == "folder" else shared_memory_services.look_at_files
+    look = shared_memory_services._make_folder if kind == "folder" else shared_memory_services.check_files
     with pytest.raises(SharedMemoryError, match=rf"{names[kind == 'file']}.* owner|{names[0]} belongs to user"):
         look()
 
@@ -336,7 +336,7 @@ def test_a_pipe_or_link_among_the_files_is_refused(folder):
         path = f"{folder}/{shared_memory_services.prefix()}x"
         make(path)
         with pytest.raises(SharedMemoryError, match="is not a file of this user"):
-            shared_memory_services.look_at_files()
+            shared_memory_services.check_files()
         os.unlink(path)
 
 
@@ -345,18 +345,18 @@ def test_files_of_others_and_of_a_longer_user_number_are_none_of_ours(folder, mo
     for name in ("vla_1000_x", "iox2_x", "fastdds_x", "sem.x"):
         (folder / name).touch()
         os.utime(folder / name, (0, 0))
-    shared_memory_services.look_at_files()
+    shared_memory_services.check_files()
     assert len(list(folder.iterdir())) == 4
 
 
 def test_an_empty_file_is_waited_for_a_moment_and_then_removed(folder, monkeypatch):
     path = Path(f"{folder}/{shared_memory_services.prefix()}x")
     path.touch()
-    with pytest.raises(shared_memory_services.FileIsEmpty):
-        shared_memory_services.look_at_files()
+    with pytest.raises(shared_memory_services.EmptyFileError):
+        shared_memory_services.check_files()
     assert path.exists()
     monkeypatch.setattr(shared_memory_services, "_EMPTY_SEC", 0.0)
-    shared_memory_services.look_at_files()
+    shared_memory_services.check_files()
     assert not path.exists()
 
 

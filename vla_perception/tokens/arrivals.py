@@ -19,7 +19,7 @@ LATE_IN_A_ROW = 3
 #: Seconds within which senders must have taken turns `TURNS` times.
 TURNS_SEC = 10.0
 TURNS = 2
-#: Senders that are told apart.
+#: Senders that are distinguished.
 _SENDERS = 8
 
 
@@ -99,10 +99,10 @@ class Continuity:
 
 
 class Senders:
-    """Whether several senders take turns on one topic, told by numbers that each of them counts up.
+    """Whether several senders take turns on one topic, by the numbers that each of them counts up.
 
     One that is started anew after it was killed counts from the beginning, too, but the first one's numbers do not go
-    on: that is no turn. So it does not matter that DDS lists a publisher for seconds after it was killed.
+    on: that is not a turn. So it does not matter that DDS lists a publisher for seconds after it was killed.
     """
 
     def __init__(self) -> None:

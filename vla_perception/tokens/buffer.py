@@ -1,6 +1,6 @@
 """`TokenBuffer`: the latest token messages, checked, in order, for any number of threads. No ROS in here.
 
-Whatever fills it (a `TokenSubscriber`, a `LocalTokenizer`, a test) calls `push`; policies read `latest`,
+A source (`TokenSubscriber`, `LocalTokenizer`, a test) calls `push`; policies read `latest`,
 `latest_within`, `history` and `wait`.
 """
 
@@ -19,7 +19,7 @@ from vla_perception.tokens.visual_tokens import VisualTokens
 
 #: Minimum seconds between repeats of one log message.
 _LOG_PERIOD = 5.0
-#: Seconds between looks at whether waiting still makes sense: a shutdown of ROS notifies no condition.
+#: Seconds between checks of a waiting thread: a shutdown of ROS notifies no condition.
 POLL_SEC = 0.05
 #: Seconds. Ages above are those of recordings, not of cameras that lag.
 _LONG_AGO = 86400.0
@@ -39,7 +39,7 @@ class TokenBuffer:
 
     Attributes:
         received: messages that were accepted.
-        lost: messages that were published and never arrived here, told by gaps in the sequence numbers.
+        lost: messages that were published and never arrived here, by gaps in the sequence numbers.
         gaps: how often some were lost.
         restarts: how often the sequence began anew or the fingerprint changed: another tokenizer. Not a loss.
         rejected: messages that were not accepted: another schema, damaged, or of other weights.
@@ -123,7 +123,7 @@ class TokenBuffer:
         """The latest message if its oldest valid image is at most `max_age_sec` old, else None. Raises like `latest`.
 
         None as well if its stamps lie more than `max_age_sec` in the future: then the camera's clock and this one
-        differ, and no age can be told.
+        differ, and ages mean nothing.
         """
         latest = self.latest
         if latest is None:

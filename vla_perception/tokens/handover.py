@@ -8,7 +8,7 @@ topic is waited for, so that it is neither overtaken nor counted as lost:
       ^                                            │                                                       │
       └────────────── the writer is gone ──────────┴───────────────────────────────────────────────────────┘
 
-`Handover` is told every message with the transport that brought it, and answers with the messages to deliver now, in
+`Handover` gets every message with the transport that brought it, and returns the messages to deliver now, in
 their order. Times are seconds of any clock that does not jump.
 """
 

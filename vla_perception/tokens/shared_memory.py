@@ -2,11 +2,11 @@
 
 Per topic one iceoryx2 service carries the bytes and another one of the same name wakes the readers; docs/wire_format.md
 describes both. Nothing in here knows ROS. The `TokenWriter` belongs to the tokenizer's node, a `TokenReader` to each
-policy. None of them waits for another one: a reader that does not keep up loses its oldest sets, and what a killed
-process leaves is removed by any other one (`cleanup_dead_nodes`).
+policy. None of them waits for another one: a reader that does not keep up loses its oldest messages, and the remains of
+a killed process are removed by any other one (`cleanup_dead_nodes`).
 
-iceoryx2 is optional (the extra `shm`; it has no wheels for aarch64). Whatever fails here is a `SharedMemoryError`, and
-then the topic does alone.
+iceoryx2 is optional (the extra `shm`; it has no wheels for aarch64). Every failure raises `SharedMemoryError`; callers
+fall back to the topic.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from vla_perception.tokens.shared_memory_services import (
     LENT,
     WRITE_DONE,
     WRITE_STARTED,
-    FileIsEmpty,
+    EmptyFileError,
     SharedMemoryError,
-    look_at_files,
-    look_before,
-    make_sure_of_room,
+    allocate_pages,
+    check_before_opening,
+    check_files,
     open_services,
-    take_pages,
+    require_room,
 )
 from vla_perception.tokens.visual_tokens import VisualTokens
 
@@ -62,47 +62,47 @@ def unavailable_reason() -> str:
 
 
 @contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
-    """Makes a SharedMemoryError of whatever iceoryx2 raises."""
+def _raising_shared_memory_error(what: str) -> Iterator[None]:
+    """Turns every exception of iceoryx2 into a SharedMemoryError that says what failed."""
     try:
         yield
     except SharedMemoryError:
         raise
     except BaseException as error:
-        # A panic in iceoryx2's Rust is no Exception.
+        # A panic in iceoryx2's Rust is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise SharedMemoryError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 class _Services:
-    """A process's hold of both services of a topic."""
+    """Both services of a topic, as one process has them open."""
 
     def __init__(self, topic: str, domain: int) -> None:
         if reason := unavailable_reason():
             raise SharedMemoryError(reason)
         name = service_name(topic, domain)
-        with _told(f"no shared memory for {topic}"):
-            look_before(name)
-            self._node, self._sets, self._events = open_services(name)
+        with _raising_shared_memory_error(f"no shared memory for {topic}"):
+            check_before_opening(name)
+            self._node, self._messages, self._events = open_services(name)
 
     def cleanup_dead_nodes(self) -> None:
-        """Removes what killed processes have left. Until then they still count as readers and writers."""
-        with _told("killed processes cannot be cleaned up after"):
+        """Removes the remains of killed processes, which count as readers and writers until then."""
+        with _raising_shared_memory_error("killed processes cannot be cleaned up after"):
             try:
-                look_at_files()
-            except FileIsEmpty:
-                return  # a process that begins, or what a killed one has left; the next time tells
+                check_files()
+            except EmptyFileError:
+                return  # of a process that is starting, or of one that was killed: the next call will see
             if (node := self._node) is not None:
                 node.try_cleanup_dead_nodes()
 
     def close(self) -> None:
-        """Gives everything back."""
-        self._sets = self._events = self._node = None
+        """Releases the services."""
+        self._messages = self._events = self._node = None
 
 
 class TokenWriter(_Services):
-    """The tokenizer's end. All of it may be called by any thread."""
+    """The tokenizer's end. Thread-safe."""
 
     def __init__(self, topic: str, domain: int) -> None:
         super().__init__(topic, domain)
@@ -110,34 +110,34 @@ class TokenWriter(_Services):
         self._publisher: Any = None
         self._capacity = 0
         self._filled: dict[int, int] = {}  # address → bytes: pages that are there already
-        with _told(f"no place for a writer of {topic}"):
+        with _raising_shared_memory_error(f"no place for a writer of {topic}"):
             import iceoryx2
 
             self._notifier = self._events.notifier_builder().create()
-            self._coming = iceoryx2.EventId.new(WRITE_STARTED)
+            self._write_started = iceoryx2.EventId.new(WRITE_STARTED)
             self._discard = iceoryx2.BackpressureStrategy.DiscardData
 
     def readers(self) -> int:
-        """How many read, or did when they were killed: see `cleanup_dead_nodes`."""
-        sets = self._sets
-        return sets.dynamic_config.number_of_subscribers if sets is not None else 0
+        """How many readers there are, killed ones included: see `cleanup_dead_nodes`."""
+        messages = self._messages
+        return messages.dynamic_config.number_of_subscribers if messages is not None else 0
 
     def write(self, tokens: VisualTokens) -> int:
-        """Writes one set and wakes the readers; how many it reached. Never waits for one."""
-        with self._writing, _told("tokens could not be put into shared memory"):
-            if self._sets is None:
+        """Writes one message and wakes the readers; how many it reached. Never waits for one."""
+        with self._writing, _raising_shared_memory_error("tokens could not be written to shared memory"):
+            if self._messages is None:
                 raise SharedMemoryError("this writer is closed")
-            # Readers take half as long to wake up as the set takes to be there.
-            self._notifier.notify_with_custom_event_id(self._coming)
+            # Readers take half as long to wake up as the message takes to be written.
+            self._notifier.notify_with_custom_event_id(self._write_started)
             parts = tokens.to_parts()
             size = sum(map(len, parts))
-            make_sure_of_room(0)  # headers and connections to new readers take some
+            require_room(0)  # headers and connections to new readers take some
             if size > self._capacity:
                 self._grow(size)
             loan = self._publisher.loan_slice_uninit(size)
             if size > self._filled.get(loan.payload_ptr, 0):
-                make_sure_of_room(size)
-                take_pages(loan.payload_ptr, size)
+                require_room(size)
+                allocate_pages(loan.payload_ptr, size)
                 self._filled[loan.payload_ptr] = size
             # Straight into what the readers map: the only copy on this side.
             target = memoryview((ctypes.c_uint8 * size).from_address(loan.payload_ptr)).cast("B")
@@ -150,10 +150,10 @@ class TokenWriter(_Services):
         return reached
 
     def _grow(self, size: int) -> None:
-        # The header's length varies by some digits. A set that is larger by more means other settings.
+        # The header's length varies by some digits. A message that is larger by more means other settings.
         capacity = size + 4096
         successor = (
-            self._sets.publisher_builder()
+            self._messages.publisher_builder()
             .initial_max_slice_len(capacity)
             .max_loaned_samples(1)
             .backpressure_strategy(self._discard)
@@ -175,7 +175,7 @@ class TokenWriter(_Services):
 
 
 class _Loan:
-    """Holds what iceoryx2 lends; it is given back when this is collected."""
+    """Holds a sample that iceoryx2 lends; it is returned when this is collected."""
 
     def __init__(self, sample: object) -> None:
         self.sample = sample
@@ -186,14 +186,14 @@ class TokenReader(_Services):
 
     def __init__(self, topic: str, domain: int) -> None:
         super().__init__(topic, domain)
-        with _told(f"no place for a reader of {topic}"):
+        with _raising_shared_memory_error(f"no place for a reader of {topic}"):
             self._listener = self._events.listener_builder().create()
-            self._subscriber = self._sets.subscriber_builder().create()
+            self._subscriber = self._messages.subscriber_builder().create()
         self._lent: weakref.WeakSet[_Loan] = weakref.WeakSet()
 
     def writers(self) -> int:
-        """How many write, or did when they were killed: see `cleanup_dead_nodes`."""
-        return self._sets.dynamic_config.number_of_publishers
+        """How many writers there are, killed ones included: see `cleanup_dead_nodes`."""
+        return self._messages.dynamic_config.number_of_publishers
 
     def wait(self, timeout_sec: float) -> set[int]:
         """Sleeps until something happens to the topic, at most so long; which kinds of events did.
@@ -202,7 +202,7 @@ class TokenReader(_Services):
         """
         import iceoryx2
 
-        with _told("waiting for tokens"):
+        with _raising_shared_memory_error("waiting for tokens"):
             try:
                 events = self._listener.timed_wait(iceoryx2.Duration.from_nanos(int(timeout_sec * 1e9)))
             except iceoryx2.ListenerWaitError as error:
@@ -212,12 +212,12 @@ class TokenReader(_Services):
             return {event.id.as_value for event in events}
 
     def take(self) -> tuple[memoryview | bytes, int] | None:
-        """The next set that waits, and a number that its writer alone has; None if none waits.
+        """The next waiting message, and a number that only its writer has; None if none waits.
 
         The bytes lie in shared memory for as long as anything refers to them, also when writer or reader are gone;
-        nobody writes there meanwhile. Who keeps more than `LENT` sets gets copies of the further ones.
+        nothing writes there meanwhile. A caller that keeps more than `LENT` messages gets copies of the further ones.
         """
-        with _told("taking tokens"):
+        with _raising_shared_memory_error("taking tokens"):
             sample = self._subscriber.receive()
             if sample is None:
                 return None
@@ -228,18 +228,18 @@ class TokenReader(_Services):
                 sample.delete()
                 return data, writer
             array = (ctypes.c_uint8 * size).from_address(sample.payload_ptr)
-            array.loan = _Loan(sample)  # given back with the last array that looks into it
+            array.loan = _Loan(sample)  # returned with the last array that refers to it
             self._lent.add(array.loan)
         return memoryview(array).cast("B").toreadonly(), writer
 
     def wake(self) -> None:
         """Ends the `wait` of another thread (and, for nothing, those of other readers)."""
-        with contextlib.suppress(SharedMemoryError), _told("waking"):
+        with contextlib.suppress(SharedMemoryError), _raising_shared_memory_error("waking"):
             self._events.notifier_builder().create().delete()
 
     def close(self) -> None:
         try:
-            with _told("giving shared memory back"):
+            with _raising_shared_memory_error("releasing shared memory"):
                 self._subscriber.delete()
                 self._listener.delete()
         finally:

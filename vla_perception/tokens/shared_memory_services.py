@@ -2,7 +2,7 @@
 
 iceoryx2 trusts what it finds. Where `/dev/shm` is full, Linux ends the process with SIGBUS in the middle of making a
 service; a file that a killed process or another user has left empty is waited for without end, with Python's global
-lock held. So everything is looked at before, and a separate process, which may die or hang, opens the services first.
+lock held. So everything is checked before, and a separate process, which may die or hang, opens the services first.
 
 That process runs this file as a program: it imports nothing of the package, and iceoryx2 only inside functions.
 """
@@ -20,20 +20,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-#: Sets that wait for a reader at most; then its oldest one makes room.
+#: Messages that wait for a reader at most; then its oldest one makes room.
 DEPTH = 10
-#: Sets that a reader holds without having copied them at most.
+#: Messages that a reader holds without having copied them at most.
 LENT = 4
-#: Readers of one topic. A reader that finds no place stays with the topic.
+#: Readers of one topic. A further one stays with the topic.
 READERS = 8
-#: Writers of one topic: one, its successor while sets grow, and a killed one whose remains were not removed yet.
+#: Writers of one topic: one, its successor while messages grow, and a killed one whose remains were not removed yet.
 WRITERS = 4
-#: Event identifiers: a set was written; a writer has come, has gone, was found dead; a set is about to be written.
+#: Event identifiers: a message was written; a writer has come, has gone, was found dead; a message is being written.
 WRITE_DONE, WRITER_CAME, WRITER_LEFT, WRITER_DIED, WRITE_STARTED = range(5)
 
 #: Where Linux has POSIX shared memory; iceoryx2 cannot be given another place.
 FOLDER = "/dev/shm"
-#: Bytes that must be left beside what is written: others write, too, between a look and the writing.
+#: Bytes that must be left beside what is written: other processes write, too, between the check and the writing.
 _MARGIN = 2**20
 #: Bytes that services, ports and connections of a process take, generously (measured: 52 KiB).
 SERVICES_BYTES = 2**18
@@ -53,7 +53,7 @@ def root() -> str:
     """The folder of iceoryx2's small files.
 
     It lies in `/dev/shm` itself, so that processes share it exactly where they share the memory: a container with a
-    `/dev/shm` of its own would take everybody's services for remains if only this folder were shared.
+    separate `/dev/shm` would take all services for remains if only this folder were shared.
     """
     return f"{FOLDER}/vla_perception-{os.geteuid()}/"
 
@@ -66,7 +66,7 @@ def prefix() -> str:
 def open_services(name: str) -> tuple:
     """A node of iceoryx2, and both services: publish-subscribe and event.
 
-    Whatever iceoryx2 raises comes through. Call `look_before` first.
+    Exceptions of iceoryx2 come through. Call `check_before_opening` first.
     """
     import iceoryx2
 
@@ -79,9 +79,9 @@ def open_services(name: str) -> tuple:
     # SIGINT and SIGTERM are the process's own.
     builder = iceoryx2.NodeBuilder.new().config(config).signal_handling_mode(iceoryx2.SignalHandlingMode.Disabled)
     node = builder.create(iceoryx2.ServiceType.Ipc)
-    close_files()
+    restrict_files()
     service = iceoryx2.ServiceName.new(name)
-    sets = (
+    messages = (
         node.service_builder(service)
         .publish_subscribe(iceoryx2.Slice[ctypes.c_uint8])
         .max_publishers(WRITERS)
@@ -105,31 +105,31 @@ def open_services(name: str) -> tuple:
         .notifier_dead_event(iceoryx2.EventId.new(WRITER_DIED))
         .open_or_create()
     )
-    return node, sets, events
+    return node, messages, events
 
 
-def look_before(name: str) -> None:
+def check_before_opening(name: str) -> None:
     """SharedMemoryError if opening the services of that name could end or hang this process, or harm others."""
     _make_folder()
     end = time.monotonic() + 2 * _EMPTY_SEC
     while True:
         try:
-            look_at_files()
+            check_files()
             break
-        except FileIsEmpty:
+        except EmptyFileError:
             if time.monotonic() > end:
                 raise
             time.sleep(0.01)
-    make_sure_of_room(SERVICES_BYTES)
-    _try_in_another_process(name)
-    make_sure_of_room(SERVICES_BYTES)
+    require_room(SERVICES_BYTES)
+    _open_in_trial_process(name)
+    require_room(SERVICES_BYTES)
 
 
-class FileIsEmpty(SharedMemoryError):
-    """A process begins with a file, or was killed when it did: iceoryx2 would wait for it."""
+class EmptyFileError(SharedMemoryError):
+    """A process is making a file, or was killed while it did: iceoryx2 would wait for it."""
 
 
-def look_at_files() -> None:
+def check_files() -> None:
     """SharedMemoryError if iceoryx2 must not touch its files in `/dev/shm` now. Removes those that were left empty."""
     for path, state in _files():
         if state.st_uid != os.geteuid() or not stat.S_ISREG(state.st_mode):
@@ -138,13 +138,13 @@ def look_at_files() -> None:
             )
         if not state.st_size:
             if time.time() - state.st_ctime < _EMPTY_SEC:
-                raise FileIsEmpty(f"{path} is empty")
+                raise EmptyFileError(f"{path} is empty")
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
 
 
-def close_files() -> None:
-    """Takes from others what iceoryx2 gives them: one file that everybody may write, and so empty."""
+def restrict_files() -> None:
+    """Removes other users' rights: iceoryx2 makes one file that all users may write, and so empty."""
     for path, state in _files():
         if state.st_uid == os.geteuid() and stat.S_ISREG(state.st_mode) and state.st_mode & 0o077:
             with contextlib.suppress(FileNotFoundError):
@@ -153,7 +153,7 @@ def close_files() -> None:
 
 def _files() -> Iterator[tuple[str, os.stat_result]]:
     begin = prefix()
-    with _reading():
+    with _as_shared_memory_error():
         names = os.listdir(FOLDER)
     for name in names:
         if name.startswith(begin):
@@ -161,69 +161,69 @@ def _files() -> Iterator[tuple[str, os.stat_result]]:
                 yield f"{FOLDER}/{name}", os.lstat(f"{FOLDER}/{name}")
 
 
-def make_sure_of_room(size: int) -> None:
+def require_room(size: int) -> None:
     """SharedMemoryError if `size` more bytes might not fit: Linux would end the process with SIGBUS where it writes."""
-    with _reading():
+    with _as_shared_memory_error():
         state = os.statvfs(FOLDER)
     free = state.f_bavail * state.f_frsize
-    # A tmpfs without a limit tells of no blocks at all.
+    # A tmpfs without a limit reports zero blocks.
     if state.f_blocks and free < size + _MARGIN:
         raise SharedMemoryError(
             f"{FOLDER} has {free / 2**20:.1f} MiB left, {(size + _MARGIN) / 2**20:.1f} are needed (containers: --shm-size)"
         )
 
 
-def take_pages(address: int, size: int) -> None:
+def allocate_pages(address: int, size: int) -> None:
     """Gets the pages of a part of this process's shared memory; SharedMemoryError, and no SIGBUS, if there are none."""
     begin = address // os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PAGE_SIZE")
     length = ctypes.c_size_t(address + size - begin)
     failed = _LIBC.madvise(ctypes.c_void_p(begin), length, _MADV_POPULATE_WRITE)
-    if failed and ctypes.get_errno() not in (22, 38):  # EINVAL, ENOSYS: an older Linux, where the look before must do
+    if failed and ctypes.get_errno() not in (22, 38):  # EINVAL, ENOSYS: an older Linux, where the check before must do
         raise SharedMemoryError(f"{FOLDER} has no room for {size / 2**20:.1f} MiB: {os.strerror(ctypes.get_errno())}")
 
 
 @contextlib.contextmanager
-def _reading():
+def _as_shared_memory_error():
     try:
         yield
     except OSError as error:
         raise SharedMemoryError(str(error)) from error
 
 
-def look_at_folder() -> bool:
+def check_folder() -> bool:
     """Whether the folder of iceoryx2's small files exists; SharedMemoryError if it, or `/dev/shm`, must not be used."""
     folder = root().rstrip("/")
-    with _reading():
+    with _as_shared_memory_error():
         state = os.stat(FOLDER)
         if state.st_mode & stat.S_IWOTH and not state.st_mode & stat.S_ISVTX:
-            raise SharedMemoryError(f"{FOLDER} lets everybody remove everybody's files: `chmod 1777 {FOLDER}`")
+            raise SharedMemoryError(f"{FOLDER} lets every user remove every file: `chmod 1777 {FOLDER}`")
         try:
             state = os.lstat(folder)
         except FileNotFoundError:
             return False
     if not stat.S_ISDIR(state.st_mode):
-        raise SharedMemoryError(f"{folder} is no folder: remove it")
+        raise SharedMemoryError(f"{folder} is not a folder: remove it")
     if state.st_uid != os.geteuid():
         raise SharedMemoryError(f"{folder} belongs to user {state.st_uid}, who must remove it")
     if state.st_mode & 0o022:
-        raise SharedMemoryError(f"others may write to {folder}: remove it, or `chmod 700 {folder}` if nobody has")
+        raise SharedMemoryError(f"others may write to {folder}: remove it, or `chmod 700 {folder}` if none has")
     return True
 
 
 def _make_folder() -> None:
-    if not look_at_folder():
-        with _reading(), contextlib.suppress(FileExistsError):
+    if not check_folder():
+        with _as_shared_memory_error(), contextlib.suppress(FileExistsError):
             os.mkdir(root().rstrip("/"), 0o700)
-        look_at_folder()
+        check_folder()
 
 
-def _try_in_another_process(name: str) -> None:
+def _open_in_trial_process(name: str) -> None:
     """SharedMemoryError if the services cannot be opened, or not within `_PROBE_SEC`."""
     import iceoryx2
 
     python = sys.executable or ""
     if not os.path.basename(python).startswith("python"):
-        return  # a program with Python inside: started again it would be that program
+        return  # a program that embeds Python: started again it would be that program
     packages = str(Path(iceoryx2.__file__).parents[1])
     # Without site: no other package's start-up code, as that of ROS 2's wheels, which starts Python again.
     command = [python, "-I", "-S", __file__, packages, name, str(_PROBE_SEC)]
@@ -266,7 +266,7 @@ def _trial(packages: str, name: str, seconds: str) -> None:
         said = "ok"
     except SharedMemoryError as error:
         said = str(error)
-    except BaseException as error:  # a panic in iceoryx2's Rust is no Exception
+    except BaseException as error:  # a panic in iceoryx2's Rust is not an Exception
         said = f"{type(error).__name__}: {error}"
     sys.stdout.write(said)
     sys.stdout.flush()

@@ -86,7 +86,7 @@ class TokenSubscriber(TokenBuffer):
         self._service = node.resolve_service_name(self.topic.rpartition("/")[0] + "/encode")
         self._client: Any = None
         self._answered: frozenset[bytes] = frozenset()  # publishers beside whose service it has answered
-        self._publishers: frozenset[bytes] = frozenset()  # known when a message was last looked at closely
+        self._publishers: frozenset[bytes] = frozenset()  # as listed when a message was last checked
         self._senders = Senders()
         self._guard = node.create_guard_condition(self._run_callback) if callback is not None else None
 
@@ -228,7 +228,7 @@ class TokenSubscriber(TokenBuffer):
             self._guard.trigger()
 
     def _another_publisher(self, delivery: Delivery) -> bool:
-        """Whether another publisher sent the message before, as far as can be told."""
+        """Whether another publisher sent the message before, as far as is known."""
         if delivery.another_run is not None:
             return delivery.another_run
         known, self._publishers = self._publishers, self._receiver.publishers()
@@ -268,7 +268,7 @@ class TokenSubscriber(TokenBuffer):
         count = self.publishers()
         if not count:
             return (
-                f": nobody publishes {self.topic}; is the tokenizer active, and are namespace and ROS_DOMAIN_ID the "
+                f": {self.topic} has no publisher; is the tokenizer active, and are namespace and ROS_DOMAIN_ID the "
                 "same?"
             )
         nothing = f": {self.topic} has {count} publisher(s) that sent nothing{' new' if self.received else ''}"
@@ -296,7 +296,7 @@ class _Intake:
         self.handover = Handover()
         self._subscriber = subscriber
         self._lock = threading.Lock()  # of the receivers' two threads: messages are delivered one after the other
-        self._wanted = True  # as the topic's receiver was told last
+        self._wanted = True  # as the topic's receiver has it
 
     @property
     def wants_topic(self) -> bool:

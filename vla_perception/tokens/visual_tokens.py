@@ -313,7 +313,7 @@ class VisualTokens:
     def patch_corners(self, token: int, view: int = 0) -> tuple[tuple[float, float], ...]:
         """The four corners (x, y) of a token's patch in the source image, in pixels, clockwise from its first.
 
-        They may lie outside the image where padding was added. ValueError for a token that is no patch.
+        They may lie outside the image where padding was added. ValueError for a token that is not a patch.
         """
         position = token - self._cls_tokens
         if not 0 <= position < self._patches:
