@@ -15,7 +15,7 @@ pytest.importorskip("rclpy")
 from fake_feed import HEIGHT, WIDTH, random_tokens
 from ros_harness import ROOT, in_domain, ros_environment, wait_until
 
-from vla_perception.tokens.visual_tokens import to_message
+from vla_perception.tokens import to_message
 from vla_perception.view.live import LiveFeed
 
 pytestmark = pytest.mark.ros

@@ -24,8 +24,7 @@ from browser import PHONE, WINDOW, pin, value, wait_for_frames
 from PIL import Image
 from ros_harness import RosContext, wait_until
 
-from vla_perception.tokens.subscriber import TokenSubscriber
-from vla_perception.tokens.visual_tokens import to_message
+from vla_perception.tokens import TokenSubscriber, to_message
 
 pytestmark = [
     pytest.mark.ros,
