@@ -2,6 +2,7 @@
 
 const COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a8f96", "#b8a000"]; // Okabe and Ito
 const SECONDS = 600;
+const HEIGHT = 120;
 
 export class Chart {
   /**
@@ -24,7 +25,6 @@ export class Chart {
       this.labels = labels;
       this.plot?.destroy();
       this.plot = new uPlot(this.options(series), data, this.element);
-      this.resize();
     } else {
       this.plot.setData(data);
     }
@@ -36,8 +36,8 @@ export class Chart {
     const end = (self) => self.data[0].at(-1) ?? 0;
     const shown = (value) => (value === null || value === undefined ? "–" : value.toFixed(this.digits));
     return {
-      width: 360,
-      height: 100,
+      width: this.element.clientWidth,
+      height: HEIGHT,
       padding: [6, 6, 0, 0],
       scales: { x: { time: false }, y: { range: (_self, _low, high) => [0, high > 0 ? high * 1.1 : 1] } },
       axes: [
@@ -66,10 +66,7 @@ export class Chart {
   }
 
   resize() {
-    if (this.plot === null) return;
-    const legend = this.element.querySelector(".u-legend")?.offsetHeight ?? 24;
-    this.plot.setSize({ width: this.element.clientWidth, height: 120 });
-    this.element.style.height = `${120 + legend}px`;
+    this.plot?.setSize({ width: this.element.clientWidth, height: HEIGHT });
   }
 }
 

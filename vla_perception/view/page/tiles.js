@@ -298,13 +298,13 @@ class Tile {
       context.beginPath();
       for (const point of corners(this.view, frame.grid, patch)) context.lineTo(...point);
       context.closePath();
-      for (const [stroke, thick] of [["#000", width + 2], ["#fff", width]]) {
+      for (const [stroke, thick] of [["#000", width + 1.5], ["#fff", width]]) {
         context.strokeStyle = stroke;
         context.lineWidth = (thick * devicePixelRatio) / scale;
         context.stroke();
       }
     };
-    if (shown.pin?.hold && shown.pin.camera === this.view.camera) for (const patch of shown.pin.patches) outline(patch, 2);
+    if (shown.pin?.hold && shown.pin.camera === this.view.camera) for (const patch of shown.pin.patches) outline(patch, 1.5);
     if (this.cursor >= 0) outline(this.cursor, 1);
     if (this.drag !== null) {
       const { from, to } = this.drag;
