@@ -135,6 +135,7 @@ FOR_ALL = r"(?:options|printable|byte_array)\b"
             )
             for name in ("analysis", "health", "snapshot", "wire", "session", "server", "recording", "top")
         ),
+        ("view/recorded.py", r"vla_perception\.(nodes|doctor|bench|cli)\b.*|rclpy"),
         ("printable.py", r"vla_perception\..*"),
         ("byte_array.py", r"vla_perception\..*"),
         ("cli.py", r"rclpy"),

@@ -92,8 +92,8 @@ class View(RosProcess):
     def __init__(self, domain: int, *options: str, extra: Mapping[str, str] | None = None) -> None:
         command = ["-m", "vla_perception.cli", "view", "--no-browser", "--port", "0", *options]
         super().__init__(command, domain, fast_dds_profile() | dict(extra or {}))
-        self.wait_for("http://", 60)
-        self.address = wait_until(lambda: re.search(r"http://\S+", self.output), 10, "the page's address")[0]
+        self.wait_for("(Ctrl-C ends it)", 120)
+        self.address = re.search(r"(http://\S+)  \(Ctrl-C", self.output)[1]
 
 
 def value(driver, expression: str):

@@ -49,8 +49,10 @@ def snapshot_of(tokens: VisualTokens, topic="/tokens", before=None) -> Snapshot:
 class FakeFeed:
     """One tokenizer whose messages and diagnostics a test gives."""
 
-    def __init__(self, topic="/tokens", times=()) -> None:
-        self.title, self.times, self.topic = "a test", times, topic
+    is_recording = False
+
+    def __init__(self, topic="/tokens") -> None:
+        self.title, self.topic = "a test", topic
         self.changed = lambda: None
         self.health = TokenizerHealth(topic, "/visual_tokenizer")
         self.log = LogBook()
@@ -66,6 +68,9 @@ class FakeFeed:
     def diagnose(self, **values: str) -> None:
         model = {"model": "test", "token_messages": "1", **values}
         self.health.on_statuses([Status("visual_tokenizer: model", 0, "active", model)], time.monotonic())
+
+    def times(self, topic):
+        return ()
 
     def tokenizers(self):
         return [self.health.summary(time.monotonic())]

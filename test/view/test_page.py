@@ -295,6 +295,27 @@ def test_a_killed_tokenizer_is_gone_and_comes_back(seen):
         assert node.stop(signal.SIGTERM) == 0
 
 
+def test_a_recording_has_a_time_line(seen):
+    first = seen.driver.current_window_handle
+    seen.driver.switch_to.new_window("tab")
+    bag = str(browser.ROOT / "examples" / "sample_bag")
+    with browser.View(seen.ros.domain, bag, "--model", "tiny-random") as view:
+        seen.driver.get(view.address)
+        wait_for_frames(seen.driver, 1)
+        assert value(seen.driver, "document.querySelector('#seek').max") == "39", "frame sets of both cameras"
+        assert not seen.driver.find_element("css selector", "#health").is_displayed()
+        seek = "const seek = document.querySelector('#seek'); seek.value = 20; seek.dispatchEvent(new Event('input'))"
+        seen.driver.execute_script(seek)
+        wait_until(lambda: value(seen.driver, "view.frame.index") == 20, 30, "that message")
+        assert re.fullmatch(r"\d\.\d\d of 7\.\d\d s", seen.text("#when"))
+        pin(seen.driver, 0, 0.5, 0.5)
+        seen.click("#play")
+        wait_until(lambda: value(seen.driver, "view.frame.index") > 22, 30, "it plays")
+        assert view.stop(signal.SIGTERM) == 0
+    seen.driver.close()
+    seen.driver.switch_to.window(first)
+
+
 def test_nothing_went_wrong_in_the_page(seen):
     problems = [line for line in seen.driver.get_log("browser") if line["level"] in ("SEVERE", "WARNING")]
     assert not problems

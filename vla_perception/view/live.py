@@ -68,7 +68,7 @@ class LiveFeed:
         changed: called by a thread of this feed whenever there is a new snapshot.
     """
 
-    times: Sequence[float] = ()
+    is_recording = False
 
     def __init__(
         self, *, domain: int | None = None, passive: bool = False, changed: Callable[[], None] = lambda: None
@@ -137,6 +137,9 @@ class LiveFeed:
                 self._executor.spin_once(timeout_sec=1.0)
 
     # For the pages, from any thread
+
+    def times(self, topic: str) -> Sequence[float]:
+        return ()
 
     def tokenizers(self) -> list[dict[str, object]]:
         now = time.monotonic()

@@ -264,7 +264,7 @@ class _Page:
                 "title": self._feed.title,
                 "allow_control": self._allow_control,
                 "hz": self.session.hz,
-                "times": list(self._feed.times),
+                "is_recording": self._feed.is_recording,
             }
         )
         tasks = [asyncio.create_task(part()) for part in (self._read, self._send_frames, self._send_health)]
@@ -340,6 +340,7 @@ class _Page:
                         "details": self._feed.details(session.topic),
                         "samples": samples if session.topic != topic else samples[-1:],
                         "from_start": session.topic != topic,
+                        "times": list(self._feed.times(session.topic)) if session.topic != topic else None,
                         "log": lines,
                     }
                 )

@@ -26,12 +26,15 @@ class Feed(Protocol):
     """Where snapshots come from. All methods may be called from any thread.
 
     Attributes:
-        times: of a recording, seconds from its begin to each snapshot; empty where it is live.
+        is_recording: whether snapshots are chosen by their index, and nothing comes by itself.
         title: what it is, for people.
     """
 
-    times: Sequence[float]
+    is_recording: bool
     title: str
+
+    def times(self, topic: str) -> Sequence[float]:
+        """Seconds from a recording's begin to each of its snapshots; empty where it is live."""
 
     def tokenizers(self) -> list[dict[str, object]]:
         """`TokenizerHealth.summary` of each, the first one being that which a page begins with."""
@@ -140,7 +143,7 @@ class Session:
         if topic == self.topic:
             return
         self._want(False)
-        self.topic, self._shown = topic, None
+        self.topic, self._shown, self.index = topic, None, 0
         self._forget_pin()
         self._want(self.visible)
 
@@ -191,7 +194,7 @@ class Session:
 
     def _on_seek(self, message: Mapping[str, object]) -> list[bytes]:
         index = int(_finite(message["index"]))
-        if not 0 <= index < len(self._feed.times):
+        if not 0 <= index < len(self._feed.times(self.topic)):
             raise ValueError(f"there is no message {index} in this recording")
         self.index = index
         return []
@@ -208,7 +211,7 @@ class Session:
     def next_frame(self) -> bytes | None:
         """The latest snapshot, or that at `index`, as a frame; None if the page shows it already, or is paused."""
         snapshot = self._feed.snapshot(self.topic, self.index)
-        if snapshot is None or snapshot is self.shown or (self.paused and not self._feed.times):
+        if snapshot is None or snapshot is self.shown or (self.paused and not self._feed.is_recording):
             return None
         return self.frame(snapshot)
 

@@ -63,7 +63,7 @@ const handlers = {
     $("hz").value = message.hz;
     $("control").hidden = !message.allow_control;
     $("save").href = `message?page=${encodeURIComponent(message.page)}`;
-    setTimes(message.times);
+    setRecording(message.is_recording);
     connection.send({ type: "mode", mode: mode() });
     connection.send({ type: "visible", visible: !document.hidden });
     connection.send({ type: "pause", paused: $("pause").getAttribute("aria-pressed") === "true" });
@@ -81,6 +81,7 @@ const handlers = {
   },
   health(message) {
     view.health = message;
+    if (message.times !== null) setTimes(message.times);
     view.samples.add(message.samples, message.from_start);
     addLog(message.log);
     showTokenizers(message);
@@ -253,22 +254,29 @@ document.addEventListener("visibilitychange", () => connection.send({ type: "vis
 // A recording's time line
 
 let playing = null;
+let times = [];
 
-function setTimes(times) {
-  $("timeline").hidden = !times.length;
+function setRecording(isRecording) {
+  $("timeline").hidden = !isRecording;
+  for (const id of ["pause", "hz"]) $(id).closest("label, button").hidden = isRecording;
+  $("health").hidden = isRecording;
+  $("told").hidden = isRecording;
+  document.querySelector("main").classList.toggle("recording", isRecording);
+}
+
+function setTimes(values) {
+  times = values;
   $("seek").max = Math.max(0, times.length - 1);
-  for (const id of ["pause", "hz"]) $(id).closest("label, button").hidden = times.length > 0;
 }
 
 function tellWhen(index) {
-  if (!hello?.times.length) return;
-  $("when").value = `${hello.times[index].toFixed(2)} of ${hello.times.at(-1).toFixed(2)} s`;
+  if (index < times.length) $("when").value = `${times[index].toFixed(2)} of ${times.at(-1).toFixed(2)} s`;
 }
 
 function playNext(index) {
   clearTimeout(playing);
-  const next = (index + 1) % hello.times.length;
-  const wait = next ? (hello.times[next] - hello.times[index]) * 1000 : 500;
+  const next = (index + 1) % times.length;
+  const wait = next ? (times[next] - times[index]) * 1000 : 500;
   playing = setTimeout(() => connection.send({ type: "seek", index: next }), Math.min(Math.max(wait, 0), 2000));
 }
 

@@ -12,14 +12,12 @@ export function asPython(frame, pin, space) {
     features: `tokens.features_float32()[..., tokens.encoder_channels(${quote(space)})]`,
   };
   const values = space === "projected tokens" ? vectors.projected : frame.projector === "none" ? vectors.none : vectors.features;
-  return `from pathlib import Path
-
-import numpy as np
+  return `import numpy as np
 
 from vla_perception.tokens import VisualTokens
 
 # Message ${frame.sequence} of the page, saved with "Save message".
-tokens = VisualTokens.from_bytes(Path("tokens-${frame.sequence}.safetensors").read_bytes())
+tokens = VisualTokens.load("tokens-${frame.sequence}.safetensors")
 vectors = ${values}  # [views, tokens, channels], ${space.replace(/[^\x20-\x7e]/g, "?")}
 view = tokens.cameras.index(${quote(pin.camera)})${view === 0 ? "" : `  # ${view}`}
 reference = vectors[view, ${JSON.stringify(tokens)}].mean(axis=0)

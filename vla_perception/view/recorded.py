@@ -1,0 +1,312 @@
+"""What can be shown of a recording: token messages of a bag, token files, or what a model computes. No ROS."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from vla_perception.images.decode import decode_image
+from vla_perception.sources.bags import (
+    COMPRESSED_IMAGE,
+    Bag,
+    BagError,
+    BagMessage,
+    compressed_format,
+    header_stamp_ns,
+)
+from vla_perception.tokens import VisualTokens
+from vla_perception.tokens.message import FORMAT
+from vla_perception.view.snapshot import ImageHistory, LazyImage, PageImage, encode_rgb, stream_kind
+
+if TYPE_CHECKING:
+    from vla_perception.offline.recordings import FrameSet, Recording
+    from vla_perception.tokenizer import VisualTokenizer
+
+#: Seconds before a token message in which its images are looked for: longer than any encoding takes.
+LOOK_BACK_SEC = 5.0
+Images = tuple[LazyImage | None, ...]
+
+
+class Frames(Protocol):
+    """The messages of one recording.
+
+    Attributes:
+        name: what the list of tokenizers calls it.
+        times: seconds from the recording's begin, one per message.
+        is_quick: whether any of them is read at once.
+    """
+
+    name: str
+    times: Sequence[float]
+    is_quick: bool
+
+    def read(self, index: int) -> tuple[VisualTokens, Images]:
+        """ValueError or OSError where it cannot be read."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class BagFrames:
+    """The token messages of one topic of a bag, with the images that were recorded beside them."""
+
+    is_quick = True
+
+    def __init__(self, path: Path, topic: str) -> None:
+        self.name = topic
+        self._bag = Bag(path)
+        self._cameras = self._bag.image_topics()
+        self._times_ns = [message.time_ns for message in self._bag.messages([topic])]
+        self.times: Sequence[float] = [(time_ns - self._times_ns[0]) / 1e9 for time_ns in self._times_ns]
+
+    @classmethod
+    def open(cls, path: Path) -> list[BagFrames]:
+        """One for each topic of tokens. ValueError where there is none."""
+        try:
+            with Bag(path) as bag:
+                topics = [
+                    name
+                    for name, topic in bag.topics.items()
+                    if topic.type == COMPRESSED_IMAGE and topic.messages and _holds_tokens(bag, name)
+                ]
+        except BagError as error:
+            if path.is_dir() and not (path / "metadata.yaml").exists() or path.suffix not in (".mcap", ".db3", ""):
+                raise ValueError(f"{path} holds no tokens; --model MODEL encodes its images") from error
+            raise
+        if not topics:
+            raise ValueError(f"{path} holds no token messages; --model MODEL encodes its images")
+        return [cls(path, topic) for topic in topics]
+
+    def close(self) -> None:
+        self._bag.close()
+
+    def read(self, index: int) -> tuple[VisualTokens, Images]:
+        time_ns = self._times_ns[index]
+        first = index
+        while first and self._times_ns[first - 1] == time_ns:
+            first -= 1  # messages may share a time
+        skip, history, tokens = index - first, ImageHistory(), None
+        for message in self._bag.messages([self.name, *self._cameras], time_ns - int(LOOK_BACK_SEC * 1e9)):
+            if message.topic != self.name:
+                history.add(message.topic, header_stamp_ns(message.cdr), message.cdr)
+            elif message.time_ns == time_ns:
+                if not skip:
+                    tokens = VisualTokens.from_bytes(_Cdr(message.cdr).compressed_image().data)
+                    break
+                skip -= 1
+        if tokens is None:
+            raise ValueError(f"{self._bag.path} lacks a message of {self.name} that it had before")
+        types = {topic: self._bag.topics[topic].type for topic in self._cameras}
+        images = tuple(
+            None if match is None else LazyImage(_recorded_image(types[match[0]], match[2]), match[1])
+            for match in history.match(tokens.views, self._cameras)
+        )
+        return tokens, images
+
+
+def _holds_tokens(bag: Bag, topic: str) -> bool:
+    message: BagMessage | None = next(bag.messages([topic]), None)
+    return message is not None and compressed_format(message.cdr) == FORMAT
+
+
+def _recorded_image(kind: str, cdr: bytes) -> Callable[[], PageImage]:
+    def make() -> PageImage:
+        reader = _Cdr(cdr)
+        if kind != COMPRESSED_IMAGE:
+            return encode_rgb(decode_image(reader.image()))
+        message = reader.compressed_image()
+        stream = bytes(message.data)
+        if (of := stream_kind(message.format, stream)) is not None:
+            return PageImage(of, stream)
+        return encode_rgb(decode_image(message))
+
+    return make
+
+
+class _FrameSets:
+    """Frame sets of a recording by their place; going back reads it from its begin."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+        self._sets: Iterator[FrameSet] | None = None
+        self._last: FrameSet | None = None
+        self._at = -1
+
+    def get(self, index: int) -> FrameSet:
+        """ValueError where the recording has no such frame set."""
+        return self._until(lambda frames, at: at >= index, index < self._at)
+
+    def of_stamp(self, stamp_ns: int) -> FrameSet:
+        """The one whose first image has this stamp. ValueError where there is none."""
+        behind = self._last is not None and self._last.stamps_ns[0] > stamp_ns
+        frames = self._until(lambda frames, at: frames.stamps_ns[0] >= stamp_ns, behind)
+        if frames.stamps_ns[0] != stamp_ns:
+            raise ValueError(f"{self._recording.source} has no image of {stamp_ns} ns")
+        return frames
+
+    def _until(self, reached: Callable[[FrameSet, int], bool], begin_anew: bool) -> FrameSet:
+        if self._sets is None or begin_anew:
+            self._sets, self._last, self._at = self._recording.frame_sets(), None, -1
+        while self._last is None or not reached(self._last, self._at):
+            self._last = next(self._sets, None)
+            self._at += 1
+            if self._last is None:
+                self._sets = None
+                raise ValueError(f"{self._recording.source} ends before that frame")
+        return self._last
+
+
+class TokenFileFrames:
+    """A file that `vla-perception tokenize` or "Save message" wrote; with the images, where their source still lies there."""
+
+    is_quick = True
+
+    def __init__(self, path: Path, name: str) -> None:
+        from vla_perception.offline.token_file import TokenFile
+
+        self.name = name
+        self._file = TokenFile(path)
+        first = float(self._file.timestamps[0])
+        self.times: Sequence[float] = [float(seconds) - first for seconds in self._file.timestamps]
+        self._sources: _FrameSets | None = None
+        self._looked = False
+
+    def close(self) -> None:
+        self._file.close()
+
+    def read(self, index: int) -> tuple[VisualTokens, Images]:
+        tokens = self._file.frame(index)
+        sources = self._images()
+        if sources is None:
+            return tokens, (None,) * len(tokens.views)
+
+        def make(view: int) -> PageImage:
+            return encode_rgb(np.asarray(sources.of_stamp(tokens.stamp_ns).images()[view]))
+
+        return tokens, tuple(
+            LazyImage(lambda view=view: make(view), of.stamp_ns)  # type: ignore[misc]
+            for view, of in enumerate(tokens.views)
+        )
+
+    def _images(self) -> _FrameSets | None:
+        if not self._looked:
+            self._looked = True
+            recording = getattr(self._file, "metadata", {}).get("recording")
+            if isinstance(recording, Mapping):
+                self._sources = self._source(str(recording.get("source", "")), str(recording.get("name", "")))
+        return self._sources
+
+    def _source(self, source: str, name: str) -> _FrameSets | None:
+        from vla_perception.offline.recordings import Selection, open_recordings
+
+        try:
+            for recording in open_recordings([source], Selection()):
+                if recording.name.rpartition("/")[2] == name.rpartition("/")[2]:
+                    return _FrameSets(recording) if recording.cameras == self._file.cameras else None
+        except (ValueError, OSError, ImportError):
+            pass  # moved since, or of a kind that a library is missing for: the tokens alone are shown
+        return None
+
+
+class ComputedFrames:
+    """What a model makes of a recording's images, when they are looked at."""
+
+    is_quick = False
+
+    def __init__(self, recording: Recording, tokenizer: VisualTokenizer) -> None:
+        self.name = recording.name
+        self._sets = _FrameSets(recording)
+        self._cameras = recording.cameras
+        self._tokenizer = tokenizer
+        rate = recording.details.get("rate_hz")
+        if isinstance(rate, float) and rate > 0:  # of a video, whose frames would all have to be decoded
+            self.times: Sequence[float] = [index / rate for index in range(recording.expected_sets())]
+        else:
+            self.times = [frames.timestamp for frames in recording.frame_sets()]
+
+    @classmethod
+    def open(cls, path: Path, model: str) -> list[ComputedFrames]:
+        """One per recording in a path."""
+        from vla_perception import startup
+        from vla_perception.offline.recordings import Selection, open_recordings
+        from vla_perception.tokenizer.checkpoints.open import check_model
+
+        check_model(model)
+        recordings = open_recordings([path], Selection())
+        with startup.Progress() as progress:
+            progress(f"loading {model}", begins=True)
+            with startup.imports():
+                from vla_perception.tokenizer.tokenizer import VisualTokenizer
+            tokenizer = VisualTokenizer.load(model)
+        return [cls(recording, tokenizer) for recording in recordings]
+
+    def close(self) -> None: ...
+
+    def read(self, index: int) -> tuple[VisualTokens, Images]:
+        from vla_perception.tokens.local import tokenize
+
+        frames = self._sets.get(index)
+        images = [np.asarray(image) for image in frames.images()]
+        tokens = tokenize(
+            self._tokenizer,
+            dict(zip(self._cameras, images)),
+            sequence=index,
+            features=self._tokenizer.config.projector != "none",
+        )
+        views = tuple(
+            replace(view, stamp_ns=stamp_ns, frame_id=frame_id)
+            for view, stamp_ns, frame_id in zip(tokens.views, frames.stamps_ns, frames.frame_ids)
+        )
+        shown = tuple(
+            LazyImage(lambda image=image: encode_rgb(image), stamp_ns)  # type: ignore[misc]
+            for image, stamp_ns in zip(images, frames.stamps_ns)
+        )
+        return replace(tokens, views=views), shown
+
+
+class _Cdr:
+    """Reads the two image messages out of their CDR bytes. ValueError where these are too short."""
+
+    def __init__(self, cdr: bytes) -> None:
+        self._data = memoryview(cdr)
+        self._order = "<" if len(cdr) > 1 and cdr[1] & 1 else ">"
+        self._at = 12  # behind the encapsulation and the stamp
+        self._sequence()  # frame_id
+
+    def compressed_image(self) -> SimpleNamespace:
+        format = str(self._sequence()[:-1], "utf-8", "replace")
+        return SimpleNamespace(format=format, data=self._sequence())
+
+    def image(self) -> SimpleNamespace:
+        height, width = self._number(), self._number()
+        encoding = str(self._sequence()[:-1], "utf-8", "replace")
+        is_bigendian = self._data[self._at]
+        self._at += 1
+        step = self._number()
+        return SimpleNamespace(
+            height=height, width=width, encoding=encoding, is_bigendian=is_bigendian, step=step, data=self._sequence()
+        )
+
+    def _number(self) -> int:
+        self._at += -(self._at - 4) % 4
+        try:
+            (value,) = struct.unpack_from(f"{self._order}I", self._data, self._at)
+        except struct.error:
+            raise ValueError("a message ends too early") from None
+        self._at += 4
+        return value
+
+    def _sequence(self) -> memoryview:
+        """A string with its zero, or a sequence of bytes."""
+        length = self._number()
+        part = self._data[self._at : self._at + length]
+        if len(part) < length:
+            raise ValueError("a message ends too early")
+        self._at += length
+        return part
