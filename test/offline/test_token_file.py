@@ -114,10 +114,27 @@ def test_safetensors_reads_it(tmp_path, source):
 def test_a_saved_message_is_a_file_of_one_frame(tmp_path):
     message = make_tokens(7, cameras=("front", "wrist"))
     path = tmp_path / "message.safetensors"
-    path.write_bytes(message.to_bytes())
+    message.save(path)
+    assert VisualTokens.load(path).to_bytes() == message.to_bytes()
     with TokenFile(path) as file:
         assert file.shape == (1, *message.shape) and file.cameras == ("front", "wrist")
         assert file.frame(0).to_bytes() == message.to_bytes()
+
+
+def test_a_recordings_file_is_not_one_message(tmp_path, source):
+    path = written(tmp_path / "recording.safetensors", source)
+    with pytest.raises(TokenFormatError, match="open it with .*TokenFile"):
+        VisualTokens.load(path)
+    with TokenFile(path) as file:
+        in_file, in_message = file.metadata, TokenFile(saved(tmp_path)).metadata
+    about_the_model = set(in_message) - {"views", "sequence"}
+    assert about_the_model <= set(in_file), "the same keys say what the model is"
+
+
+def saved(folder):
+    path = folder / "message.safetensors"
+    make_tokens(7, cameras=("front", "wrist")).save(path)
+    return path
 
 
 def test_a_reader_pickles_as_its_path(tmp_path, source):

@@ -350,6 +350,11 @@ class VisualTokens:
         """Reads what `to_bytes` wrote; arrays are read-only views of `data`. TokenFormatError if it is damaged."""
         contents = codec.read(data)
         metadata = contents.metadata
+        if "views" not in metadata and "recording" in metadata:
+            raise TokenFormatError(
+                "this is the token file of a recording, not one message: open it with "
+                "vla_perception.offline.token_file.TokenFile"
+            )
         try:
             tokens = cls(
                 data=contents.tensors["tokens"],
@@ -377,6 +382,9 @@ class VisualTokens:
     @classmethod
     def load(cls, path: str | os.PathLike) -> VisualTokens:
         """Reads a file of a message's data, as `save` writes it; its arrays are mapped, not copied.
+
+        Files of many frames, as `vla-perception tokenize` writes them, have the same metadata about the model;
+        `vla_perception.offline.token_file.TokenFile` reads these and files of one message.
 
         Raises:
             OSError: the file cannot be read.
