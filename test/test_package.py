@@ -123,8 +123,10 @@ FOR_ALL = r"(?:options|printable|byte_array)\b"
         ("visualization", rf"vla_perception\.(?!tokens\b|visualization\b|{FOR_ALL}).*|rclpy|torch"),
         (
             "offline",
-            rf"vla_perception\.(?!(offline|sources|images|tokens|tokenizer|synchronizer|startup|__version__)\b|{FOR_ALL}).*|rclpy",
+            rf"vla_perception\.(?!(offline|sources|images|tokens|tokenizer|synchronizer|startup|__version__)\b|{FOR_ALL}).*",
         ),
+        # live.py alone knows ROS.
+        *((f"offline/{path.name}", r"rclpy") for path in sources("offline") if path.name != "live.py"),
         ("synchronizer.py", rf"vla_perception\.(?!tokens\.arrivals\b|{FOR_ALL}).*|rclpy|torch"),
         ("options.py", r"(?!__future__|re\b).*"),
         # live.py alone knows ROS; the command brings them together.

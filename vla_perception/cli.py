@@ -20,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_tokenize(commands)
+    offline.add_verify(commands)
     _add_describe(commands)
     _add_bench(commands)
     _add_doctor(commands)

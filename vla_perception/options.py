@@ -47,6 +47,8 @@ TRIGGERS = ("continuous", "on_request")
 
 #: What a damaged frame or file of a recording leads to: it is left out and counted, or ends the run.
 ON_ERROR = ("skip", "stop")
+#: What a run consists of: token files, or bags of token messages.
+RUN_FORMATS = ("safetensors", "mcap")
 
 # Simulated cameras
 

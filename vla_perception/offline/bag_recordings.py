@@ -36,7 +36,7 @@ class BagRecording:
     kind = "bag"
 
     def __init__(self, path: Path, selection: Selection) -> None:
-        self._types = _typestore()
+        self._types = typestore()
         self._selection = selection
         self.source = str(path)
         self.path = path
@@ -146,7 +146,8 @@ class BagRecording:
 
 
 @cache
-def _typestore() -> Any:
+def typestore() -> Any:
+    """The definitions of ROS 2's message types."""
     try:
         from rosbags.typesys import Stores, get_typestore
     except ImportError as error:

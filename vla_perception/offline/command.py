@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
+import json
 import os
 import shutil
 import sys
@@ -68,6 +70,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "changes last bits, by how much is measured and stands in the index (default: 1)",
     )
     how.add_argument(
+        "--format",
+        default="safetensors",
+        choices=options.RUN_FORMATS,
+        help="safetensors: token files; mcap: bags of token messages at the times of their frame sets (default: "
+        "%(default)s)",
+    )
+    how.add_argument(
+        "--copy-topics",
+        nargs="*",
+        metavar="TOPIC",
+        help="with --format mcap: copy these topics of a bag, too; none named: all but those of its cameras",
+    )
+    how.add_argument(
         "--on-error",
         default="skip",
         choices=options.ON_ERROR,
@@ -108,7 +123,17 @@ def run(given: argparse.Namespace, choices: dict[str, Any]) -> int:
         image_rate=given.image_rate,
         max_image_pixels=given.max_image_pixels,
     )
-    settings = RunSettings(given.out, selection, given.batch, given.dtype, given.on_error)
+    if given.copy_topics is not None and given.format != "mcap":
+        raise ValueError("--copy-topics needs --format mcap")
+    settings = RunSettings(
+        given.out,
+        selection,
+        given.batch,
+        given.dtype,
+        given.on_error,
+        given.format,
+        () if given.copy_topics is None else tuple(given.copy_topics) or None,
+    )
     if given.out.exists() and not given.out.is_dir():
         raise ValueError(f"--out {given.out} is a file: name a folder, or a FILE.safetensors for image files alone")
     check_model(given.model, **choices)
@@ -166,6 +191,62 @@ def _tokenize(
         + f". {statistics.frame_sets / max(statistics.seconds, 1e-9):.1f} frame sets per second"
     )
     return int(bool(failed))
+
+
+def add_verify(commands: Any) -> None:
+    """`vla-perception verify`."""
+    parser = commands.add_parser(
+        "verify",
+        help="whether stored tokens are sound, and the same as others or as the node's",
+        description="Of A alone: every frame has the bytes that were written. Of A and B: frames of the same images, "
+        "told by their stamps, have the same bits, or by how much they differ and which settings do. With --topic, "
+        "A against what a running tokenizer publishes. Ends with 1 where anything differs or is damaged.",
+    )
+    parser.add_argument("a", type=Path, metavar="A", help="folder of a run, token file, or bag of token messages")
+    parser.add_argument("b", type=Path, metavar="B", nargs="?", help="another one")
+    parser.add_argument("--topic", metavar="TOPIC", help="of a running tokenizer, to which the recording is played")
+    parser.add_argument(
+        "--silence", type=float, default=10.0, metavar="SEC", help="without a message after which it ends (default: 10)"
+    )
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    parser.set_defaults(run=_verify)
+
+
+def _verify(given: argparse.Namespace) -> int:
+    from vla_perception.offline import verify
+
+    if given.b is not None and given.topic:
+        raise ValueError("give another run to compare with, or --topic, not both")
+    a = verify.Stored(given.a)
+    if given.topic:
+        from vla_perception.offline.live import compare_live
+
+        print(f"waiting for messages on {given.topic}: play the recording now", file=sys.stderr)
+        report = compare_live(a, given.topic, given.silence)
+        report.only_a, missed = 0, report.only_a  # a node that is busy takes the latest frame set, and says so itself
+    else:
+        report, missed = (verify.check(a) if given.b is None else verify.compare(a, verify.Stored(given.b))), 0
+    if given.json:
+        print(json.dumps(dataclasses.asdict(report) | {"missed": missed, "good": report.is_good}, indent=2))
+        return int(not report.is_good)
+    alone = given.b is None and not given.topic
+    print(f"{report.equal} of {report.frames} frames {'are sound' if alone else 'have the same bits'}")
+    if report.worst_at:
+        print(
+            f"largest difference: {report.worst:g}, {report.worst_steps} steps of the stored dtype, in {report.worst_at}"
+        )
+    for count, text in (
+        (report.only_a, f"frames are in {given.a} alone"),
+        (report.only_b, "frames are on the other side alone"),
+        (missed, "stored frames did not arrive"),
+    ):
+        if count:
+            print(f"{count} {text}")
+    for line in report.settings:
+        print(f"differs: {line}")
+    for line in report.problems:
+        print(f"problem: {line}")
+    return int(not report.is_good)
 
 
 def load(given: argparse.Namespace, choices: dict[str, Any]) -> Any:

@@ -44,6 +44,8 @@ class RunSettings:
         out: folder of the run.
         batch: frame sets that go through the encoders together; 1, as in the node, gives the node's bits.
         token_dtype: as the node's parameter.
+        output: ``safetensors``, or ``mcap``: bags of token messages in the place of token files.
+        copied: topics of a bag that go into its bag of token messages, too; None: all but its cameras'.
         on_error: ``skip`` reports and counts what is damaged and goes on; ``stop`` ends the run there.
     """
 
@@ -52,6 +54,8 @@ class RunSettings:
     batch: int = 1
     token_dtype: str = "bfloat16"
     on_error: str = "skip"
+    output: str = "safetensors"
+    copied: tuple[str, ...] | None = ()
 
     def as_index(self, tokenizer: VisualTokenizer) -> dict[str, object]:
         """What decides on the tokens, for the index: two parts of one run must agree in it."""
@@ -63,6 +67,8 @@ class RunSettings:
             "token_dtype": self.token_dtype,
             "batch": self.batch,
             "on_error": self.on_error,
+            "format": self.output,
+            "copied_topics": None if self.copied is None else list(self.copied),
             **self.selection.settings(),
         }
 
@@ -244,9 +250,15 @@ class _Run:
         self._put(self._blocks, None)
 
     def _read_one(self, recording: Recording) -> None:
+        bag = run_index.bag_entry(self.settings.out, recording.name) if self.settings.output == "mcap" else None
+        if bag is not None:
+            self._report(f"{recording.name}: is there already")
+            self._advance(int(bag["frames"]))
+            return
         path = self.settings.out / f"{recording.name}.safetensors"
         writer = TokenFileWriter(path, layout_of(recording, self.tokenizer, self.settings), recording.files)
         if writer.is_finished:
+            self._convert(writer, recording)
             self._report(f"{recording.name}: is there already")
             self._advance(writer.frames)
             return
@@ -352,11 +364,19 @@ class _Run:
             self._report(f"{end.recording.name}: breaks off: {end.breaks_off}")
         try:
             end.writer.finish(found | end.digests.result())
+            self._convert(end.writer, end.recording)
         except SourceError as error:
             self._refuse(end.recording, error)
         finally:
             end.writer.close()
             self._writers.remove(end.writer)
+
+    def _convert(self, writer: TokenFileWriter, recording: Recording) -> None:
+        if self.settings.output == "mcap":
+            from vla_perception.offline import bag_output
+
+            source = Path(recording.source) if recording.kind == "bag" else None
+            bag_output.convert(writer.path, source, self.settings.copied)
 
     def _refuse(self, recording: Recording, error: Exception) -> None:
         """A recording that gives no token file."""

@@ -21,6 +21,8 @@ from vla_perception.tokens.codec import TokenFormatError
 
 SCHEMA = "vla_tokens_run/1"
 NAME = "index.json"
+#: In the folder of a bag of token messages, beside its own files: its entry in the index.
+BAG_ENTRY = "recording.json"
 #: What else decides on the last bits of tokens, or on decoded images: versions of these packages.
 _PACKAGES = (
     "torch", "torchvision", "timm", "triton", "numpy", "pillow", "simplejpeg", "opencv-python-headless", "av",
@@ -135,9 +137,9 @@ def collect(folder: Path, index: dict, names: Sequence[str], failed: Sequence[Ma
         path = folder / f"{name}.safetensors"
         if path.is_file():
             with TokenFile(path) as file:
-                entries.append(_entry(name, file))
-        elif name in before and "bag" in before[name]:
-            entries.append(before[name])
+                entries.append(entry_of(name, file))
+        elif (entry := bag_entry(folder, name)) is not None:
+            entries.append(entry)
     return index | {
         "recordings": entries,
         "failed": [dict(entry) for entry in failed],
@@ -149,7 +151,16 @@ def collect(folder: Path, index: dict, names: Sequence[str], failed: Sequence[Ma
     }
 
 
-def _entry(name: str, file: TokenFile) -> dict:
+def bag_entry(folder: Path, name: str) -> dict | None:
+    """What the index says about a bag of token messages (bag_output.py); None where there is none."""
+    try:
+        return json.loads((folder / name / BAG_ENTRY).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def entry_of(name: str, file: TokenFile) -> dict:
+    """What the index says about a token file."""
     recording = file.metadata.get("recording")
     if not isinstance(recording, dict):
         raise TokenFormatError(f"{file.path} was not written by `vla-perception tokenize`")

@@ -80,6 +80,7 @@ class TokenFile:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         # Frames are asked for here and there: what lies behind them is not wanted with them.
         self._map.madvise(mmap.MADV_RANDOM)
+        self._address = np.frombuffer(self._map, np.uint8).ctypes.data
         try:
             self._open(memoryview(self._map))
         except TokenFormatError as error:
@@ -184,6 +185,16 @@ class TokenFile:
     def words(self) -> np.ndarray:
         """`tokens`, where bfloat16 is uint16: the bits as they are stored."""
         return self._words
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """`tokens` of some frames, [stop − start, views, tokens, channels], in memory of their own."""
+        found = self.tokens[start:stop]
+        if found.size and self._message is None:
+            # All of it in one request, where single pages would be asked for one by one.
+            begin = found.ctypes.data - self._address
+            page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, page, begin + found.nbytes - page)
+        return found.copy()
 
     def frame(self, index: int) -> VisualTokens:
         """The message that the node would have sent; its arrays are of the mapped file."""

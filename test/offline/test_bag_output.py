@@ -1,0 +1,87 @@
+"""Bags of token messages: what the node would have published, at the times of the recording."""
+
+import numpy as np
+import pytest
+
+for package in ("torch", "rosbags", "mcap"):
+    pytest.importorskip(package)
+from pixel_tokenizer import PixelTokenizer  # noqa: E402
+from recorded import picture, write_bag, write_images  # noqa: E402
+from test_run import MS, contents, tokenize  # noqa: E402
+
+from vla_perception.offline.bag_recordings import typestore  # noqa: E402
+from vla_perception.offline.token_file import TokenFile  # noqa: E402
+from vla_perception.sources.bags import Bag  # noqa: E402
+from vla_perception.tokens.visual_tokens import VisualTokens  # noqa: E402
+
+
+@pytest.fixture
+def drive(tmp_path):
+    frames = []
+    for index in range(4):
+        frames.append(("/front/image_raw", 10**9 + index * 100 * MS, picture(index)))
+        frames.append(("/wrist/image_raw", 10**9 + (index * 100 + 10) * MS, picture(50 + index)))
+    values = [("/command", 10**9 + index * 50 * MS, [index]) for index in range(8)]
+    return write_bag(tmp_path / "drive", frames, values=values)
+
+
+def messages(folder, topics=None):
+    with Bag(folder) as bag:
+        return list(bag.messages(topics))
+
+
+def test_messages_are_those_of_the_token_file(tmp_path, drive):
+    tokenize(tmp_path / "files", [drive])
+    index, _ = tokenize(tmp_path / "bags", [drive], output="mcap")
+    assert [entry["file"] for entry in index["recordings"]] == ["drive"] and index["totals"]["frames"] == 4
+    found = messages(tmp_path / "bags/drive")
+    assert {message.topic for message in found} == {"/tokens"}
+    with TokenFile(tmp_path / "files/drive.safetensors") as file:
+        for number, message in enumerate(found):
+            recorded = typestore().deserialize_cdr(message.cdr, message.type)
+            assert message.time_ns == file.times_ns[number] == 10**9 + (number * 100 + 15) * MS
+            assert recorded.format == "safetensors; vla_tokens/1" and recorded.header.frame_id == "front_optical"
+            assert recorded.header.stamp.sec * 10**9 + recorded.header.stamp.nanosec == file.stamps_ns[number, 0]
+            tokens = VisualTokens.from_bytes(recorded.data.tobytes())
+            assert tokens.to_bytes() == file.frame(number).to_bytes()
+    assert not list((tmp_path / "bags").rglob("*.safetensors"))
+
+
+def test_other_topics_are_copied_if_asked(tmp_path, drive):
+    tokenize(tmp_path / "all", [drive], output="mcap", copied=None)
+    found = messages(tmp_path / "all/drive")
+    assert [message.time_ns for message in found] == sorted(message.time_ns for message in found)
+    copied = [message for message in found if message.topic != "/tokens"]
+    assert copied == messages(drive, ["/command"]) and len(found) == 8 + 4
+    tokenize(tmp_path / "one", [drive], output="mcap", copied=("/front/image_raw",))
+    found = messages(tmp_path / "one/drive", ["/front/image_raw"])
+    assert found == messages(drive, ["/front/image_raw"])
+
+
+def test_a_folder_of_images_becomes_a_bag_from_time_zero_on(tmp_path):
+    tokenize(tmp_path / "out", [write_images(tmp_path / "shots", 3)], output="mcap")
+    assert [message.time_ns for message in messages(tmp_path / "out/shots")] == [0, 10**9, 2 * 10**9]
+
+
+def test_it_goes_on_and_ends_with_the_same_bytes(tmp_path, drive, monkeypatch):
+    from vla_perception.offline import bag_output
+
+    tokenize(tmp_path / "whole", [drive], output="mcap", copied=None)
+    real, left = bag_output._token_messages, [2]
+
+    def interrupted(file, store):
+        for message in real(file, store):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            yield message
+
+    monkeypatch.setattr(bag_output, "_token_messages", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(tmp_path / "parts", [drive], output="mcap", copied=None)
+    monkeypatch.undo()
+    tokenizer = PixelTokenizer()
+    tokenize(tmp_path / "parts", [drive], tokenizer, output="mcap", copied=None)
+    assert not tokenizer.batches, "the tokens were there already"
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    np.testing.assert_equal(len(contents(tmp_path / "parts")), 4)  # index, bag, its metadata, its entry

@@ -1,0 +1,98 @@
+"""A token file → a bag of token messages, as if the node had been recorded: MCAP with metadata.yaml."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from vla_perception.offline import run_index
+from vla_perception.offline.bag_recordings import typestore
+from vla_perception.offline.token_file import TokenFile
+from vla_perception.sources.bags import Bag
+from vla_perception.tokens.codec import FORMAT
+
+TOPIC = "/tokens"
+_TYPE = "sensor_msgs/msg/CompressedImage"
+
+
+def convert(path: Path, source: Path | None, copied: Collection[str] | None) -> None:
+    """Puts a bag into a folder of the token file's name, and takes the token file away.
+
+    Every message has the time at which the frame set was recorded, and the stamps of its images.
+
+    Args:
+        source: the bag that the tokens are of; None: they are of something else.
+        copied: topics of it to copy; None: all but those of its cameras. Empty: none.
+    """
+    folder = path.with_suffix("")
+    working = path.with_name(f"{path.stem}.bag.part")
+    shutil.rmtree(working, ignore_errors=True)
+    working.mkdir()
+    with TokenFile(path) as file:
+        name = str(file.metadata["recording"]["name"])
+        _write(file, working / folder.name, source, copied)
+        entry = run_index.entry_of(name, file) | {"file": name, "format": "mcap"}
+    written = working / folder.name
+    (written / run_index.BAG_ENTRY).write_text(json.dumps(entry, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    for each in written.iterdir():
+        with each.open("rb") as opened:
+            os.fsync(opened.fileno())
+    written.replace(folder)
+    working.rmdir()
+    path.unlink()
+
+
+def _write(file: TokenFile, folder: Path, source: Path | None, copied: Collection[str] | None) -> None:
+    from rosbags.rosbag2 import StoragePlugin, Writer
+
+    store = typestore()
+    with Writer(folder, version=9, storage_plugin=StoragePlugin.MCAP) as bag:
+        tokens = bag.add_connection(TOPIC, _TYPE, typestore=store)
+        connections = {TOPIC: tokens}
+        messages: Iterator[tuple[int, str, bytes]] = _token_messages(file, store)
+        if source is not None and (copied is None or copied):
+            with Bag(source) as recorded:
+                topics = _copied(recorded, file, copied)
+                for topic in topics:
+                    kind = recorded.topics[topic].type
+                    known = {"typestore": store} if kind in store.types else {"msgdef": "", "rihs01": _NO_HASH}
+                    connections[topic] = bag.add_connection(topic, kind, **known)
+                others = ((message.time_ns, message.topic, message.cdr) for message in recorded.messages(topics))
+                # In the order of their times; tokens behind the image message that completed their frame set.
+                for time_ns, topic, cdr in heapq.merge(others, messages, key=lambda entry: entry[0]):
+                    bag.write(connections[topic], time_ns, cdr)
+            return
+        for time_ns, topic, cdr in messages:
+            bag.write(connections[topic], time_ns, cdr)
+
+
+#: A type's hash that is not known, as its definition is not: players take the type by its name.
+_NO_HASH = f"RIHS01_{'0' * 64}"
+
+
+def _copied(recorded: Bag, file: TokenFile, copied: Collection[str] | None) -> list[str]:
+    if copied is not None:
+        topics = [f"/{topic.lstrip('/')}" for topic in copied]
+        recorded.messages(topics)  # BagError names what is absent
+    else:
+        cameras = set(file.metadata["recording"].get("topics", {}).values())
+        topics = [topic for topic in recorded.topics if topic not in cameras]
+    return [topic for topic in topics if topic != TOPIC]
+
+
+def _token_messages(file: TokenFile, store) -> Iterator[tuple[int, str, bytes]]:
+    new = store.types
+    for index in range(len(file)):
+        tokens = file.frame(index)
+        header = new["std_msgs/msg/Header"](
+            stamp=new["builtin_interfaces/msg/Time"](*divmod(tokens.stamp_ns, 10**9)), frame_id=tokens.views[0].frame_id
+        )
+        data = np.frombuffer(tokens.to_bytes(), np.uint8)
+        message = new[_TYPE](header=header, format=FORMAT, data=data)
+        yield int(file.times_ns[index]), TOPIC, store.serialize_cdr(message, _TYPE)
