@@ -7,13 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import xml.etree.ElementTree as ElementTree
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from blocked_imports import run_without
 from packaging.requirements import Requirement
 from ros_harness import free_domain, in_domain, ros_environment, wait_until
 
@@ -150,24 +150,6 @@ def test_imports_point_one_way(part, forbidden):
             assert not [name for name in names if ROS_MODULES.fullmatch(name.split(".")[0])], path
         wrong = sorted(name for name in names if re.match(rf"(?:{forbidden})(?:\.|$)", name))
         assert not wrong, f"{path} imports {wrong}"
-
-
-def run_without(blocked: str, code: str) -> None:
-    """Runs code in a Python where the modules that `blocked` (a regular expression) matches cannot be imported."""
-    blocker = f"""
-        import re, sys
-
-        class Blocker:
-            def find_spec(self, name, path=None, target=None):
-                if re.fullmatch({blocked!r}, name.split(".")[0]):
-                    raise ModuleNotFoundError(f"No module named {{name!r}} (hidden by this test)", name=name)
-
-        sys.meta_path.insert(0, Blocker())
-    """
-    program = textwrap.dedent(blocker) + textwrap.dedent(code)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
 
 
 #: What a policy's environment need not have.

@@ -5,9 +5,9 @@ import pytest
 
 for package in ("torch", "rosbags", "mcap"):
     pytest.importorskip(package)
+from offline_runs import MS, contents, tokenize, write_drive  # noqa: E402
 from pixel_tokenizer import PixelTokenizer  # noqa: E402
-from recorded import picture, write_bag, write_images  # noqa: E402
-from test_run import MS, contents, tokenize  # noqa: E402
+from recorded import write_images  # noqa: E402
 
 from vla_perception.offline.bag_recordings import typestore  # noqa: E402
 from vla_perception.offline.token_file import TokenFile  # noqa: E402
@@ -17,12 +17,7 @@ from vla_perception.tokens.visual_tokens import VisualTokens  # noqa: E402
 
 @pytest.fixture
 def drive(tmp_path):
-    frames = []
-    for index in range(4):
-        frames.append(("/front/image_raw", 10**9 + index * 100 * MS, picture(index)))
-        frames.append(("/wrist/image_raw", 10**9 + (index * 100 + 10) * MS, picture(50 + index)))
-    values = [("/command", 10**9 + index * 50 * MS, [index]) for index in range(8)]
-    return write_bag(tmp_path / "drive", frames, values=values)
+    return write_drive(tmp_path / "drive")
 
 
 def messages(folder, topics=None):

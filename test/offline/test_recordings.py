@@ -1,7 +1,6 @@
 """What sources become: recordings, their cameras, and every frame set in its order."""
 
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import pytest
 for package in ("av", "pyarrow", "rosbags", "mcap"):
     pytest.importorskip(package)
 import av  # noqa: E402
+from offline_runs import DATASET, MS, ROOT  # noqa: E402
 from recorded import picture, png, write_bag, write_images, write_video  # noqa: E402
 
 from vla_perception.offline.recordings import (  # noqa: E402
@@ -20,10 +20,6 @@ from vla_perception.offline.recordings import (  # noqa: E402
     parse_episodes,
     selected,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
-DATASET = ROOT / "test/data/lerobot/moving_crops"
-MS = 1_000_000
 
 
 def select(**changes):

@@ -5,22 +5,19 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 for package in ("torch", "av", "pyarrow", "rosbags", "mcap"):
     pytest.importorskip(package)
+from offline_runs import MS, ROOT, bfloat16, contents, tokenize  # noqa: E402
 from pixel_tokenizer import PixelTokenizer, cells  # noqa: E402
 from recorded import picture, write_bag, write_images, write_video  # noqa: E402
 
-from vla_perception.offline import run, run_index, token_file_writer  # noqa: E402
-from vla_perception.offline.recordings import Selection, SourceError, open_recordings  # noqa: E402
+from vla_perception.offline import run_index, token_file_writer  # noqa: E402
+from vla_perception.offline.recordings import Selection, SourceError  # noqa: E402
 from vla_perception.offline.token_file import TokenFile  # noqa: E402
-
-ROOT = Path(__file__).resolve().parents[2]
-MS = 1_000_000
 
 
 @pytest.fixture
@@ -35,25 +32,6 @@ def sources(tmp_path):
     (write_images(tmp_path / "shots", 7) / "image_2.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
     write_video(tmp_path / "clip.mp4", 5)
     return [tmp_path / "drive", tmp_path / "shots", tmp_path / "clip.mp4"]
-
-
-def tokenize(out, sources, tokenizer=None, *, selection=None, report=lambda _: None, **changes):
-    tokenizer = tokenizer or PixelTokenizer()
-    settings = run.RunSettings(out, selection or Selection(), **changes)
-    recordings = open_recordings(sources, settings.selection)
-    index = run.begin(settings, tokenizer, recordings)
-    failed, statistics = run.encode_recordings(recordings, tokenizer, settings, report=report)
-    return run.end(settings, index, recordings, failed), statistics
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def bfloat16(values):
-    """The upper half of float32, rounded to nearest, ties to even: as words."""
-    bits = np.asarray(values, np.float32).view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def test_every_frame_set_becomes_its_tokens(tmp_path, sources):
@@ -122,11 +100,10 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, sources, batch):
 
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path, sources):
     """kill -9, at random points, until the rest fits between two of them."""
-    sys.path.insert(0, str(Path(__file__).parent))
     from kill_run import whole_run
 
     whole_run(tmp_path / "whole", sources)
-    command = [sys.executable, str(Path(__file__).with_name("kill_run.py")), str(tmp_path / "parts"), "3", *sources]
+    command = [sys.executable, str(ROOT / "test/support/kill_run.py"), str(tmp_path / "parts"), "3", *sources]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     killed, code = map(int, done.stdout.split())

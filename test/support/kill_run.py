@@ -1,6 +1,6 @@
 """Runs one run in child processes that are killed at random points, each going on where the last one was killed.
 
-python test/offline/kill_run.py OUT SEED SOURCE…      prints how many were killed
+python test/support/kill_run.py OUT SEED SOURCE…      prints how many were killed
 """
 
 import os
