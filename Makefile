@@ -25,13 +25,14 @@ export UV_HTTP_TIMEOUT ?= 600
 
 help:
 	@echo "make demo    replay the sample bag through the node, print a table, write out/demo/"
+	@echo "make demo VIEW=1   the same in a loop, seen in a browser, until Ctrl-C"
 	@echo "make check   formatters, linter, types, spelling; seconds"
 	@echo "make format  what of these can be mended by itself"
 	@echo "make test    run the tests, and those that touch ROS again under Jazzy's rclpy"
 	@echo "make clean   remove environments, build outputs and out/"
 
 demo: $(KILTED)
-	.venv/bin/python -m demo
+	.venv/bin/python -m demo $(if $(VIEW),--view)
 
 # Every run happens, also after one has failed. Tests that touch ROS wait more than they compute, so the two
 # distributions' run side by side (what Jazzy's print comes in one piece, behind the others); then the rest, a process per

@@ -1,6 +1,7 @@
 """`make demo`: a bag's cameras become visual tokens at a policy, every piece in a process of its own.
 
     python -m demo [--model tiny-random] [--bag examples/sample_bag] [--out out/demo]
+    python -m demo --view       the bag in a loop, seen in a browser, until Ctrl-C
 
 Run from the checkout; the package that is installed has no part of it.
 

@@ -1,4 +1,4 @@
-"""The command `python -m demo`.
+"""The command `python -m demo`; with --view, see `view`.
 
 Starts the tokenizer (lifecycle node), a policy that subscribes to its tokens, and the bag player, on a ROS domain that
 nothing else on this machine uses; follows them, and when everything is through accounts for every frame, prints a
@@ -9,7 +9,9 @@ failed, 130 after Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import queue
 import signal
 import sys
 import tempfile
@@ -79,16 +81,34 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def start_tokenizer_and_policy(
-    processes: Processes, recording: Recording, arguments: argparse.Namespace, record: Path
-) -> tuple[Child, Events]:
-    """The tokenizer's process, active, and what the policy's process reports, which has subscribed to its tokens."""
-    # However busy the machine is, no frame may be lost on its way to the node: every one is to be accounted for.
-    depths = {
-        f"qos_overrides.{topic}.subscription.depth": len(recording.images[name])
-        for name, topic in recording.topics.items()
-    }
-    node = processes.start(
+def view(arguments: argparse.Namespace) -> int:
+    """The bag in a loop, and the page that shows it, until Ctrl-C."""
+    with Bag(arguments.bag) as bag, tempfile.TemporaryDirectory(prefix="vla_perception_demo_") as folder:
+        recording = Recording.read(bag)
+        with Processes(Path(folder)) as processes:
+            command = [sys.executable, "-m", "vla_perception.cli", "view", *["--no-browser"] * arguments.no_browser]
+            page = processes.run("page", command, "view")
+            watched = [
+                page,
+                start_tokenizer(processes, recording, arguments),
+                start_player(processes, recording, arguments.rate, loop=True),
+            ]
+            try:
+                while True:
+                    with contextlib.suppress(queue.Empty):
+                        if line := page.lines.get(timeout=0.5):
+                            print(line, end="", flush=True)
+                    for child in watched:
+                        child.check_alive()
+            except KeyboardInterrupt:
+                return 0
+
+
+def start_tokenizer(
+    processes: Processes, recording: Recording, arguments: argparse.Namespace, **parameters: object
+) -> Child:
+    """The tokenizer's process, which is loading its model."""
+    return processes.start(
         "tokenizer",
         "vla_perception.nodes.visual_tokenizer",
         {
@@ -100,10 +120,22 @@ def start_tokenizer_and_policy(
             "sync_policy": "approximate",
             "publish_features": True,
             "autostart": True,
-            **depths,
+            **parameters,
         },
         {f"{name}/image_raw": base for name, base in recording.bases.items()},
     )
+
+
+def start_tokenizer_and_policy(
+    processes: Processes, recording: Recording, arguments: argparse.Namespace, record: Path
+) -> tuple[Child, Events]:
+    """The tokenizer's process, active, and what the policy's process reports, which has subscribed to its tokens."""
+    # However busy the machine is, no frame may be lost on its way to the node: every one is to be accounted for.
+    depths = {
+        f"qos_overrides.{topic}.subscription.depth": len(recording.images[name])
+        for name, topic in recording.topics.items()
+    }
+    node = start_tokenizer(processes, recording, arguments, **depths)
     spacing = recording.seconds / arguments.rate / MOMENTS
     policy = processes.start("policy", "demo.policy", {"record": str(record), "keep_spacing_sec": spacing})
     events, progress = Events(policy), Progress()
@@ -119,11 +151,8 @@ def start_tokenizer_and_policy(
     return node, events
 
 
-def play(
-    processes: Processes, recording: Recording, rate: float, node: Child, events: Events, stamps: Path
-) -> dict[str, dict[int, int]]:
-    """Plays the bag, and waits until every frame is accounted for. Returns what `read_stamp_log` gives."""
-    player = processes.start(
+def start_player(processes: Processes, recording: Recording, rate: float, **parameters: object) -> Child:
+    return processes.start(
         "bag player",
         "vla_perception.nodes.bag_player",
         {
@@ -131,8 +160,7 @@ def play(
             "topics": list(recording.recorded.values()),
             "rate": rate,
             "restamp": True,
-            "stamp_log": str(stamps),
-            "wait_for_subscribers": 1,
+            **parameters,
         },
         {
             topic: recording.topics[name]
@@ -140,6 +168,13 @@ def play(
             if topic != recording.topics[name]
         },
     )
+
+
+def play(
+    processes: Processes, recording: Recording, rate: float, node: Child, events: Events, stamps: Path
+) -> dict[str, dict[int, int]]:
+    """Plays the bag, and waits until every frame is accounted for. Returns what `read_stamp_log` gives."""
+    player = start_player(processes, recording, rate, stamp_log=str(stamps), wait_for_subscribers=1)
     length, progress = recording.seconds / rate, Progress()
     follow(
         events,
@@ -197,13 +232,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bag", default=str(ROOT / "examples" / "sample_bag"), help="folder, .mcap or .db3")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for report.json and tokens.png")
     parser.add_argument("--rate", type=float, default=1.0, help="speed of the replay")
+    parser.add_argument("--view", action="store_true", help="play the bag in a loop and show it in a browser")
+    parser.add_argument("--no-browser", action="store_true", help="with --view: only print the page's address")
     add_placement(parser)
     parsed = parser.parse_args(arguments)
     if parsed.rate <= 0:
         parser.error("--rate must be above 0")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        return run(parsed)
+        return view(parsed) if parsed.view else run(parsed)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130

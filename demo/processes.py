@@ -102,6 +102,9 @@ class Processes:
             command += ["-p", f"{name}:={json.dumps(value)}"]
         for name, to in (remappings or {}).items():
             command += ["-r", f"{name}:={to}"]
-        log = self._folder / f"{module.rpartition('.')[2]}.log"
-        self._children.append(Child(title, command, self._environment, log))
+        return self.run(title, command, module.rpartition(".")[2])
+
+    def run(self, title: str, command: list[str], log: str) -> Child:
+        """Starts any program; `log` names the file of its stderr."""
+        self._children.append(Child(title, command, self._environment, self._folder / f"{log}.log"))
         return self._children[-1]

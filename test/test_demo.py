@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -174,6 +175,39 @@ def test_the_image(whole):
         assert len(colors) > 100
 
 
+def assert_nobody_is_left(group: int) -> None:
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    raise AssertionError("a process of the demo is still running")
+
+
+def test_view_shows_frames_until_ctrl_c():
+    client = pytest.importorskip("websockets.sync.client")
+    process = start_demo("--view", "--no-browser")
+    try:
+        address = re.search(r"http://(\S+)/", process.stdout.readline())[1]
+        frames = 0
+        with client.connect(f"ws://{address}/socket", origin=f"http://{address}", max_size=None) as page:
+            while frames < 3:  # binary messages
+                message = page.recv(60)
+                frames += isinstance(message, bytes)
+                page.send('{"type": "painted"}')
+        os.killpg(process.pid, signal.SIGINT)
+        _, complaints = process.communicate(timeout=40)
+        assert process.returncode == 0 and not complaints
+        assert_nobody_is_left(process.pid)
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
 def test_ctrl_c_leaves_nobody_behind(tmp_path):
     process = start_demo("--out", str(tmp_path), "--rate", "0.2")
     try:
@@ -183,14 +217,7 @@ def test_ctrl_c_leaves_nobody_behind(tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         _, complaints = process.communicate(timeout=40)
         assert process.returncode == 130 and "Interrupted" in complaints and "Traceback" not in complaints
-        deadline = time.monotonic() + 5
-        while time.monotonic() < deadline:
-            try:
-                os.killpg(process.pid, 0)
-            except ProcessLookupError:
-                return
-            time.sleep(0.05)
-        raise AssertionError("a process of the demo is still running")
+        assert_nobody_is_left(process.pid)
     finally:
         try:
             os.killpg(process.pid, signal.SIGKILL)
