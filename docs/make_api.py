@@ -16,36 +16,16 @@ import mdformat
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "api.md"
-#: What is public: heading → module → names. All else may change without notice.
-PUBLIC = {
-    "Tokens in a policy": {
-        "vla_perception.tokens": (
-            "TokenSubscriber",
-            "LocalTokenizer",
-            "TokenBuffer",
-            "VisualTokens",
-            "View",
-            "tokenize",
-            "from_message",
-            "to_message",
-            "is_token_message",
-            "FingerprintMismatchError",
-            "TokenFormatError",
-        ),
-    },
+#: What is public: heading → module → names; None: its `__all__`. All else may change without notice.
+PUBLIC: dict[str, dict[str, tuple[str, ...] | None]] = {
+    "Tokens in a policy": {"vla_perception.tokens": None},
     "Images to tokens": {
-        "vla_perception.tokenizer": (
-            "VisualTokenizer",
-            "TokenizerOutput",
-            "TokenizerConfig",
-            "EncoderConfig",
-            "CheckpointError",
-        ),
+        "vla_perception.tokenizer": None,
         "vla_perception.synchronizer": ("SetSynchronizer", "Frame", "Counts"),
     },
     "Images and recordings": {
-        "vla_perception.images.decode": ("image_to_rgb", "compressed_to_rgb"),
-        "vla_perception.sources.bags": ("Bag", "BagTopic", "BagMessage", "BagError", "header_stamp_ns"),
+        "vla_perception.images.decode": ("decode_image",),
+        "vla_perception.sources.bags": None,
     },
 }
 INTRODUCTION = """# Python API
@@ -64,6 +44,14 @@ def tree(path: Path) -> ast.Module:
 def file_of(module: str) -> Path:
     path = ROOT.joinpath(*module.split("."))
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def declared(module: str) -> list[str]:
+    """A module's `__all__`."""
+    for node in tree(file_of(module)).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return ast.literal_eval(node.value)
+    raise SystemExit(f"{module} has no __all__")
 
 
 def find(name: str, path: Path) -> tuple[Definition, Path] | None:
@@ -178,7 +166,12 @@ def page() -> str:
         parts.append(f"## {heading}\n")
         for module, names in modules.items():
             parts.append(f"From `{module}`:\n")
+            names = names or declared(module)
+            if constants := [f"`{name}`" for name in names if name.isupper()]:
+                parts.append(f"Constants: {', '.join(constants)}.\n")
             for name in names:
+                if name.isupper():
+                    continue
                 found = find(name, file_of(module))
                 if found is None:
                     raise SystemExit(f"{module} has no {name}: change PUBLIC in {__file__}")
