@@ -39,6 +39,13 @@ def add_view(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--allow-control", action="store_true", help="let pages activate, deactivate and ask for encodings"
     )
+    parser.add_argument(
+        "--rerun",
+        nargs="?",
+        const="",
+        metavar="FILE.rrd",
+        help="send it to a Rerun viewer, or into its file, in the place of a page (pip install rerun-sdk)",
+    )
     parser.add_argument("--no-browser", action="store_true", help="only print the address")
     _add_domain(parser)
     parser.set_defaults(run=_view)
@@ -72,6 +79,8 @@ def _hz(text: str) -> float:
 
 
 def _view(options: argparse.Namespace) -> int:
+    if options.rerun is not None:
+        return _rerun(options)
     try:
         from vla_perception.view.server import PageServer
     except ModuleNotFoundError as error:
@@ -87,6 +96,19 @@ def _view(options: argparse.Namespace) -> int:
 
             threading.Thread(target=webbrowser.open, args=(server.address,), daemon=True).start()
         server.run()
+    return 0
+
+
+def _rerun(options: argparse.Namespace) -> int:
+    from vla_perception.view.rerun_sink import RerunSink
+
+    sink = RerunSink(Path(options.rerun) if options.rerun else None)
+    with _feed(options) as feed:
+        print(f"{feed.title}: sent to Rerun  (Ctrl-C ends it)", flush=True)
+        # A recording is sent once; what runs, until somebody ends it.
+        longest = max((len(feed.times(str(one["topic"]))) for one in feed.tokenizers()), default=0)
+        with contextlib.suppress(KeyboardInterrupt):
+            sink.run(feed, options.hz, rounds=range(longest) if feed.is_recording else None)
     return 0
 
 

@@ -239,11 +239,11 @@ class Tile {
     if (frame === null || shown === null || this.view === undefined) return;
     const width = Math.round(this.canvas.clientWidth * devicePixelRatio);
     const scale = width / this.view.width;
-    const height = Math.round(this.view.height * scale);
-    if (width === 0) return;
+    const height = Math.min(Math.round(this.view.height * scale), 4 * width);
+    if (!(width > 0 && height > 0 && scale < Infinity)) return;
     if (this.canvas.width !== width || this.canvas.height !== height) {
       [this.canvas.width, this.canvas.height] = [width, height];
-      this.canvas.style.aspectRatio = `${this.view.width} / ${this.view.height}`;
+      this.canvas.style.aspectRatio = `${width} / ${height}`;
     }
     const context = this.canvas.getContext("2d");
     context.setTransform(1, 0, 0, 1, 0, 0);
