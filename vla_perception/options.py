@@ -23,11 +23,13 @@ RUNTIMES = ("auto", "eager", "onednn", "graph", "compile")
 #: ``patch``: a token per patch; ``cls``: the cls token alone; ``cls+patch``: the cls token, then the patches' tokens.
 TOKEN_STRATEGIES = ("patch", "cls", "cls+patch")
 #: From the encoders' width to the language model's; ``none`` gives features.
-PROJECTORS = ("linear", "gelu-mlp", "fused-gelu-mlp", "none")
+PROJECTORS = ("linear", "gelu-mlp", "fused-gelu-mlp", "pixel-shuffle-linear", "none")
+#: Resizes without distortion, the rest black (tokenizer/resize_with_pad.py).
+RESIZE_WITH_PAD = ("resize_with_pad_pil", "resize_with_pad_torch", "resize_with_pad_jax", "resize_with_pad_top_left")
 #: How an image becomes an encoder's square (tokenizer/preprocess.py).
-RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
-#: What is done to images before they are resized (tokenizer/image_transforms.py).
-IMAGE_TRANSFORMS = ("rotate180", "crop", "jpeg", "lanczos3", "center_crop_tf", "center_crop_pil")
+RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox", *RESIZE_WITH_PAD)
+#: What is done to images before they are resized (tokenizer/image_transforms.py), and last how they are.
+IMAGE_TRANSFORMS = ("rotate180", "crop", "jpeg", "lanczos3", "center_crop_tf", "center_crop_pil", *RESIZE_WITH_PAD)
 #: What `vla-perception tokenize` writes.
 OUTPUTS = ("tokens", "features")
 

@@ -1,9 +1,5 @@
 """The full-size openvla-7b layout, loaded and run, against results of OpenVLA's own code (test/data/README.md)."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,37 +8,22 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 import skimage.data  # noqa: E402
+from parity import DATA, formula_checkpoint, loading, relative_error  # noqa: E402
 
 from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
 
-DATA = Path(__file__).parents[1] / "data"
 VISION_PARAMETERS = 759_000_000
 
 
 @pytest.fixture(scope="session")
 def checkpoint() -> Path:
-    """The reference checkpoint (1.6 GB), written once into a cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "vla_perception-test" / "openvla-7b-formula"
-    if not (folder / "preprocessor_config.json").is_file():
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-        subprocess.run([sys.executable, DATA / "make_checkpoint.py", partial], check=True)
-        try:
-            partial.rename(folder)
-        except OSError:  # another run was quicker
-            for file in partial.iterdir():
-                file.unlink()
-            partial.rmdir()
-    return folder
+    """The reference checkpoint (1.6 GB)."""
+    return formula_checkpoint("openvla-7b", "make_checkpoint.py")
 
 
 @pytest.fixture(scope="session")
 def reference():
     return np.load(DATA / "openvla-7b.npz")
-
-
-def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
 @pytest.fixture(scope="session")
@@ -80,40 +61,11 @@ def test_shape_and_metadata(outputs):
     assert tokenizer.weights == "checkpoint"
 
 
-# The child sets its own cache folder, so the digest is computed in one run and found in the other.
-_LOADER = """
-import json, sys, time, threading
-import torch
-from vla_perception.tokenizer import VisualTokenizer
-
-def anonymous():
-    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("RssAnon"))
-
-before, peak, done = anonymous(), 0, threading.Event()
-def watch():
-    global peak
-    while not done.is_set():
-        peak = max(peak, anonymous())
-        done.wait(0.005)
-thread = threading.Thread(target=watch); thread.start()
-tokenizer = VisualTokenizer.from_checkpoint(sys.argv[1], compute_dtype=sys.argv[2])
-done.set(); thread.join()
-print(json.dumps({"growth": max(peak, anonymous()) - before, "fingerprint": tokenizer.fingerprint}))
-"""
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to measure memory")
 def test_memory_while_loading_and_fingerprint_of_every_dtype(checkpoint, outputs, tmp_path):
     fingerprints = {outputs[0].fingerprint}
     for dtype, size in (("bfloat16", 2), ("float32", 4)):
-        result = subprocess.run(
-            [sys.executable, "-c", _LOADER, checkpoint, dtype],
-            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        facts = json.loads(result.stdout)
+        facts = loading(checkpoint, dtype, tmp_path)
         fingerprints.add(facts["fingerprint"])
         assert facts["growth"] < VISION_PARAMETERS * size + 0.5e9
     assert len(fingerprints) == 1

@@ -12,6 +12,7 @@ from kernel_images import VIEWS, encoder, noise, preprocessor  # noqa: E402
 from preprocessing import STATISTICS, reference  # noqa: E402
 
 from vla_perception.tokenizer import preprocess_kernels  # noqa: E402
+from vla_perception.tokenizer.config import FLOAT_RESIZES  # noqa: E402
 from vla_perception.tokenizer.image_layout import memory_of  # noqa: E402
 from vla_perception.tokenizer.preprocess import Preprocessor  # noqa: E402
 from vla_perception.tokenizer.preprocess_gpu import FILTERS, DevicePreprocessor  # noqa: E402
@@ -35,6 +36,17 @@ def test_every_filter_equals_pils(device, interpolation, size, side):
     encoders = [encoder(side, strategy, interpolation=interpolation) for strategy in ("resize-naive", "letterbox")]
     for got, expected in zip(preprocessor(encoders, device)([image]), Preprocessor(encoders)([image])):
         assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.parametrize("size", [(48, 64), (61, 37), (5, 3), (28, 20), (28, 28)])
+def test_what_is_padded_after_the_resize(device, size):
+    """Beside encoders that are fed in other ways; those in float32 take no kernel of ours."""
+    ways = ("resize_with_pad_pil", "letterbox", "resize_with_pad_torch", "resize_with_pad_top_left", "resize-naive")
+    encoders = [encoder(28, way, name=way, interpolation=2) for way in ways]
+    images = [noise((*size, 3), 1)[:, ::-1], noise((30, 31, 3), 2), noise((*size, 3), 3)]
+    for way, got, expected in zip(ways, preprocessor(encoders, device)(images), Preprocessor(encoders)(images)):
+        tolerance = 2.0**-22 if way in FLOAT_RESIZES and device.type == "cuda" else 0
+        assert (got.cpu() - expected).abs().max() <= tolerance, way
 
 
 @pytest.mark.parametrize("name", VIEWS)

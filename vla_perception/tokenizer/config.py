@@ -15,11 +15,12 @@ from typing import TypedDict
 from vla_perception.options import (
     PROJECTORS,
     RESIZE_STRATEGIES,
+    RESIZE_WITH_PAD,
     SPELLED_IN_FINGERPRINTS,
     TOKEN_STRATEGIES,
     spelled_in_fingerprint,
 )
-from vla_perception.tokenizer.image_transforms import parse_chains
+from vla_perception.tokenizer.image_transforms import parse_chains, split_resize
 
 Triple = tuple[float, float, float]
 
@@ -32,6 +33,9 @@ HALF: Triple = (0.5, 0.5, 0.5)
 
 #: Interpolations by PIL's names → PIL's numbers.
 INTERPOLATIONS = MappingProxyType({"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5})
+
+#: Strategies whose result is float32 from -1 to 1 and was never rounded to 8 bits (tokenizer/resize_with_pad.py).
+FLOAT_RESIZES = RESIZE_WITH_PAD[1:]
 
 #: Side of an image in pixels that no vision transformer of today comes near.
 MAX_IMAGE_SIZE = 4096
@@ -54,6 +58,8 @@ class EncoderConfig:
         letterbox_fill: RGB fill (0–255) for ``letterbox``; ``int(mean * 255)`` where not given.
         interpolation: PIL's resampling number; 3 is bicubic, which every released model uses.
         overrides: keyword arguments for ``timm.create_model`` (``depth``, ``act_layer``, …).
+        layer: block whose output is taken, counted from the end: -2 in Prismatic's models, -1 where all blocks run.
+        final_norm: whether the tower's final norm follows that block.
     """
 
     name: str
@@ -65,8 +71,12 @@ class EncoderConfig:
     letterbox_fill: tuple[int, int, int] | None = None
     interpolation: int = 3
     overrides: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    layer: int = -2
+    final_norm: bool = False
 
     def __post_init__(self) -> None:
+        if self.layer not in (-2, -1):
+            raise ValueError(f"encoder {self.name!r}: layer {self.layer!r} is neither -2 nor -1")
         if self.resize_strategy not in RESIZE_STRATEGIES:
             raise ValueError(
                 f"encoder {self.name!r}: unknown resize strategy {self.resize_strategy!r}; "
@@ -79,6 +89,11 @@ class EncoderConfig:
             raise ValueError(
                 f"encoder {self.name!r}: mean and std must be three finite numbers each, std above 0, got "
                 f"{self.mean!r:.200} and {self.std!r:.200}"
+            )
+        if self.resize_strategy in FLOAT_RESIZES and (self.mean, self.std) != (HALF, HALF):
+            raise ValueError(
+                f"encoder {self.name!r}: {self.resize_strategy} gives pixels from -1 to 1, and this encoder was trained on "
+                f"others (mean {self.mean}, std {self.std}); take resize_with_pad_pil"
             )
         if self.interpolation not in range(6):
             raise ValueError(f"encoder {self.name!r}: interpolation {self.interpolation!r} is not one of PIL's 0 to 5")
@@ -101,7 +116,9 @@ class EncoderConfig:
 
     def preprocessing(self) -> dict:
         """What changes pixel values, and what is made of them beside the weights, for the fingerprint."""
-        return {
+        # Only where it is not Prismatic's: the fingerprints of those models were taken before there was a choice.
+        end = {} if (self.layer, self.final_norm) == (-2, False) else {"layer": [self.layer, self.final_norm]}
+        return end | {
             "architecture": [self.timm_id.split(".")[0], dict(self.overrides)],
             "encoder": self.name,
             "image_size": self.image_size,
@@ -157,6 +174,7 @@ class TokenizerConfig:
         pool: k: k × k neighbouring patch tokens are averaged into one, after the projector.
         image_transforms: what is done to images before they are resized, camera → steps; ``""`` is for cameras that are
             not named.
+        pixel_shuffle: k: before the projector ``pixel-shuffle-linear``, k × k neighbouring patches become one vector.
     """
 
     name: str
@@ -166,6 +184,7 @@ class TokenizerConfig:
     token_strategy: str = "patch"
     pool: int = 1
     image_transforms: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    pixel_shuffle: int = 1
 
     def __post_init__(self) -> None:
         if not self.encoders:
@@ -186,20 +205,35 @@ class TokenizerConfig:
             raise ValueError(
                 f"pool {self.pool} averages neighbouring patches, and token_strategy cls has none; leave pool at 1"
             )
+        if type(self.pixel_shuffle) is not int or self.pixel_shuffle < 1:
+            raise ValueError(f"pixel_shuffle must be a whole number from 1 on, got {self.pixel_shuffle!r}")
+        if self.projector == "pixel-shuffle-linear" and self.pixel_shuffle == 1:
+            raise ValueError(f"model {self.name!r} shuffles no pixels; take projector linear")
+        # timm's way to say that there is no pooling head, as in PaliGemma and SmolVLM.
+        if self.cls_token and any(encoder.overrides.get("global_pool") == "" for encoder in self.encoders):
+            raise ValueError(
+                f"model {self.name!r} has no cls token, because its encoder comes without a pooling head; take token_strategy "
+                "patch"
+            )
 
     @property
     def cls_token(self) -> bool:
         """Whether the encoders' cls tokens are wanted."""
         return self.token_strategy != "patch"
 
+    @property
+    def patches_per_side(self) -> int:
+        """k: a token stands for k × k patches, by pixel shuffle and pooling."""
+        return self.pool * (self.pixel_shuffle if self.projector == "pixel-shuffle-linear" else 1)
+
     def joint_grid(self, grids: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
-        """(rows, columns) that all encoders share, before pooling.
+        """(rows, columns) of patches that all encoders share.
 
         Args:
             grids: encoder's name → its (rows, columns).
 
         Raises:
-            ValueError: they differ, or `pool` does not divide them.
+            ValueError: they differ, or `pool` or `pixel_shuffle` does not divide them.
         """
         if len(set(grids.values())) != 1:
             listed = ", ".join(f"{name} {rows} × {columns}" for name, (rows, columns) in grids.items())
@@ -207,21 +241,29 @@ class TokenizerConfig:
                 f"model {self.name!r}: the encoders' grids differ ({listed}); features are joined position by "
                 "position, so choose image sizes that give the same number of patches"
             )
-        rows, columns = next(iter(grids.values()))
+        patches = rows, columns = next(iter(grids.values()))
+        shuffle = self.patches_per_side // self.pool
+        if rows % shuffle or columns % shuffle:
+            raise ValueError(
+                f"model {self.name!r}: {shuffle} × {shuffle} patches become one token, and its grid is {rows} × {columns}; "
+                "choose an image size that gives a multiple"
+            )
+        rows, columns = rows // shuffle, columns // shuffle
         if rows % self.pool or columns % self.pool:
             fitting = ", ".join(str(k) for k in range(1, min(rows, columns) + 1) if rows % k == columns % k == 0)
             raise ValueError(
                 f"pool {self.pool} does not divide the grid of {rows} × {columns}: patches at its edge would be lost; "
                 f"choose one of {fitting}"
             )
-        return rows, columns
+        return patches
 
     def settings(self) -> dict:
         """What changes tokens beside the weights, for the fingerprint."""
         chains = {
             camera: [spelled_in_fingerprint(step) for step in steps] for camera, steps in self.image_transforms.items()
         }
-        return {
+        shuffle = {"pixel_shuffle": self.pixel_shuffle} if self.projector == "pixel-shuffle-linear" else {}
+        return shuffle | {
             "pool": self.pool,
             "preprocessing": [encoder.preprocessing() for encoder in self.encoders],
             SPELLED_IN_FINGERPRINTS["image_transforms"]: chains.get("", []) if set(chains) <= {""} else chains,
@@ -275,7 +317,9 @@ class TokenizerConfig:
             )
         if chosen != "none" and self.output_channels <= 0:
             raise ValueError(f"{self.name} says nothing of a language model's width; projector must be none")
-        chains = parse_chains(image_transforms, [encoder.image_size for encoder in kept])
+        chains, resize = split_resize(parse_chains(image_transforms, [encoder.image_size for encoder in kept]))
+        if resize:
+            kept = tuple(replace(encoder, resize_strategy=resize, interpolation=2) for encoder in kept)
         return replace(
             self, encoders=kept, projector=chosen, token_strategy=token_strategy, pool=pool, image_transforms=chains
         )
@@ -289,9 +333,10 @@ class TokenizerConfig:
         return tuple(encoder for encoder in self.encoders if not wanted or encoder.name in wanted)
 
 
-def projector_widths(kind: str, in_channels: int, out_channels: int) -> list[int]:
+def projector_widths(kind: str, in_channels: int, out_channels: int, pixel_shuffle: int = 1) -> list[int]:
     """Channels before, between and after the layers of a projector, one of `PROJECTORS`."""
     return {
+        "pixel-shuffle-linear": [pixel_shuffle**2 * in_channels, out_channels],
         "linear": [in_channels, out_channels],
         "gelu-mlp": [in_channels, out_channels, out_channels],
         "fused-gelu-mlp": [in_channels, 4 * in_channels, out_channels, out_channels],

@@ -111,15 +111,18 @@ def describe(
     vits = _vits(config)
     rows, columns = config.joint_grid({encoder.name: vit.grid for encoder, vit in zip(config.encoders, vits)})
     encoders = [_encoder(encoder, vit, config) for encoder, vit in zip(config.encoders, vits)]
+    shuffle = config.patches_per_side // config.pool
+    rows, columns = rows // shuffle, columns // shuffle
     projected = tokens_per_view(config.token_strategy, rows * columns)
     tokens = tokens_per_view(config.token_strategy, rows * columns // config.pool**2)
     channels = sum(encoder["channels"] for encoder in encoders)
-    widths = projector_widths(config.projector, channels, config.output_channels)
+    widths = projector_widths(config.projector, channels, config.output_channels, config.pixel_shuffle)
     layers = list(zip(widths, widths[1:]))
     projector = {
         "kind": config.projector,
+        "pixel_shuffle": shuffle,
         "widths": widths,
-        "parameters": sum(inputs * outputs + outputs for inputs, outputs in layers),
+        "parameters": sum(inputs * outputs + outputs * (shuffle == 1) for inputs, outputs in layers),
         "flops": sum(2 * projected * inputs * outputs for inputs, outputs in layers),
     }
     parameters = sum(encoder["parameters"] for encoder in encoders) + projector["parameters"]
@@ -191,7 +194,8 @@ def _encoder(encoder: EncoderConfig, vit: Vit, config: TokenizerConfig) -> dict:
         "unseen_pixels": encoder.image_size - rows * vit.patch_size,
         "channels": vit.channels,
         "blocks": vit.blocks,
-        "blocks_left_out": 0 if config.cls_token else 1,
+        "blocks_left_out": 0 if config.cls_token else -1 - encoder.layer,
+        "final_norm": config.cls_token or encoder.final_norm,
         "heads": vit.heads,
         "prefix_tokens": vit.prefix_tokens,
         "parameters": vit.parameters,
@@ -238,6 +242,8 @@ def _lines(it: dict) -> Iterator[str]:
         run = f"{encoder['blocks']} blocks of {encoder['heads']} heads"
         if encoder["blocks_left_out"]:
             run += f" (the last of {encoder['blocks'] + 1} is not needed)"
+        if encoder["final_norm"]:
+            run += " and the final norm"
         if encoder["prefix_tokens"]:
             run += f", {encoder['prefix_tokens']} prefix tokens beside the patches"
         yield f"  runs         {run}"
@@ -251,6 +257,9 @@ def _lines(it: dict) -> Iterator[str]:
         yield "projector      none: tokens are the encoders' features"
     else:
         widths = " → ".join(map(str, projector["widths"]))
+        if projector["pixel_shuffle"] > 1:
+            k = projector["pixel_shuffle"]
+            widths = f"{k} × {k} patches become one: {k}² × {it['channels']} = {widths}"
         yield (
             f"projector      {projector['kind']} {widths}: {_si(projector['parameters'])} parameters, "
             f"{_si(projector['flops'])}FLOP per image"

@@ -1,8 +1,8 @@
 """One timm vision transformer → patch features on a grid, and its cls token where that is wanted.
 
-Patch features as prismatic-vlms takes them: the output of the second-to-last block, without the final norm, prefix
-tokens (class token, registers) sliced off. The last block, final norm and pooling head matter for the cls token alone
-and are not built otherwise. The cls token is the one vector that the encoder was trained to give for the image: DINOv2's
+Patch features as the model takes them, prefix tokens (class token, registers) sliced off: in Prismatic's the output of
+the second-to-last block without the final norm, in PaliGemma's and SmolVLM's the last block's, normed. What lies behind,
+a last block, final norm and pooling head, matters for the cls token alone and is not built otherwise. The cls token is the one vector that the encoder was trained to give for the image: DINOv2's
 class token after the last block and norm, or what SigLIP's attention-pooling head makes of all patches there.
 """
 
@@ -46,17 +46,18 @@ class PatchEncoder(nn.Module):
             ) from error
         if not isinstance(vit, VisionTransformer):
             raise ValueError(f"{config.timm_id!r} is a {type(vit).__name__}; only plain vision transformers work here")
-        if len(vit.blocks) < 2:
+        if len(vit.blocks) < -config.layer:
             raise ValueError(f"{config.timm_id!r} has {len(vit.blocks)} blocks; the second-to-last is needed")
         if math.prod(vit.patch_embed.grid_size) > MAX_PATCHES:
             raise ValueError(
                 f"{config.timm_id!r} at {config.image_size} pixels has {math.prod(vit.patch_embed.grid_size)} patches; "
                 f"at most {MAX_PATCHES} are encoded"
             )
-        self.layer = len(vit.blocks) - 2
+        self.layer = len(vit.blocks) + config.layer
         if not cls_token:
-            vit.blocks = vit.blocks[:-1]
-            vit.norm = nn.Identity()
+            vit.blocks = vit.blocks[: self.layer + 1]
+            if not config.final_norm:
+                vit.norm = nn.Identity()
             vit.fc_norm = nn.Identity()
             vit.attn_pool = None
         elif not (vit.global_pool == "map" or (vit.global_pool == "token" and vit.has_class_token)):
@@ -77,7 +78,7 @@ class PatchEncoder(nn.Module):
     def forward_both(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[views, 3, side, side] → patch features, and the cls token [views, 1, channels]."""
         final, (patches,) = self.vit.forward_intermediates(
-            pixel_values, indices=[self.layer], norm=False, output_fmt="NLC"
+            pixel_values, indices=[self.layer], norm=self.config.final_norm, output_fmt="NLC"
         )
         # Without a classifier the head is pooling alone, and fc_norm where the architecture has one.
         return patches, self.vit.forward_head(final).unsqueeze(1)

@@ -8,6 +8,7 @@
 | ``lanczos3``, ``lanczos3:S`` | to S × S as ``tf.image.resize(method="lanczos3", antialias=True)`` does it | OpenVLA's evaluations |
 | ``center_crop_tf``, ``…:S`` | the middle 90 % of the area to S × S by ``tf.image.crop_and_resize`` | OpenVLA, OpenVLA-OFT |
 | ``center_crop_pil`` | the middle 90 % of the area in whole pixels, back to its size by PIL's bilinear | MiniVLA |
+| ``resize_with_pad_…`` | not a step: how the image is resized after all steps, in the place of the model's own way (resize_with_pad.py) | π0, SmolVLA |
 
 S is the encoders' image size where they share one. The two centre crops differ by up to tens of levels. A step that
 is for one camera alone has its name before it: ``wrist=crop:80,0,480,480``.
@@ -27,7 +28,7 @@ from types import MappingProxyType
 import numpy as np
 from PIL import Image
 
-from vla_perception.options import IMAGE_TRANSFORMS
+from vla_perception.options import IMAGE_TRANSFORMS, RESIZE_WITH_PAD
 
 #: Row-major 2 × 3 map of image coordinates, in which pixel i covers [i, i + 1).
 Affine = tuple[float, float, float, float, float, float]
@@ -86,9 +87,30 @@ def parse_chains(
             camera: [step for of, step in pairs if of in ("", camera)] for camera in dict.fromkeys(["", *dict(pairs)])
         }
     written = {
-        camera: tuple(parse_step(step, image_sizes).text for step in steps if step) for camera, steps in chains.items()
+        camera: tuple(step if step in RESIZE_WITH_PAD else parse_step(step, image_sizes).text for step in steps if step)
+        for camera, steps in chains.items()
     }
     return MappingProxyType(written if any(written.values()) else {})
+
+
+def split_resize(chains: Mapping[str, tuple[str, ...]]) -> tuple[Mapping[str, tuple[str, ...]], str]:
+    """The chains without the ``resize_with_pad_…`` that they end with, and its name; empty if there is none.
+
+    Raises:
+        ValueError: something follows it, or it is not the same for all cameras: they are encoded as one batch.
+    """
+    last = {chain[-1] if chain else "" for chain in chains.values()}
+    resize = next(iter(last & set(RESIZE_WITH_PAD)), "")
+    for chain in chains.values():
+        early = next((step for step in chain[:-1] if step in RESIZE_WITH_PAD), None)
+        if early:
+            raise ValueError(f"image transform {early} resizes to what the encoder takes, so it must be the last one")
+    if resize and last != {resize}:
+        raise ValueError(f"image transform {resize} must be the last one of all cameras: they are resized in one way")
+    if not resize:
+        return chains, ""
+    left = {camera: chain[:-1] for camera, chain in chains.items()}
+    return MappingProxyType(left if any(left.values()) else {}), resize
 
 
 def parse_step(text: str, image_sizes: Sequence[int] = ()) -> Step:

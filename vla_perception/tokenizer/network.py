@@ -21,7 +21,7 @@ class TokenizerNetwork(nn.Module):
         config: what it was built from.
         encoders: name → `PatchEncoder`, in channel order.
         projector: the `Projector`.
-        patch_grid: (rows, columns) of patches, before pooling.
+        patch_grid: (rows, columns) of patches, before pixel shuffle and pooling.
         feature_channels: width of a token before the projector.
         channels: width of a token.
 
@@ -36,7 +36,9 @@ class TokenizerNetwork(nn.Module):
         self.encoders = nn.ModuleDict(encoders)
         self.patch_grid = config.joint_grid({name: encoder.grid for name, encoder in encoders.items()})
         self.feature_channels = sum(encoder.channels for encoder in encoders.values())
-        self.projector = Projector(config.projector, self.feature_channels, config.output_channels)
+        self.projector = Projector(
+            config.projector, self.feature_channels, config.output_channels, config.pixel_shuffle
+        )
         self.channels = self.projector.channels
 
     @property
@@ -64,15 +66,22 @@ class TokenizerNetwork(nn.Module):
             # [patches], or [patches, cls token], of all encoders; the cls token goes in front.
             joined = [torch.cat(values, dim=-1) for values in zip(*parts)]
             features = joined[0] if len(joined) == 1 else torch.cat(joined[::-1], dim=1)
-        tokens = self.projector(features)
-        return self._pooled(features), self._pooled(tokens)
+        shuffle = self.config.patches_per_side // self.config.pool
+        tokens = self.projector(features if shuffle == 1 else self._shuffled(features, shuffle))
+        rows, columns = self.patch_grid
+        return self._pooled(features, rows, columns), self._pooled(tokens, rows // shuffle, columns // shuffle)
 
-    def _pooled(self, values: torch.Tensor) -> torch.Tensor:
-        """Averages k × k neighbouring patches; a cls token in front stays as it is."""
+    def _shuffled(self, features: torch.Tensor, k: int) -> torch.Tensor:
+        """[views, rows * columns, channels] → [views, rows * columns / k², k² * channels]: k × k patches, row by row."""
+        rows, columns = self.patch_grid
+        blocks = features.unflatten(1, (rows // k, k, columns // k, k)).transpose(2, 3)
+        return blocks.flatten(3).flatten(1, 2)
+
+    def _pooled(self, values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """Averages k × k neighbours of the grid; a cls token in front stays as it is."""
         k = self.config.pool
         if k == 1:
             return values
-        rows, columns = self.patch_grid
         in_front = values.shape[1] - rows * columns
         patches = values[:, in_front:].unflatten(1, (rows // k, k, columns // k, k)).mean((2, 4)).flatten(1, 2)
         return torch.cat([values[:, :in_front], patches], dim=1)

@@ -1,6 +1,6 @@
-"""uint8 RGB images → each encoder's ``pixel_values``, bit-identical to what OpenVLA's processor computes.
+"""uint8 RGB images → each encoder's ``pixel_values``, bit-identical to what the model's own processor computes.
 
-The reference is ``PrismaticImageProcessor`` of openvla: PIL resize with antialiasing, torchvision's centre
+What π0 and SmolVLA are fed is in resize_with_pad.py. OpenVLA's: the reference is ``PrismaticImageProcessor`` of openvla: PIL resize with antialiasing, torchvision's centre
 crop, ``to_tensor``, ``normalize``. No other antialiased resize gives PIL's values, so PIL does it here; the
 normalisation of a uint8 has 256 results per channel, so it is a table, built with torch's own float32
 operations and therefore exact.
@@ -16,9 +16,11 @@ import PIL
 import torch
 from PIL import Image
 
-from vla_perception.tokenizer.config import EncoderConfig
+from vla_perception.options import RESIZE_WITH_PAD
+from vla_perception.tokenizer.config import FLOAT_RESIZES, EncoderConfig
 from vla_perception.tokenizer.image_inputs import check_image
 from vla_perception.tokenizer.image_transforms import Step
+from vla_perception.tokenizer.resize_with_pad import BY_PIL, FloatResize, placement, resize_pil
 
 #: Pixels of a padded or scaled image; PIL takes 4 bytes for each.
 _MAX_PIXELS = 1 << 28
@@ -57,6 +59,19 @@ def crop_offset(length: int, side: int) -> int:
     return int(round((length - side) / 2.0))
 
 
+def square_window(height: int, width: int, config: EncoderConfig) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(height, width) that the image (padded already, for ``letterbox``) is scaled to, and where the encoder's square begins.
+
+    (top, left) of the square in the scaled image: what lies outside is cropped; what the square has beyond it is black.
+    """
+    side = config.image_size
+    if config.resize_strategy in RESIZE_WITH_PAD:
+        rows, columns, top, left = placement(height, width, side, config.resize_strategy)
+        return (rows, columns), (-top, -left)
+    new_height, new_width = resized_size(height, width, config)
+    return (new_height, new_width), (crop_offset(new_height, side), crop_offset(new_width, side))
+
+
 def letterbox_padding(height: int, width: int) -> tuple[int, int]:
     """Rows above and below, columns left and right, as OpenVLA's ``letterbox_pad_transform`` adds them.
 
@@ -71,6 +86,8 @@ def letterbox_padding(height: int, width: int) -> tuple[int, int]:
 def resize(image: np.ndarray, config: EncoderConfig) -> np.ndarray:
     """uint8 [height, width, 3] → uint8 [image_size, image_size, 3] by the encoder's resize strategy."""
     image = _to_pil(image)
+    if config.resize_strategy == BY_PIL:
+        return np.asarray(resize_pil(image, config.image_size))
     if config.resize_strategy == "letterbox":
         top, left = letterbox_padding(image.height, image.width)
         padded = Image.new("RGB", (image.width + 2 * left, image.height + 2 * top), config.fill)
@@ -82,6 +99,13 @@ def resize(image: np.ndarray, config: EncoderConfig) -> np.ndarray:
     side = config.image_size
     top, left = crop_offset(height, side), crop_offset(width, side)
     return np.asarray(image)[top : top + side, left : left + side]
+
+
+def _resize_float(image: np.ndarray, config: EncoderConfig) -> np.ndarray:
+    """uint8 [height, width, 3] → float32 [3, side, side] from -1 to 1, by one of `FLOAT_RESIZES`."""
+    height, width = image.shape[:2]
+    way = FloatResize(config.resize_strategy, height, width, config.image_size, torch.device("cpu"))
+    return way(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None])[0].numpy()
 
 
 def _to_pil(image: np.ndarray) -> Image.Image:
@@ -108,9 +132,8 @@ def source_to_grid(height: int, width: int, config: EncoderConfig, patch_size: i
     if config.resize_strategy == "letterbox":
         top, left = letterbox_padding(height, width)
     padded_height, padded_width = height + 2 * top, width + 2 * left
-    new_height, new_width = resized_size(padded_height, padded_width, config)
+    (new_height, new_width), (crop_y, crop_x) = square_window(padded_height, padded_width, config)
     scale_x, scale_y = new_width / padded_width, new_height / padded_height
-    crop_x, crop_y = crop_offset(new_width, config.image_size), crop_offset(new_height, config.image_size)
     return (
         scale_x / patch_size,
         0.0,
@@ -161,6 +184,10 @@ class Preprocessor:
 
         def fill(task: tuple[int, list[int]]) -> None:
             view, sharing = task
+            if self._encoders[sharing[0]].resize_strategy in FLOAT_RESIZES:
+                for encoder in sharing:
+                    outputs[encoder][view] = _resize_float(images[view], self._encoders[encoder])
+                return
             pixels = resize(images[view], self._encoders[sharing[0]])
             for encoder in sharing:
                 for channel in range(3):

@@ -22,18 +22,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vla_perception.tokenizer.config import EncoderConfig
+from vla_perception.tokenizer.config import FLOAT_RESIZES, EncoderConfig
 from vla_perception.tokenizer.image_inputs import check_image
 from vla_perception.tokenizer.image_layout import Layout, memory_of
 from vla_perception.tokenizer.image_transforms import Step, parse_step
 from vla_perception.tokenizer.preprocess import (
     Preprocessor,
     check_pillow,
-    crop_offset,
     letterbox_padding,
     normalization_table,
-    resized_size,
+    square_window,
 )
+from vla_perception.tokenizer.resize_with_pad import FloatResize
 from vla_perception.tokenizer.upload import upload
 
 if TYPE_CHECKING:
@@ -102,6 +102,17 @@ def resampling_taps(length: int, target: int, interpolation: int) -> tuple[np.nd
     return indices, weights
 
 
+def square_taps(length: int, target: int, interpolation: int, side: int, offset: int) -> tuple[np.ndarray, np.ndarray]:
+    """`resampling_taps` of the `side` pixels that begin at `offset` of the `target` ones; all weights are 0 beyond them."""
+    if length == target:  # PIL leaves out this pass
+        indices, weights = np.arange(length)[:, None], np.full((length, 1), 1 << _PRECISION_BITS, np.int32)
+    else:
+        indices, weights = resampling_taps(length, target, interpolation)
+    pixels = np.arange(offset, offset + side)
+    inside = np.clip(pixels, 0, target - 1)
+    return indices[inside], np.where((inside == pixels)[:, None], weights[inside], 0).astype(np.int32)
+
+
 @dataclass(frozen=True, eq=False)
 class _Resize:
     """One resize of all images of one size, for the encoders that share it; tensors lie on the device.
@@ -165,12 +176,19 @@ class PreprocessPlan:
             groups.setdefault((layout.height, layout.width, chain), []).append(view)
         self._groups = [((height, width), views) for (height, width, _), views in groups.items()]
         self._stages: list[tuple[DeviceSteps | None, torch.Tensor, list[_Resize]]] = []
-        for (height, width, chain), views in groups.items() if kernels else ():
-            table = self._view_table(views)
-            prepared = owner.make_steps(chain, (height, width), views) if chain else None
-            image_size, read = (prepared.image_size, prepared.views) if prepared else ((height, width), table)
-            resizes = [owner.make_resize(sharing, image_size, read) for sharing in owner.sharing]
-            self._stages.append((prepared, table, resizes))
+        #: per group, of the encoders that are fed in float32
+        self._float_resizes: list[list[tuple[tuple[int, ...], FloatResize]]] = []
+        for (height, width, chain), views in groups.items():
+            image_size = (height, width)
+            if kernels:
+                table = self._view_table(views)
+                prepared = owner.make_steps(chain, image_size, views) if chain else None
+                image_size, read = (prepared.image_size, prepared.views) if prepared else (image_size, table)
+                resizes = [owner.make_resize(sharing, image_size, read) for sharing in owner.sharing]
+                self._stages.append((prepared, table, resizes))
+            self._float_resizes.append(
+                [(sharing, owner.make_float_resize(sharing, image_size)) for sharing in owner.float_sharing]
+            )
 
     def _view_table(self, views: Sequence[int]) -> torch.Tensor:
         rows = [(self._starts[view] + self.layouts[view].offset, *self.layouts[view].strides, view) for view in views]
@@ -209,7 +227,11 @@ class PreprocessPlan:
             self._run_in_torch(source, tables, outputs)
             return
         with _current(source.device):
-            for images, (_, _, resizes) in zip(self.prepare(source), self._stages):
+            for group, (images, (steps, _, resizes)) in enumerate(zip(self.prepare(source), self._stages)):
+                if self._float_resizes[group]:
+                    self._run_in_float(
+                        group, self._planes(source, group) if steps is None else images.permute(0, 3, 1, 2), outputs
+                    )
                 for resize in resizes:
                     between = self._kernels.along_rows(
                         images, resize.views, resize.across, resize.size, resize.padding, resize.fill, resize.rows
@@ -231,20 +253,31 @@ class PreprocessPlan:
         self, source: torch.Tensor, tables: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
     ) -> None:
         owner = self._owner
-        for (height, width), views in self._groups:
-            planes = self._planes(source, height, width, views)
+        for group, (_, views) in enumerate(self._groups):
+            planes = self._planes(source, group)
+            self._run_in_float(group, planes, outputs)
             for sharing in owner.sharing:
                 levels = owner.resize(planes, owner.encoders[sharing[0]]).long()
                 for index in sharing:
-                    values = tables[index][owner.channels, levels]
-                    if len(views) == len(self.layouts):
-                        outputs[index].copy_(values)
-                    else:
-                        for view, value in zip(views, values):
-                            outputs[index][view].copy_(value)
+                    self._put(views, tables[index][owner.channels, levels], outputs[index])
 
-    def _planes(self, source: torch.Tensor, height: int, width: int, views: Sequence[int]) -> torch.Tensor:
-        """uint8 [views, 3, height, width]: a view of `source` for one image, a copy for several."""
+    def _run_in_float(self, group: int, planes: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:
+        """The outputs of encoders that are fed in float32; `planes` are uint8 [views, 3, height, width]."""
+        for sharing, resize in self._float_resizes[group]:
+            values = resize(planes)
+            for index in sharing:
+                self._put(self._groups[group][1], values, outputs[index])
+
+    def _put(self, views: Sequence[int], values: torch.Tensor, output: torch.Tensor) -> None:
+        if len(views) == len(self.layouts):
+            output.copy_(values)
+            return
+        for view, value in zip(views, values):
+            output[view].copy_(value)
+
+    def _planes(self, source: torch.Tensor, group: int) -> torch.Tensor:
+        """uint8 [views, 3, height, width] of a group: a view of `source` for one image, a copy for several."""
+        (height, width), views = self._groups[group]
         parts = []
         for view in views:
             layout = self.layouts[view]
@@ -289,6 +322,12 @@ class DevicePreprocessor:
         self.sharing = [
             tuple(index for index, other in enumerate(geometries) if other == geometry)
             for geometry in dict.fromkeys(geometries)
+            if geometry[1] not in FLOAT_RESIZES
+        ]
+        self.float_sharing = [
+            tuple(index for index, other in enumerate(geometries) if other == geometry)
+            for geometry in dict.fromkeys(geometries)
+            if geometry[1] in FLOAT_RESIZES
         ]
         # Rounded once, here: a table's value in the encoders' dtype is what casting the float32 one would give.
         self.tables = [
@@ -384,8 +423,9 @@ class DevicePreprocessor:
             from vla_perception.tokenizer import preprocess_kernels
 
             self._kernels = preprocess_kernels
-            for got, expected in zip(self([image]), Preprocessor(self.encoders)([image])):
-                if not torch.equal(got.cpu(), expected):
+            for config, got, expected in zip(self.encoders, self([image]), Preprocessor(self.encoders)([image])):
+                # Those in float32 are PyTorch's own on any device, and CUDA's differ in the last bit.
+                if config.resize_strategy not in FLOAT_RESIZES and not torch.equal(got.cpu(), expected):
                     raise ArithmeticError("their values are not PIL's on this device")
         except Exception as error:
             self._kernels = None
@@ -401,21 +441,21 @@ class DevicePreprocessor:
         if config.resize_strategy == "letterbox":
             (top, left), fill = letterbox_padding(height, width), config.fill
         padded_height, padded_width = height + 2 * top, width + 2 * left
-        new_height, new_width = resized_size(padded_height, padded_width, config)
-        across, _ = self._kernel_taps(padded_width, new_width, config.interpolation, config.image_size)
-        down, rows = self._kernel_taps(padded_height, new_height, config.interpolation, config.image_size)
+        (new_height, new_width), (y, x) = square_window(padded_height, padded_width, config)
+        across, _ = self._kernel_taps(padded_width, new_width, config.interpolation, config.image_size, x)
+        down, rows = self._kernel_taps(padded_height, new_height, config.interpolation, config.image_size, y)
         return _Resize(sharing, views, across, down, size, (top, left), fill, rows)
 
+    def make_float_resize(self, sharing: tuple[int, ...], size: tuple[int, int]) -> FloatResize:
+        """The resize in float32 that the encoders of these indices share, for images of (height, width)."""
+        config = self.encoders[sharing[0]]
+        return FloatResize(config.resize_strategy, *size, config.image_size, self.device)
+
     def _make_kernel_taps(
-        self, length: int, target: int, interpolation: int, side: int
+        self, length: int, target: int, interpolation: int, side: int, offset: int
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[int, int]]:
-        """First index and weights of the `side` pixels that the centre crop leaves of `target`; (first, number) read."""
-        offset = crop_offset(target, side)
-        if length == target:  # PIL leaves out this pass
-            indices, weights = np.arange(length)[:, None], np.full((length, 1), 1 << _PRECISION_BITS, np.int32)
-        else:
-            indices, weights = resampling_taps(length, target, interpolation)
-        indices, weights = indices[offset : offset + side], weights[offset : offset + side]
+        """First index and weights of the square's `side` pixels (`square_taps`); (first, number) read."""
+        indices, weights = square_taps(length, target, interpolation, side, offset)
         padding = -weights.shape[1] % 4
         weights = np.pad(weights.T, ((0, padding), (0, 0)))
         first = indices[:, 0].astype(np.int32)
@@ -430,34 +470,33 @@ class DevicePreprocessor:
             padded = self._fills[config.fill].expand(len(planes), 3, height + 2 * top, width + 2 * left).contiguous()
             padded[:, :, top : top + height, left : left + width] = planes
             planes, height, width = padded, height + 2 * top, width + 2 * left
-        new_height, new_width = resized_size(height, width, config)
-        for dim, target in ((3, new_width), (2, new_height)):
-            planes = self._resample(planes, dim, target, config)
+        (new_height, new_width), (y, x) = square_window(height, width, config)
+        for dim, target, offset in ((3, new_width, x), (2, new_height, y)):
+            planes = self._resample(planes, dim, target, offset, config)
         return planes
 
     def _make_taps(
-        self, dim: int, length: int, target: int, interpolation: int, side: int
+        self, dim: int, length: int, target: int, interpolation: int, side: int, offset: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Taps of the `side` pixels that the centre crop leaves of `target`, on the device.
+        """Taps of the square's `side` pixels (`square_taps`), on the device.
 
         Indices are flat; weights are [taps, side] along the columns, [side, taps, 1] along the rows.
         """
-        offset = crop_offset(target, side)
-        indices, weights = (
-            torch.from_numpy(taps[offset : offset + side]) for taps in resampling_taps(length, target, interpolation)
-        )
+        indices, weights = map(torch.from_numpy, square_taps(length, target, interpolation, side, offset))
         if dim == 3:  # the taps come before the columns, so that neighbouring sums read neighbouring bytes
             indices, weights = indices.T, weights.T
         else:
             weights = weights[:, :, None]
         return indices.reshape(-1).to(self.device), weights.contiguous().to(self.device)
 
-    def _resample(self, planes: torch.Tensor, dim: int, target: int, config: EncoderConfig) -> torch.Tensor:
+    def _resample(
+        self, planes: torch.Tensor, dim: int, target: int, offset: int, config: EncoderConfig
+    ) -> torch.Tensor:
         """One pass of PIL's resize, and of the centre crop, along dimension 2 or 3 of uint8 planes."""
         length, side = planes.shape[dim], config.image_size
-        if length == target:
-            return planes.narrow(dim, crop_offset(target, side), side)
-        indices, weights = self._taps(dim, length, target, config.interpolation, side)
+        if length == target and 0 <= offset <= target - side:
+            return planes.narrow(dim, offset, side)
+        indices, weights = self._taps(dim, length, target, config.interpolation, side, offset)
         taps = len(indices) // side
         other = 5 - dim
         step = max(1, _MAX_PRODUCTS // (planes.shape[0] * 3 * side * taps))

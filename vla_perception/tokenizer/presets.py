@@ -15,6 +15,7 @@ from vla_perception.tokenizer.config import (
     IMAGENET_MEAN_BF16,
     IMAGENET_STD,
     IMAGENET_STD_BF16,
+    INTERPOLATIONS,
     EncoderConfig,
     TokenizerConfig,
 )
@@ -65,6 +66,31 @@ def _openvla_encoders() -> tuple[EncoderConfig, ...]:
     )
 
 
+def siglip_of_transformers(
+    timm_id: str, image_size: int, resize_strategy: str, overrides: Mapping[str, object] = MappingProxyType({})
+) -> tuple[EncoderConfig, ...]:
+    """SigLIP as PaliGemma and SmolVLM use it: all blocks and the final norm, tanh GELU, no pooling head."""
+    return (
+        EncoderConfig(
+            "siglip",
+            timm_id,
+            image_size,
+            HALF,
+            HALF,
+            resize_strategy,
+            interpolation=INTERPOLATIONS["bilinear"],
+            overrides={"act_layer": "gelu_tanh", "global_pool": "", **overrides},
+            layer=-1,
+            final_norm=True,
+        ),
+    )
+
+
+def _paligemma(name: str) -> TokenizerConfig:
+    encoders = siglip_of_transformers("vit_so400m_patch14_siglip_224", 224, "resize_with_pad_torch")
+    return TokenizerConfig(name, encoders, "linear", 2048)
+
+
 PRESETS: Mapping[str, TokenizerConfig] = MappingProxyType(
     {
         config.name: config
@@ -88,6 +114,15 @@ PRESETS: Mapping[str, TokenizerConfig] = MappingProxyType(
                 ),
                 "fused-gelu-mlp",
                 4096,
+            ),
+            _paligemma("pi0"),
+            _paligemma("pi05"),
+            TokenizerConfig(
+                "smolvla",
+                siglip_of_transformers("vit_base_patch16_siglip_512", 512, "resize_with_pad_top_left"),
+                "pixel-shuffle-linear",
+                960,
+                pixel_shuffle=4,
             ),
             # Both families on one 14 × 14 grid, shallow and narrow enough for two cameras on two CPU cores.
             TokenizerConfig(

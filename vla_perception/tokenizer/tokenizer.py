@@ -66,7 +66,7 @@ class VisualTokenizer:
         device, compute_dtype: where and in what precision encoders and projector run; never ``auto``. ``float8``:
             float8.py has what is float8 and what is bfloat16.
         network: encoders and projector. The runtime may change its modules when it first runs.
-        grid: (rows, columns) of patch tokens, after pooling.
+        grid: (rows, columns) of patch tokens, after pixel shuffle and pooling.
         channels: width of a token; `feature_channels` is the width before the projector.
         weights_digest: SHA-256 (hex) over the tensors as stored.
         fingerprint: SHA-256 (hex) over that and the settings that change tokens, the same on every
@@ -100,7 +100,7 @@ class VisualTokenizer:
         )
         self._towers = network.towers
         rows, columns = network.patch_grid
-        self.grid: tuple[int, int] = (rows // config.pool, columns // config.pool)
+        self.grid: tuple[int, int] = (rows // config.patches_per_side, columns // config.patches_per_side)
         self.feature_channels = network.feature_channels
         self.channels = network.channels
         self.weights_digest = weights_digest
@@ -342,7 +342,7 @@ class VisualTokenizer:
         """
         affine, height, width = self._transforms.affine(height, width, camera)
         to_patches = source_to_grid(height, width, self.config.encoders[0], self._towers[0].patch_size)
-        return tuple(value / self.config.pool for value in compose(to_patches, affine))
+        return tuple(value / self.config.patches_per_side for value in compose(to_patches, affine))
 
     def roi(self, height: int, width: int, camera: str | None = None) -> tuple[float, ...] | None:
         """(left, top, right, bottom) of what the image transforms leave of a source image, in pixels; None: all of it."""
@@ -365,6 +365,7 @@ class VisualTokenizer:
                     "channels": [start, start + tower.channels],
                     "image_size": config.image_size,
                     "patch_size": tower.patch_size,
+                    **({"final_norm": True} if config.final_norm else {}),
                 }
             )
             start += tower.channels
@@ -382,6 +383,7 @@ class VisualTokenizer:
             "pool": self.config.pool,
             "encoders": encoders,
             "projector": self.config.projector,
+            **({"pixel_shuffle": shuffle} if (shuffle := self.config.patches_per_side // self.config.pool) > 1 else {}),
         }
 
 

@@ -78,6 +78,7 @@ _ARCHITECTURES: Mapping[str, _Architecture] = MappingProxyType(
         "vit_base_patch14_reg4_dinov2": _dinov2(14, 768, 12, 12),
         "vit_large_patch14_reg4_dinov2": _dinov2(14, 1024, 24, 16),
         "vit_base_patch16_siglip_224": _siglip(16, 768, 12, 12),
+        "vit_base_patch16_siglip_512": _siglip(16, 768, 12, 12),
         "vit_so400m_patch14_siglip_224": _siglip(14, 1152, 27, 16, 3.7362),
         "vit_so400m_patch14_siglip_384": _siglip(14, 1152, 27, 16, 3.7362),
     }
@@ -92,11 +93,17 @@ def by_name(encoder: EncoderConfig, cls_token: bool) -> Vit | None:
     """
     architecture = _ARCHITECTURES.get(encoder.timm_id.split(".")[0])
     known = {"depth", "embed_dim", "num_heads"}
-    if architecture is None or not set(encoder.overrides) <= known or encoder.image_size < architecture.patch_size:
+    # A GELU has no parameters, and without cls token nothing is pooled.
+    harmless = {"act_layer"} | (set() if cls_token else {"global_pool"})
+    if (
+        architecture is None
+        or not set(encoder.overrides) <= known | harmless
+        or encoder.image_size < architecture.patch_size
+    ):
         return None
-    values = {name: getattr(architecture, name) for name in known} | dict(encoder.overrides)
+    values = {name: encoder.overrides.get(name, getattr(architecture, name)) for name in known}
     width, patch = values["embed_dim"], architecture.patch_size
-    blocks = values["depth"] if cls_token else values["depth"] - 1
+    blocks = values["depth"] if cls_token else values["depth"] + encoder.layer + 1
     hidden = int(width * architecture.mlp_ratio)
     rows = columns = encoder.image_size // patch
     tokens = rows * columns + architecture.prefix_tokens
@@ -114,7 +121,7 @@ def by_name(encoder: EncoderConfig, cls_token: bool) -> Vit | None:
     parameters = sum(layer.inputs * layer.outputs + layer.outputs for layer in layers)
     parameters += (rows * columns + architecture.prefix_tokens) * width  # positions, class token, registers
     parameters += blocks * (4 + 2 * architecture.layer_scale) * width  # two norms, two LayerScales
-    if cls_token:
+    if cls_token or encoder.final_norm:
         parameters += 2 * width  # the final norm
     if pooled:
         parameters += 3 * width  # latent and norm

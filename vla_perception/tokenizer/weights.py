@@ -84,7 +84,9 @@ def _is_unused(network: TokenizerNetwork, checkpoint: Checkpoint) -> Callable[[s
         if tower is None:
             patterns.append(rf"{name}\.")
         elif not network.config.cls_token:
-            patterns.append(rf"{name}\.(blocks\.{tower.layer + 1}\.|norm\.|fc_norm\.|attn_pool\.)")
+            behind = [rf"blocks\.{tower.layer + 1}\."] if config.layer < -1 else []
+            behind += ["fc_norm\\.", "attn_pool\\."] + ([] if config.final_norm else ["norm\\."])
+            patterns.append(rf"{name}\.({'|'.join(behind)})")
     if network.config.projector != checkpoint.config.projector:
         patterns.append(r"projector\.")
     unused = re.compile("|".join(patterns) or r"(?!)")

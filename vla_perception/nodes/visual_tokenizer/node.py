@@ -37,7 +37,7 @@ from rclpy.topic_endpoint_info import TopicEndpointInfo
 from sensor_msgs.msg import CompressedImage, Image
 from std_srvs.srv import Trigger
 
-from vla_perception import startup
+from vla_perception import options, startup
 from vla_perception.images import decode as images
 from vla_perception.nodes.node_runner import GRACE_SEC, RosLogHandler, Stop, run_node
 from vla_perception.nodes.parameters import declare, warn_of_ignored, warn_of_ignored_qos
@@ -126,7 +126,7 @@ SETTINGS: dict[str, _Setting] = {
     "projector": _Setting(
         "",
         "From the encoders' width to the language model's; empty: the model's own; none: features.",
-        choices=("", "linear", "gelu-mlp", "fused-gelu-mlp", "none"),
+        choices=("", *options.PROJECTORS),
     ),
     "pool": _Setting(1, "k: k × k neighbouring patch tokens are averaged into one.", 1, 64),
     "device": _Setting(

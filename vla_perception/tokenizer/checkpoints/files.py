@@ -17,7 +17,7 @@ import stat
 import struct
 import weakref
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -318,6 +318,43 @@ def read_json(file: Path) -> dict:
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     return parse_json(text, str(file))
+
+
+def is_statistics(file: str) -> bool:
+    """Whether a file of that name is one of LeRobot's beside ``model.safetensors``: statistics of states and actions."""
+    return file.startswith(("policy_preprocessor", "policy_postprocessor"))
+
+
+def stored_tensors(directory: Path, is_wanted: Callable[[str], bool]) -> Iterator[StoredTensor]:
+    """Every tensor of a directory of safetensors; of several files those without a wanted tensor are not opened."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} has no weight_map; download it again")
+        wanted: dict[str, list[str]] = {}
+        for name, file in weight_map.items():
+            if not isinstance(file, str):
+                raise CheckpointError(f"{index}: {name[:200]!r} is in no file; download it again")
+            if is_wanted(name):
+                wanted.setdefault(file, []).append(name)
+        for file, names in sorted(wanted.items()):
+            if Path(file).name != file:
+                raise CheckpointError(f"{index} names {file!r}; a plain file name beside it is needed")
+            held = SafetensorsFile(directory / file).tensors
+            # A name that the file lacks is reported as missing, together with the others.
+            yield from (held[name] for name in names if name in held)
+        return
+    files = sorted(file for file in directory.glob("*.safetensors") if not is_statistics(file.name))
+    if not files:
+        raise CheckpointError(
+            f"{directory} has no .safetensors file; weights are read from safetensors, never from a pickle"
+        )
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{directory} has {len(files)} safetensors files and no model.safetensors.index.json; download the index"
+        )
+    yield from SafetensorsFile(files[0]).tensors.values()
 
 
 @contextmanager

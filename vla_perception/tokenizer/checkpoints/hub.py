@@ -22,12 +22,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
-from vla_perception.tokenizer.checkpoints import CheckpointError
-from vla_perception.tokenizer.checkpoints.files import read_json
+from vla_perception.tokenizer.checkpoints import CheckpointError, lerobot, tensor_names
+from vla_perception.tokenizer.checkpoints.files import is_statistics, read_json
 from vla_perception.tokenizer.checkpoints.http_range import LocalFile, RemoteFile, Span, transport_error
 from vla_perception.tokenizer.checkpoints.paths import cache_directory, exists
-from vla_perception.tokenizer.checkpoints.tensor_names import is_known, is_vision, refuse_unknown
 
 log = logging.getLogger(__name__)
 
@@ -151,15 +151,16 @@ def _fetch(root: Path, repository: str, commit: str, files: Collection[str]) -> 
             return held
         target = _configuration(root, repository, commit, files)
         source = {"repository": repository, "commit": commit, "holds": "vision and projector tensors only"}
-        shards = _shards(repository, commit, files)
+        names = _names(target)
+        shards = _shards(repository, commit, files, names)
         if shards:
-            _assemble(target / "model.safetensors", _sources(repository, commit, shards), source)
+            _assemble(target / "model.safetensors", _sources(repository, commit, shards), source, names)
         if _ADAPTER in files:
-            _assemble(target / _ADAPTER, _sources(repository, commit, [_ADAPTER]), source)
+            _assemble(target / _ADAPTER, _sources(repository, commit, [_ADAPTER]), source, names)
         beside = f"lora_adapter/{_ADAPTER}"
         if not shards and beside in files:
             _copy(repository, commit, "lora_adapter/adapter_config.json", files, target)
-            _assemble(target / beside, _sources(repository, commit, [beside]), source)
+            _assemble(target / beside, _sources(repository, commit, [beside]), source, names)
         target.parent.rename(root / commit)
     finally:
         lock.release()
@@ -202,26 +203,39 @@ def _check_config(repository: str, folder: Path) -> None:
     config = read_json(folder / "config.json")
     if "architecture" in config:
         raise CheckpointError(f"{repository} is a timm encoder; write hf-hub:{repository}")
+    if lerobot.is_policy(config):
+        lerobot.check_config(config, f"{repository}: config.json")
+        return
     if "timm_model_ids" not in config:
         raise CheckpointError(
-            f"{repository} is no OpenVLA or Prismatic model: its config.json has no timm_model_ids. Its architecture "
+            f"{repository} is no OpenVLA or Prismatic model, and no π0, π0.5 or SmolVLA policy of LeRobot's: its config.json has no timm_model_ids. Its architecture "
             f"is {str(config.get('architectures') or config.get('model_type'))[:200]}"
         )
 
 
-def _shards(repository: str, commit: str, files: Collection[str]) -> list[str]:
+def _names(folder: Path) -> ModuleType:
+    """What tells by its name whether a tensor is fetched."""
+    config = folder / "config.json"
+    return lerobot if config.is_file() and lerobot.is_policy(read_json(config)) else tensor_names
+
+
+def _shards(repository: str, commit: str, files: Collection[str], names: ModuleType) -> list[str]:
     """The safetensors files that hold something else than the language model."""
     if _INDEX in files:
         index = read_json(_small(repository, commit, _INDEX))
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{repository}: {_INDEX} has no weight_map")
-        shards = {str(file) for name, file in weight_map.items() if is_vision(name)}
+        shards = {str(file) for name, file in weight_map.items() if names.is_vision(name)}
         lacking = sorted(file for file in shards if file not in files or Path(file).name != file)
         if lacking:
             raise CheckpointError(f"{repository} lacks files that its index names: {', '.join(lacking[:8])}")
         return sorted(shards)
-    single = sorted(file for file in files if re.fullmatch(r"[^/]+\.safetensors", file) and file != _ADAPTER)
+    single = sorted(
+        file
+        for file in files
+        if re.fullmatch(r"[^/]+\.safetensors", file) and file != _ADAPTER and not is_statistics(file)
+    )
     if len(single) > 1:
         raise CheckpointError(f"{repository} has {len(single)} safetensors files and no {_INDEX}")
     return single
@@ -266,7 +280,9 @@ class _Piece:
     spans: list[Span]
 
 
-def _assemble(target: Path, sources: Sequence[LocalFile | RemoteFile], about: Mapping[str, str]) -> None:
+def _assemble(
+    target: Path, sources: Sequence[LocalFile | RemoteFile], about: Mapping[str, str], names: ModuleType
+) -> None:
     """One safetensors file of the wanted tensors of several; takes up an earlier, interrupted attempt.
 
     The header is the same in every attempt and tensors follow in the order in which they are read, so the number of
@@ -274,7 +290,7 @@ def _assemble(target: Path, sources: Sequence[LocalFile | RemoteFile], about: Ma
     """
     if target.is_file():
         return
-    header, pieces = _plan(sources, about)
+    header, pieces = _plan(sources, about, names)
     length = len(header) + sum(stop - start for piece in pieces for start, stop in piece.spans)
     partial, counted = target.with_name(f"{target.name}.partial"), target.with_name(f"{target.name}.partial.bytes")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -320,7 +336,9 @@ def _assemble(target: Path, sources: Sequence[LocalFile | RemoteFile], about: Ma
     counted.unlink()
 
 
-def _plan(sources: Sequence[LocalFile | RemoteFile], about: Mapping[str, str]) -> tuple[bytes, list[_Piece]]:
+def _plan(
+    sources: Sequence[LocalFile | RemoteFile], about: Mapping[str, str], parts: ModuleType
+) -> tuple[bytes, list[_Piece]]:
     """Header of the file to be, and what follows it."""
     found: list[tuple[int, int, int, str, dict, int]] = []
     names: set[str] = set()
@@ -330,7 +348,7 @@ def _plan(sources: Sequence[LocalFile | RemoteFile], about: Mapping[str, str]) -
         except CheckpointError as error:
             raise CheckpointError(f"{source.name} cannot be read as safetensors: {error}") from error
         for name, entry in entries.items():
-            if not is_vision(name):
+            if not parts.is_vision(name):
                 continue
             if name in names:
                 raise CheckpointError(f"{source.name}: the tensor {name[:200]!r} is in another file, too")
@@ -339,7 +357,7 @@ def _plan(sources: Sequence[LocalFile | RemoteFile], about: Mapping[str, str]) -
             width = -_width(entry["dtype"])
             found.append((width, number, entry["data_offsets"][0], name, entry, begin))
     # Before anything of them is fetched: under another name the language model would come, too.
-    refuse_unknown(about["repository"], (name for name in names if not is_known(name)))
+    parts.refuse_unknown(about["repository"], (name for name in names if not parts.is_known(name)))
     if not found:
         raise CheckpointError(f"{about['repository']} has no tensor of a vision part; is it a vision-language model?")
     found.sort(key=lambda item: item[:4])

@@ -120,12 +120,15 @@ def read_config(model: str, **options: Unpack[TokenizerOptions]) -> TokenizerCon
     kind = kind_of(model)
     if kind == "preset":
         return PRESETS[model].with_options(trained=False, **options)
-    from vla_perception.tokenizer.checkpoints import hub, openvla, timm_encoders
+    from vla_perception.tokenizer.checkpoints import hub, lerobot, openvla, timm_encoders
+    from vla_perception.tokenizer.checkpoints.files import read_json
 
     if kind == "timm":
         config = timm_encoders.read_config(model, options.pop("image_size", None))
     elif kind == "hub":
-        config = openvla.read_config(hub.fetch_configuration(model))
+        folder = hub.fetch_configuration(model)
+        of_policy = lerobot.is_policy(read_json(folder / "config.json"))
+        config = lerobot.read_config(folder) if of_policy else openvla.read_config(folder)
     else:
         config = open_checkpoint(model).config
     return config.with_options(trained=True, **options)
@@ -171,7 +174,7 @@ def open_checkpoint(path: str | os.PathLike, adapter: str | os.PathLike | None =
 
 def _open_directory(directory: Path, adapter: str | os.PathLike | None) -> tuple[Checkpoint, str | os.PathLike | None]:
     """A directory with a ``config.json``, and the adapter that is still to be added to it."""
-    from vla_perception.tokenizer.checkpoints import openvla, prismatic
+    from vla_perception.tokenizer.checkpoints import lerobot, openvla, prismatic
     from vla_perception.tokenizer.checkpoints.files import read_json
 
     beside = directory / "lora_adapter"
@@ -181,7 +184,10 @@ def _open_directory(directory: Path, adapter: str | os.PathLike | None) -> tuple
         # OpenVLA-OFT without merging: the directory has the processor and the heads, the base model the weights.
         base = _open_base(beside)
         return replace(base, path=directory, config=replace(base.config, name=directory.resolve().name)), beside
+    lerobot.refuse_orbax(directory)
     config = read_json(directory / "config.json")
+    if lerobot.is_policy(config):
+        return lerobot.open_policy(directory), adapter
     if "timm_model_ids" not in config and ("model" in config or "vla" in config):
         return prismatic.open_run(directory), adapter
     checkpoint = openvla.open_directory(directory)

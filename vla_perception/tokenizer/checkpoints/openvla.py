@@ -8,12 +8,12 @@ read; files with nothing but the language model's are not opened.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from vla_perception.tokenizer.checkpoints import CheckpointError
 from vla_perception.tokenizer.checkpoints.checkpoint import Checkpoint
-from vla_perception.tokenizer.checkpoints.files import SafetensorsFile, StoredTensor, read_json
+from vla_perception.tokenizer.checkpoints.files import StoredTensor, read_json, stored_tensors
 from vla_perception.tokenizer.checkpoints.model_args import checked_model_args
 from vla_perception.tokenizer.checkpoints.tensor_names import (
     canonical_name,
@@ -53,7 +53,7 @@ def open_directory(directory: Path) -> Checkpoint:
     tensors: dict[str, StoredTensor] = {}
     unknown: list[str] = []
     heads: set[str] = set()
-    for stored in _stored_tensors(directory):
+    for stored in stored_tensors(directory, is_vision):
         canonical = canonical_name(stored.name, config)
         if canonical in tensors:
             raise CheckpointError(
@@ -199,35 +199,3 @@ def _encoder_config(
 def _triple(values: Iterable[float]) -> tuple[float, float, float]:
     red, green, blue = (float(value) for value in values)
     return red, green, blue
-
-
-def _stored_tensors(directory: Path) -> Iterator[StoredTensor]:
-    """Every tensor of the checkpoint; files with nothing but the language model's are not opened."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index} has no weight_map; download it again")
-        wanted: dict[str, list[str]] = {}
-        for name, file in weight_map.items():
-            if not isinstance(file, str):
-                raise CheckpointError(f"{index}: {name[:200]!r} is in no file; download it again")
-            if is_vision(name):
-                wanted.setdefault(file, []).append(name)
-        for file, names in sorted(wanted.items()):
-            if Path(file).name != file:
-                raise CheckpointError(f"{index} names {file!r}; a plain file name beside it is needed")
-            held = SafetensorsFile(directory / file).tensors
-            # A name that the file lacks is reported as missing, together with the others.
-            yield from (held[name] for name in names if name in held)
-        return
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(
-            f"{directory} has no .safetensors file; weights are read from safetensors, never from a pickle"
-        )
-    if len(files) > 1:
-        raise CheckpointError(
-            f"{directory} has {len(files)} safetensors files and no model.safetensors.index.json; download the index"
-        )
-    yield from SafetensorsFile(files[0]).tensors.values()
