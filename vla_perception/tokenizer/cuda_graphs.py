@@ -23,8 +23,9 @@ import torch
 from torch.nn import functional
 
 from vla_perception.tokenizer.dependent_launches import attempt
+from vla_perception.tokenizer.network import TokenizerNetwork
 from vla_perception.tokenizer.preprocess_gpu import PreprocessPlan
-from vla_perception.tokenizer.runtime import Network, Runtime
+from vla_perception.tokenizer.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,9 @@ class CudaGraphs(Runtime):
         compiled: capture what `torch.compile` makes of the network.
     """
 
-    def __init__(self, network: Network, device: torch.device, dtype: torch.dtype, *, compiled: bool = False) -> None:
+    def __init__(
+        self, network: TokenizerNetwork, device: torch.device, dtype: torch.dtype, *, compiled: bool = False
+    ) -> None:
         super().__init__(network, device, dtype)
         self.name = "compile" if compiled else "graph"
         self._branches, self._join = network.branches(), network.join

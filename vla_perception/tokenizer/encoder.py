@@ -9,6 +9,7 @@ class token after the last block and norm, or what SigLIP's attention-pooling he
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -59,13 +60,13 @@ class PatchEncoder(nn.Module):
             if not config.final_norm:
                 vit.norm = nn.Identity()
             vit.fc_norm = nn.Identity()
-            vit.attn_pool = None
+            vit.attn_pool = None  # type: ignore[assignment]  # as timm has it where there is none
         elif not (vit.global_pool == "map" or (vit.global_pool == "token" and vit.has_class_token)):
             raise ValueError(
                 f"{config.timm_id!r} was trained to give no cls token: it has neither a class token that is used nor an "
                 f"attention-pooling head (its pooling is {vit.global_pool!r}); take token_strategy patch"
             )
-        self.vit = vit
+        self.vit: Any = vit  # whose methods say that they return one of several types
         self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
         self.channels: int = vit.embed_dim
         self.patch_size: int = vit.patch_embed.patch_size[0]

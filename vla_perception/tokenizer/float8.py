@@ -9,6 +9,7 @@ is the row's largest value over 448, e4m3's largest. Products are summed in floa
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,6 +32,9 @@ class Float8Linear(nn.Module):
         scale: [1, out], float32: what a row of `weight` is to be multiplied by.
         bias: [out] in the dtype of the results, or None.
     """
+
+    weight: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -63,7 +67,7 @@ def quantize_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class Float8Block(FusedBlock):
     """`FusedBlock` with the linear layers in float8. The block that it is made of is used up."""
 
-    def __init__(self, block: nn.Module, hand_on: bool) -> None:
+    def __init__(self, block: Any, hand_on: bool) -> None:
         super().__init__(block, hand_on)
         for parent, name in _linears(self):
             setattr(parent, name, Float8Linear(getattr(parent, name)))
@@ -84,7 +88,7 @@ class Float8Block(FusedBlock):
         return pending if self._hand_on else _sum(pending)
 
 
-def _linears(block: nn.Module) -> list[tuple[nn.Module, str]]:
+def _linears(block: Any) -> list[tuple[nn.Module, str]]:
     return [(block.attn, "qkv"), (block.attn, "proj"), (block.mlp, "fc1"), (block.mlp, "fc2")]
 
 
@@ -98,7 +102,8 @@ def quantize_encoders(network: nn.Module) -> None:
             network is of no use then.
     """
     for encoder in (module for module in network.modules() if isinstance(module, PatchEncoder)):
-        blocks, name = encoder.vit.blocks, encoder.config.name
+        blocks: Any = encoder.vit.blocks
+        name = encoder.config.name
         if not all(map(_is_plain, blocks)):
             raise ValueError(f"compute_dtype float8 does not know the blocks of encoder {name}; choose bfloat16")
         widths = {width for parent, layer in _linears(blocks[0]) for width in getattr(parent, layer).weight.shape}
@@ -128,7 +133,7 @@ def quantize_encoders(network: nn.Module) -> None:
 @torch.inference_mode()
 def _replace(encoder: PatchEncoder, last: set[int]) -> float:
     """Returns the relative L2 between the first block's results before and after."""
-    blocks = encoder.vit.blocks
+    blocks: Any = encoder.vit.blocks
     weight = blocks[0].norm1.weight
     rows, columns = encoder.grid
     shape = (1, rows * columns + encoder.vit.num_prefix_tokens, weight.shape[0])

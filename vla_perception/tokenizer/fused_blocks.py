@@ -9,7 +9,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,10 +24,10 @@ _TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 class _Pending(NamedTuple):
-    """``values + delta * gamma`` that is still to be added; without gamma for 1."""
+    """``values + delta * gamma`` that is still to be added; without gamma for 1, without delta for 0."""
 
     values: torch.Tensor
-    delta: torch.Tensor
+    delta: torch.Tensor | None
     gamma: torch.Tensor | None
 
 
@@ -40,7 +40,14 @@ class FusedBlock(nn.Module):
         hand_on: whether such a block follows; else the sum is done here.
     """
 
-    def __init__(self, block: Block, hand_on: bool) -> None:
+    norm1: nn.LayerNorm
+    norm2: nn.LayerNorm
+    attn: Any  # timm's Attention
+    mlp: Any  # timm's Mlp
+    ls1: nn.Module
+    ls2: nn.Module
+
+    def __init__(self, block: Any, hand_on: bool) -> None:
         super().__init__()
         self.norm1, self.attn, self.ls1 = block.norm1, block.attn, block.ls1
         self.norm2, self.mlp, self.ls2 = block.norm2, block.mlp, block.ls2
@@ -72,13 +79,18 @@ def _gamma(scale: nn.Module) -> torch.Tensor | None:
 
 def _sum(pending: _Pending) -> torch.Tensor:
     values, delta, gamma = pending
+    if delta is None:
+        return values
     return values + delta if gamma is None else torch.addcmul(values, delta, gamma)
 
 
 class ScaledBlock(nn.Module):
     """timm's block with LayerScale, its scaling and residual sum one operation: 46 kernels fewer in `openvla-7b`."""
 
-    def __init__(self, block: Block) -> None:
+    ls1: LayerScale
+    ls2: LayerScale
+
+    def __init__(self, block: Any) -> None:
         super().__init__()
         self.norm1, self.attn, self.ls1 = block.norm1, block.attn, block.ls1
         self.norm2, self.mlp, self.ls2 = block.norm2, block.mlp, block.ls2
@@ -138,7 +150,7 @@ def fuse_blocks(network: nn.Module, dtype: torch.dtype) -> str:
     """
     reasons = []
     for encoder in (module for module in network.modules() if isinstance(module, PatchEncoder)):
-        blocks = encoder.vit.blocks
+        blocks: Any = encoder.vit.blocks
         if not all(map(_is_plain, blocks)):
             reasons.append(f"{encoder.config.name}: its blocks are unusual")
             continue
@@ -178,7 +190,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 @torch.inference_mode()
-def _try(block: Block, encoder: PatchEncoder, dtype: torch.dtype) -> None:
+def _try(block: Any, encoder: PatchEncoder, dtype: torch.dtype) -> None:
     """Compiles the kernels for the encoder's sizes. ValueError if they give something else than timm's block."""
     weight = block.norm1.weight
     rows, columns = encoder.grid
@@ -191,7 +203,7 @@ def _try(block: Block, encoder: PatchEncoder, dtype: torch.dtype) -> None:
         raise ValueError(f"Triton's kernels give other values than PyTorch's, relative L2 {error:.1e}")
 
 
-def replace_modules(network: nn.Module, kind: type[nn.Module], replacement: Callable[[nn.Module], nn.Module]) -> None:
+def replace_modules(network: nn.Module, kind: type[nn.Module], replacement: Callable[[Any], nn.Module]) -> None:
     """Puts `replacement(module)` in the place of every module of exactly that kind, freeing one after the other."""
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):

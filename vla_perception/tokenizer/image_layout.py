@@ -57,6 +57,6 @@ def memory_of(image: np.ndarray) -> tuple[Layout, np.ndarray]:
         for index in range(3):  # channel by channel NumPy is several times as fast
             memory[:, :, index] = image[:, :, index]
         return Layout(height, width, 0, (3 * width, 3, 1), memory.size), memory.reshape(-1)
-    strides = tuple(step * flip for step, flip in zip((row, pixel, channel), flips))
+    strides = (row * flips[0], pixel * flips[1], channel * flips[2])
     offset = sum(span for span, flip in zip(spans, flips) if flip < 0)
     return Layout(height, width, offset, strides, nbytes), memory

@@ -172,7 +172,8 @@ class ImageTransforms:
         self, images: Sequence[np.ndarray], cameras: Sequence[str | None]
     ) -> tuple[list[np.ndarray], list[tuple[Step, ...]]]:
         """Images after those steps that the host has to do, and of each the steps that are left for a device."""
-        on_host, left = [], []
+        on_host: list[list[Step]] = []
+        left: list[tuple[Step, ...]] = []
         for camera in cameras:
             chain = self._chain(camera)
             first = len(chain)
@@ -181,9 +182,9 @@ class ImageTransforms:
             on_host.append(chain[:first])
             left.append(tuple(chain[first:]))
         begun = _side_by_side(self._run, images, on_host)
-        for image, chain in zip(begun, left):
+        for image, steps in zip(begun, left):
             height, width = image.shape[:2]
-            for step in chain:
+            for step in steps:
                 _, height, width = step.map(height, width)  # refuses an image that is too small
         return begun, left
 

@@ -53,14 +53,14 @@ class DeviceSteps:
 
 
 def _lanczos3(image_size: tuple[int, int], size: int, device: torch.device) -> Run:
-    taps = []
+    taps: list[tuple[torch.Tensor, torch.Tensor]] = []
     for length in image_size:
         first, weights = lanczos3_taps(length, size)
         # Taps of weight 0 at the end: they add 0 to a sum.
         weights = np.pad(weights.T, ((0, -weights.shape[1] % UNROLL), (0, 0)))
-        arrays = first.astype(np.int32), np.ascontiguousarray(weights)
-        taps.append(tuple(torch.from_numpy(array).to(device) for array in arrays))
-    return lambda source, views: kernels.lanczos3(source, views, image_size, *taps)
+        starts, values = torch.from_numpy(first.astype(np.int32)), torch.from_numpy(np.ascontiguousarray(weights))
+        taps.append((starts.to(device), values.to(device)))
+    return lambda source, views: kernels.lanczos3(source, views, image_size, taps[0], taps[1])
 
 
 def _center_crop(image_size: tuple[int, int], size: int, device: torch.device) -> Run:

@@ -85,20 +85,20 @@ def letterbox_padding(height: int, width: int) -> tuple[int, int]:
 
 def resize(image: np.ndarray, config: EncoderConfig) -> np.ndarray:
     """uint8 [height, width, 3] → uint8 [image_size, image_size, 3] by the encoder's resize strategy."""
-    image = _to_pil(image)
+    pil = _to_pil(image)
     if config.resize_strategy == BY_PIL:
-        return np.asarray(resize_pil(image, config.image_size))
+        return np.asarray(resize_pil(pil, config.image_size))
     if config.resize_strategy == "letterbox":
-        top, left = letterbox_padding(image.height, image.width)
-        padded = Image.new("RGB", (image.width + 2 * left, image.height + 2 * top), config.fill)
-        padded.paste(image, (left, top))
-        image = padded
-    height, width = resized_size(image.height, image.width, config)
-    if (image.height, image.width) != (height, width):
-        image = image.resize((width, height), Image.Resampling(config.interpolation))
+        top, left = letterbox_padding(pil.height, pil.width)
+        padded = Image.new("RGB", (pil.width + 2 * left, pil.height + 2 * top), config.fill)
+        padded.paste(pil, (left, top))
+        pil = padded
+    height, width = resized_size(pil.height, pil.width, config)
+    if (pil.height, pil.width) != (height, width):
+        pil = pil.resize((width, height), Image.Resampling(config.interpolation))
     side = config.image_size
     top, left = crop_offset(height, side), crop_offset(width, side)
-    return np.asarray(image)[top : top + side, left : left + side]
+    return np.asarray(pil)[top : top + side, left : left + side]
 
 
 def _resize_float(image: np.ndarray, config: EncoderConfig) -> np.ndarray:

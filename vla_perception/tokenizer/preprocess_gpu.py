@@ -348,7 +348,7 @@ class DevicePreprocessor:
         self._kernel_taps = functools.lru_cache(maxsize=64)(self._make_kernel_taps)
         self._plan = functools.lru_cache(maxsize=16)(self._make_plan)
         self.fallback = ""
-        self._kernels = None
+        self._kernels: ModuleType | None = None
         if device.type == "cuda" and kernels:
             self._use_kernels()
 
@@ -459,8 +459,8 @@ class DevicePreprocessor:
         padding = -weights.shape[1] % 4
         weights = np.pad(weights.T, ((0, padding), (0, 0)))
         first = indices[:, 0].astype(np.int32)
-        taps = tuple(torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in (first, weights))
-        return taps, (int(indices.min()), int(indices.max() - indices.min()) + 1)
+        starts, values = (torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in (first, weights))
+        return (starts, values), (int(indices.min()), int(indices.max() - indices.min()) + 1)
 
     def resize(self, planes: torch.Tensor, config: EncoderConfig) -> torch.Tensor:
         """uint8 [views, 3, height, width] → uint8 [views, 3, image_size, image_size] by the encoder's strategy."""

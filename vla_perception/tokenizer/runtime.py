@@ -19,9 +19,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,21 +29,10 @@ from torch import nn
 from vla_perception.options import RUNTIMES
 from vla_perception.tokenizer.float8 import quantize_encoders
 from vla_perception.tokenizer.fused_blocks import fuse_blocks, patches_as_products, replace_modules, scale_in_one
+from vla_perception.tokenizer.network import TokenizerNetwork
 from vla_perception.tokenizer.preprocess_gpu import PreprocessPlan
 
 log = logging.getLogger(__name__)
-
-Branch = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
-
-
-class Network(Protocol):
-    """What is run: independent branches, one per encoder, and what joins their results."""
-
-    def branches(self) -> list[Branch]: ...
-
-    def join(self, parts: Sequence[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-    def modules(self): ...
 
 
 class Runtime:
@@ -57,7 +45,7 @@ class Runtime:
             wanted.
     """
 
-    def __init__(self, network: Network, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, network: TokenizerNetwork, device: torch.device, dtype: torch.dtype) -> None:
         self.name = "eager"
         self.fallback = ""
         self.kernels = "pytorch"
@@ -88,7 +76,7 @@ class Runtime:
 class OneDnn(Runtime):
     """Linear layers with packed weights on a CPU. The network's own weights are given up for them at the first call."""
 
-    def __init__(self, network: Network, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, network: TokenizerNetwork, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(network, device, dtype)
         self.name = "onednn"
         self._lock = threading.Lock()
@@ -107,7 +95,7 @@ class OneDnn(Runtime):
 class Compiled(Runtime):
     """Branches and projector compiled, one by one, for each number of views anew."""
 
-    def __init__(self, network: Network, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, network: TokenizerNetwork, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(network, device, dtype)
         self.name = "compile"
         self._branches = [torch.compile(branch, dynamic=False) for branch in network.branches()]
@@ -133,7 +121,7 @@ class PackedLinear(nn.Module):
 
 
 def make_runtime(
-    name: str, network: Network, device: torch.device, dtype: torch.dtype, in_float8: bool = False
+    name: str, network: TokenizerNetwork, device: torch.device, dtype: torch.dtype, in_float8: bool = False
 ) -> Runtime:
     """The runtime called `name`; it may change the network's modules for its purpose.
 

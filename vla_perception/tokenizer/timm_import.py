@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,8 +55,9 @@ def _execute(module: ModuleType) -> None:
         return  # asked again while it runs, it has what it has by then
     _executing.add(module.__name__)
     try:
-        module.__spec__.loader.exec_module(module)
-        module.__class__ = ModuleType
+        if module.__spec__ is not None and module.__spec__.loader is not None:
+            module.__spec__.loader.exec_module(module)
+        module.__class__ = ModuleType  # type: ignore[assignment]  # a plain module from here on
     finally:
         _executing.discard(module.__name__)
 
@@ -86,7 +88,7 @@ def _without_dynamo() -> Iterator[None]:
         return importlib.import_module(names[1]).is_compile_supported(device_type)
 
     deferred = [_defer(name) for name in names]
-    deferred[1].is_compile_supported = is_compile_supported
+    vars(deferred[1])["is_compile_supported"] = is_compile_supported
     try:
         yield
     finally:
@@ -103,7 +105,7 @@ def _import_timm() -> ModuleType:
         return importlib.import_module("timm")
     try:
         package, _, data = (_defer(name) for name in ("timm", "timm.models", "timm.data"))
-        package.__version__ = importlib.import_module("timm.version").__version__
+        vars(package)["__version__"] = importlib.import_module("timm.version").__version__
         constants = importlib.import_module("timm.data.constants")
         vars(data).update({name: value for name, value in vars(constants).items() if not name.startswith("_")})
         with _without_dynamo():
@@ -119,8 +121,8 @@ def _import_timm() -> ModuleType:
         return importlib.import_module("timm")
 
 
-def create_model(name: str, **settings: object) -> nn.Module:
-    """``timm.create_model``; all of timm is imported only if `name` is none of its plain vision transformers.
+def create_model(name: str, **settings: object) -> Any:  # its attributes are timm's, and none of nn.Module's
+    """``timm.create_model``, a module; all of timm is imported only if `name` is none of its plain vision transformers.
 
     Raises:
         RuntimeError: timm does not know the name.
@@ -133,7 +135,7 @@ def is_model(name: str) -> bool:
     return _of("_registry", name).is_model(name)
 
 
-def get_pretrained_cfg(name: str) -> object:
+def get_pretrained_cfg(name: str) -> Any:
     """``timm.get_pretrained_cfg``: what is known of weights, by an architecture's name and tag; None if it has none."""
     return _of("_registry", name).get_pretrained_cfg(name)
 
@@ -141,8 +143,9 @@ def get_pretrained_cfg(name: str) -> object:
 def _of(module: str, model: str) -> ModuleType:
     """Where timm's public functions come from, if what has been imported by now knows the model; timm otherwise."""
     registry, wanted = (sys.modules.get(f"timm.models.{name}") for name in ("_registry", module))
-    known = registry is not None and wanted is not None and registry.is_model(model.split(".")[0])
-    return wanted if known else timm
+    if registry is None or wanted is None or not registry.is_model(model.split(".")[0]):
+        return timm
+    return wanted
 
 
 class _WithoutValues(TorchFunctionMode):

@@ -323,7 +323,8 @@ class VisualTokenizer:
         images = [np.zeros((*size, 3), np.uint8)] * views
         self.encode(self._preprocessor(images))
         if self.device.type == "cuda":
-            ready, steps = images, None
+            ready: Sequence[np.ndarray] = images
+            steps: Sequence[tuple[Step, ...]] | None = None
             with contextlib.suppress(ValueError):  # such images cannot be transformed: too small, or of unknown cameras
                 ready, steps = self._transformed(images, cameras)
             with torch.inference_mode():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vla_perception.tokenizer.config import EncoderConfig
 
@@ -142,7 +142,7 @@ def of_module(tower: PatchEncoder) -> Vit:
     """The same of any encoder that has been built, be it on the meta device."""
     from torch import nn
 
-    vit = tower.vit
+    vit: Any = tower.vit
     rows, columns = tower.grid
     tokens = rows * columns + vit.num_prefix_tokens
     latents = 0 if vit.attn_pool is None else vit.attn_pool.latent_len

@@ -124,11 +124,12 @@ class Checkpoint:
 
         None where tensors come from no file, or change on the way, and where there is no home for a cache.
         """
-        stored = [self.tensors[name] for name in names]
-        if self.adapters or self.position_grids or any(tensor.source.path is None for tensor in stored):
+        paths = {self.tensors[name].source.path for name in names}
+        files = [path for path in paths if path is not None]
+        if self.adapters or self.position_grids or len(files) < len(paths):
             return None
         key = hashlib.sha256()
-        for file in sorted({tensor.source.path for tensor in stored}):
+        for file in sorted(files):
             status = file.stat()
             key.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         for name in sorted(names):
@@ -176,7 +177,7 @@ class WeightsDigest:
             raise ValueError(f"tensors must be added in sorted order: {name} after {self._last}")
         self._last = name
         self._hash.update(f"{name}\0{dtype_name(tensor)}\0{','.join(map(str, tensor.shape))}\0".encode())
-        self._hash.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        self._hash.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()

@@ -76,7 +76,8 @@ _RECORDS = re.compile(
 class TensorSource(Protocol):
     """Something that holds named tensors; `path` is its file, None if it has none."""
 
-    path: Path | None
+    @property
+    def path(self) -> Path | None: ...
 
     def get(self, name: str) -> torch.Tensor: ...
 

@@ -117,7 +117,8 @@ class RemoteFile:
                     raise _broken(f"the server answers {response.status_code}")
                 hf_raise_for_status(response)
                 at = self._begin(response, start)
-                left[:] = [(first, min(last, self.size)) for first, last in left if first < self.size]
+                size = self.size if self.size is not None else stop
+                left[:] = [(first, min(last, size)) for first, last in left if first < size]
                 # As it arrives: what waits for a larger piece is lost when the connection breaks.
                 for data in response.iter_bytes():
                     yield from _take(left, data, at)
@@ -125,7 +126,7 @@ class RemoteFile:
                     if not left or (self._ranges and at >= stop):
                         break
                 else:
-                    if left and left[0][0] < min(stop, self.size):
+                    if left and left[0][0] < min(stop, size):
                         raise _broken(f"the connection ended at byte {at}")
 
     def _begin(self, response, start: int) -> int:

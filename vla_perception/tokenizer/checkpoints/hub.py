@@ -130,7 +130,7 @@ def _resolve(root: Path, repository: str, revision: str) -> tuple[str, set[str]]
             files = (path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
             return snapshot.name, set(files)
         raise
-    if not _COMMIT.fullmatch(info.sha or ""):
+    if info.sha is None or not _COMMIT.fullmatch(info.sha):
         raise CheckpointError(f"the hub names no commit for {repository}, but {info.sha!r}")
     return info.sha, {sibling.rfilename for sibling in info.siblings or ()}
 

@@ -94,11 +94,11 @@ def check_architecture(name: object, where: str) -> str:
 
 def _fits(key: str, value: object) -> bool:
     if key in _COUNTS:
-        low, high = _COUNTS[key]
-        return type(value) is int and low <= value <= high
+        return isinstance(value, int) and type(value) is int and _COUNTS[key][0] <= value <= _COUNTS[key][1]
     if key in _NUMBERS:
-        low, high = _NUMBERS[key]
-        return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        return math.isfinite(value) and _NUMBERS[key][0] <= value <= _NUMBERS[key][1]
     if key in _SWITCHES:
         return isinstance(value, bool)
     return isinstance(value, str) and value.lower() in _CHOICES[key]

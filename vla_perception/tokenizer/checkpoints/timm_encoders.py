@@ -70,7 +70,8 @@ def open_encoders(model: str, image_size: int | Sequence[int] | None = None) -> 
     """
     encoders = [read(*part) for part in _parts(model, image_size)]
     config = _joined([encoder.config for encoder in encoders])
-    tensors, grids = {}, {}
+    tensors: dict[str, StoredTensor] = {}
+    grids: dict[str, tuple[int, int, int]] = {}
     for own, encoder in zip(config.encoders, encoders):
         tensors |= encoder.named(own.name)
         grids |= encoder.grids(own.name)
@@ -127,7 +128,7 @@ def read(source: str, image_size: int | None, file: Path | None = None) -> Encod
     except Exception as error:  # timm's architectures refuse arguments in every way
         raise CheckpointError(f"{source}: timm cannot build this encoder at {image_size} pixels ({error})") from error
     if file is None and facts.get("hf_hub_id") and not facts.get("hf_hub_filename"):
-        file = _download(facts["hf_hub_id"], _WEIGHTS, optional=True)
+        file = _download_if_there(facts["hf_hub_id"], _WEIGHTS)
     if (
         file is not None
         and file.suffix == ".safetensors"
@@ -222,18 +223,28 @@ def _through_timm(name: str, native: int, config: EncoderConfig, file: Path | No
     return MemoryTensors(model.state_dict()).tensors
 
 
-def _download(repository: str, file: str, optional: bool = False) -> Path | None:
-    """A file of a repository, from the cache where it is there; None if `optional` and the repository lacks it."""
+def _download(repository: str, file: str) -> Path:
+    """A file of a repository, from the cache where it is there."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 
     repository, _, revision = repository.partition("@")
     try:
         return Path(hf_hub_download(repository, file, revision=revision or None))
     except Exception as error:
-        if optional and isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            return None
         raise CheckpointError(_unavailable(repository, error)) from error
+
+
+def _download_if_there(repository: str, file: str) -> Path | None:
+    """As `_download`; None if the repository lacks the file."""
+    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return _download(repository, file)
+    except CheckpointError as error:
+        cause = error.__cause__
+        if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
+            return None
+        raise
 
 
 def _unavailable(name: str, error: Exception) -> str:
