@@ -39,7 +39,7 @@ import torch
 from torch.nn import functional
 
 from vla_perception import __version__
-from vla_perception.bench import ReferenceModel
+from vla_perception.baseline import ReferenceModel
 from vla_perception.tokenizer import VisualTokenizer
 from vla_perception.tokenizer.cuda_graphs import CudaGraphs
 

@@ -10,7 +10,7 @@ pytest.importorskip("timm")
 pytest.importorskip("torchvision")
 import checkpoints  # noqa: E402
 
-from vla_perception import bench, cli  # noqa: E402
+from vla_perception import baseline, bench, cli  # noqa: E402
 from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
 from vla_perception.tokenizer.presets import PRESETS  # noqa: E402
 
@@ -69,16 +69,16 @@ def test_work_is_counted_as_published():
     assert flops / 1e9 == pytest.approx(405, abs=1) and weight_bytes / 2 == pytest.approx(759e6, rel=0.002)
 
 
-def test_the_plain_way_is_what_prismatic_computes(tmp_path):
+def test_the_baseline_is_what_prismatic_computes(tmp_path):
     """Against the tests' own reference, which knows nothing of this package."""
     models, weights = checkpoints.towers(), checkpoints.projector(384 + 96)
     path = checkpoints.write(tmp_path / "model", checkpoints.openvla_tensors(models, weights))
     for exact in (False, True):
-        plain = bench.ReferenceModel(VisualTokenizer.load(path), torch.float32, exact=exact)
-        pixel_values = plain.preprocess([checkpoints.image(), checkpoints.image(1)])
-        assert [len(tower.blocks) for tower in plain._towers] == [len(model.blocks) for model in models]
+        reference = baseline.ReferenceModel(VisualTokenizer.load(path), torch.float32, exact=exact)
+        pixel_values = reference.preprocess([checkpoints.image(), checkpoints.image(1)])
+        assert [len(tower.blocks) for tower in reference._towers] == [len(model.blocks) for model in models]
         expected = checkpoints.reference(models, weights, pixel_values)[1]
-        torch.testing.assert_close(plain.encode(pixel_values), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(reference.encode(pixel_values), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_tokens_that_differ_are_an_error(tmp_path, capsys, monkeypatch):
@@ -96,11 +96,11 @@ def test_tokens_that_differ_are_an_error(tmp_path, capsys, monkeypatch):
 
 
 def test_pixel_values_that_differ_are_an_error(capsys, monkeypatch):
-    exact = bench._torchvision_pixels
+    exact = baseline._torchvision_pixels
     monkeypatch.setattr(
-        bench, "_torchvision_pixels", lambda *arguments: exact(*arguments).index_fill_(2, torch.tensor([0]), 0.5)
+        baseline, "_torchvision_pixels", lambda *arguments: exact(*arguments).index_fill_(2, torch.tensor([0]), 0.5)
     )
-    monkeypatch.setitem(bench.TOLERANCES, "float32", 10.0)
+    monkeypatch.setitem(baseline.TOLERANCES, "float32", 10.0)
     assert cli.main(["bench", "--model", "tiny-random", "--seconds", "0", "--baseline"]) == 1
     assert "not those of PIL and torchvision" in capsys.readouterr().err
 
@@ -108,7 +108,7 @@ def test_pixel_values_that_differ_are_an_error(capsys, monkeypatch):
 def test_distance_is_relative_and_finds_the_worst_token():
     exact = torch.tensor([[[3.0, 4.0], [0.0, 5.0]]])
     found = torch.tensor([[[3.0, 4.0], [5.0, 0.0]]])
-    error, cosine = bench._distance(found, exact)
+    error, cosine = baseline.distance(found, exact)
     assert error == pytest.approx(np.sqrt(50) / np.sqrt(50)) and cosine == pytest.approx(0.0)
 
 

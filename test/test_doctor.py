@@ -307,7 +307,7 @@ def test_agreement_of_every_runtime_and_precision(monkeypatch):
     }
     for subject, finding in found.items():  # few processors have oneDNN's float16
         assert finding.state == "ok" or (finding.state == "warn" and "onednn in float16" in subject), finding
-    monkeypatch.setattr("vla_perception.bench.TOLERANCES", {"bfloat16": 1e-6})
+    monkeypatch.setattr("vla_perception.baseline.TOLERANCES", {"bfloat16": 1e-6})
     assert "fail" in {finding.state for finding in doctor.agreement("tiny-random")}
 
 

@@ -1,10 +1,4 @@
-"""``vla-perception bench``: how fast a model encodes here, beside the baseline, in one run.
-
-The baseline is what OpenVLA's own code does: PIL and torchvision prepare the image once for every encoder, both
-timm towers run with all their blocks, one after the other, operation by operation, and the projector follows. It has
-the same weights and gets the same images. The towers' last blocks, whose results nobody uses, are in no tokenizer:
-the baseline's get random weights.
-"""
+"""``vla-perception bench``: how fast a model encodes here, beside the baseline (baseline.py), in one run."""
 
 from __future__ import annotations
 
@@ -14,32 +8,23 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
 import timm
 import torch
 import torchvision
-from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
-from torchvision.transforms import functional as transforms
 
 from vla_perception import __version__
+from vla_perception.baseline import LOWEST_COSINES, TOLERANCES, Mark, ReferenceModel, distance
 from vla_perception.startup import Progress
 from vla_perception.tokenizer import VisualTokenizer
-from vla_perception.tokenizer.config import EncoderConfig
 from vla_perception.tokenizer.devices import TORCH_DTYPES
-from vla_perception.tokenizer.fused_blocks import patches_as_products
 from vla_perception.tokenizer.network import empty_network
-from vla_perception.tokenizer.preprocess import letterbox_padding
-from vla_perception.tokenizer.projector import Projector
 from vla_perception.tokenizer.runtime import PackedLinear, limit_threads
-from vla_perception.tokenizer.weights import random_weight
 
-#: Relative L2 distance of tokens from the baseline in float32 that rounding accounts for (docs/performance.md).
-TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "float8": 1.4e-1}
-#: The lowest cosine of a token with its own in float32, where that has a bound, too.
-LOWEST_COSINES = {"float8": 0.99}
 #: Height and width of the images.
 SIZE = (480, 640)
 PERCENTILES = (50, 95, 99)
@@ -48,67 +33,12 @@ _MIN_ROUNDS, _MAX_ROUNDS = 5, 1000
 _PREPROCESS_ROUNDS = 50
 _COMPARED_ROUNDS = 2
 
-Mark = Callable[[str], None]
-
 if torch.backends.mkldnn.is_available():
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _packed_linear_flops(values_shape, weight_shape, *_, **__) -> int:
         """For `FlopCounterMode`, which does not know the operation."""
         return 2 * math.prod(values_shape) * weight_shape[0]
-
-
-class ReferenceModel:
-    """The baseline, with the weights of `tokenizer`, which must not have run yet: running may repack them.
-
-    Args:
-        exact: keep cuDNN from computing float32 convolutions in TF32, as it does unless told otherwise.
-    """
-
-    def __init__(self, tokenizer: VisualTokenizer, dtype: torch.dtype, exact: bool = False) -> None:
-        config, network = tokenizer.config, tokenizer.network
-        self._device, self._dtype = tokenizer.device, dtype
-        self._encoders = config.encoders
-        with torch.device("meta"):
-            self._projector = Projector(config.projector, tokenizer.feature_channels, config.output_channels)
-        self._projector.load_state_dict(self._cast(network.projector.state_dict()), assign=True)
-        self._towers = []
-        for encoder, own in zip(config.encoders, network.encoders.values()):
-            name = encoder.timm_id.split(".")[0]
-            with torch.device("meta"):
-                tower = timm.create_model(
-                    name, pretrained=False, num_classes=0, img_size=encoder.image_size, **encoder.overrides
-                ).eval()
-            weights = own.vit.state_dict()
-            for missing in tower.state_dict().keys() - weights.keys():
-                weights[missing] = random_weight(missing, tuple(tower.state_dict()[missing].shape), seed=1)
-            tower.load_state_dict(self._cast(weights), assign=True)
-            if exact:
-                patches_as_products(tower)
-            self._towers.append(tower)
-
-    def preprocess(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """``PrismaticImageProcessor`` of openvla → per encoder float32 [views, 3, side, side] on the device."""
-        pixel_values: list[list[torch.Tensor]] = [[] for _ in self._encoders]
-        for image in map(Image.fromarray, images):
-            for config, values in zip(self._encoders, pixel_values):
-                values.append(_torchvision_pixels(image, config))
-        return [torch.stack(values).to(self._device) for values in pixel_values]
-
-    @torch.inference_mode()
-    def encode(self, pixel_values: Sequence[torch.Tensor], mark: Mark = lambda stage: None) -> torch.Tensor:
-        """→ tokens [views, tokens, channels]; calls `mark` with the name of each stage as it ends."""
-        parts = []
-        for config, tower, pixels in zip(self._encoders, self._towers, pixel_values):
-            wanted = len(tower.blocks) - 2
-            parts += tower.get_intermediate_layers(pixels.to(self._device, self._dtype), n={wanted})
-            mark(config.name)
-        tokens = self._projector(torch.cat(parts, dim=2))
-        mark("project")
-        return tokens
-
-    def _cast(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: value.to(self._device, self._dtype) for name, value in weights.items()}
 
 
 class OptimizedModel:
@@ -139,7 +69,7 @@ class _Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device if device.type == "cuda" else None
-        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+        self._marks: list[tuple[str, Any]] = []  # seconds, or a torch.cuda.Event
 
     def start(self) -> None:
         self.synchronize()
@@ -148,7 +78,7 @@ class _Clock:
 
     def mark(self, stage: str) -> None:
         """`stage` ends here."""
-        now: float | torch.cuda.Event = time.perf_counter()
+        now: Any = time.perf_counter()
         if self._cuda is not None:
             now = torch.cuda.Event(enable_timing=True)
             now.record(torch.cuda.current_stream(self._cuda))
@@ -196,25 +126,47 @@ def run(
     begun = time.perf_counter()
     tokenizer = VisualTokenizer.load(model, device=device, compute_dtype=compute_dtype, runtime=runtime)
     loading = time.perf_counter() - begun
-    compute_dtype = tokenizer.compute_dtype
-    reference = tokenizer
-    if compute_dtype == "float8":  # which has given up the weights that it is compared with
-        reference = VisualTokenizer.load(model, device=str(tokenizer.device), compute_dtype="bfloat16", runtime="eager")
-    plain = ReferenceModel(reference, TORCH_DTYPES[compute_dtype])
-    # On a CPU in float32 the baseline is what is compared with: its weights need not be there twice.
-    as_it_is = compute_dtype == "float32" and tokenizer.device.type == "cpu"
-    exact = plain if as_it_is else ReferenceModel(reference, torch.float32, exact=True)
-    del reference
+    baseline_model, exact = _references(tokenizer, model)
     begun = time.perf_counter()
     for number in views:
         progress(f"warming up for {number} view(s)", begins=True)
         tokenizer.warm_up(number)
-    warm_up = time.perf_counter() - begun
-    tuned = OptimizedModel(tokenizer)
-    report = {
+    report = _about(tokenizer) | {"load_s": loading, "warm_up_s": time.perf_counter() - begun}
+    progress.clear()
+    _print_about(report)
+    bench = _Bench(tokenizer, OptimizedModel(tokenizer), baseline_model, exact, progress)
+    by_views = {}
+    for number in views:
+        result = bench.measure(number, baseline, seconds)
+        progress.clear()
+        _print(result, number)
+        by_views[str(number)] = result
+    report |= {"views": views[0]} | by_views[str(views[0])] | {"by_views": by_views}
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    for views_, result in by_views.items():
+        _check(result, views_, tokenizer.compute_dtype)
+    return report
+
+
+def _references(tokenizer: VisualTokenizer, model: str) -> tuple[ReferenceModel, ReferenceModel]:
+    """The baseline in the tokenizer's dtype, and in float32."""
+    compute_dtype = tokenizer.compute_dtype
+    reference = tokenizer
+    if compute_dtype == "float8":  # which has given up the weights that it is compared with
+        reference = VisualTokenizer.load(model, device=str(tokenizer.device), compute_dtype="bfloat16", runtime="eager")
+    baseline = ReferenceModel(reference, TORCH_DTYPES[compute_dtype])
+    # On a CPU in float32 the baseline is what is compared with: its weights need not be there twice.
+    as_it_is = compute_dtype == "float32" and tokenizer.device.type == "cpu"
+    return baseline, baseline if as_it_is else ReferenceModel(reference, torch.float32, exact=True)
+
+
+def _about(tokenizer: VisualTokenizer) -> dict:
+    """What does not depend on the number of views."""
+    return {
         "model": tokenizer.model,
         "weights": tokenizer.weights,
-        "compute_dtype": compute_dtype,
+        "compute_dtype": tokenizer.compute_dtype,
         "runtime": tokenizer.runtime,
         "runtime_fallback": tokenizer.runtime_fallback,
         "kernels": tokenizer.kernels,
@@ -230,133 +182,155 @@ def run(
             "numpy": np.__version__,
         },
         "image_size": list(SIZE),
-        "load_s": loading,
-        "warm_up_s": warm_up,
     }
-    progress.clear()
-    print(f"{report['model']} ({report['weights']} weights), {compute_dtype}, runtime {report['runtime']}")
-    if report["runtime_fallback"]:
-        print(f"  instead of what was asked for: {report['runtime_fallback']}")
-    print(report["device"] + "; " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
-    print(f"loading {loading:.1f} s, warm-up {warm_up:.1f} s")
-    by_views = {}
-    for number in views:
-        result = _measure(tokenizer, tuned, plain, exact, number, baseline, seconds, progress)
-        progress.clear()
-        _print(result, number)
-        by_views[str(number)] = result
-    report |= {"views": views[0]} | by_views[str(views[0])] | {"by_views": by_views}
-    if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
-    for number, result in by_views.items():
-        if not result["agreement"]["within_tolerance"]:
-            raise ValueError(
-                f"the tokens of {number} view(s) are not those of the baseline in float32: relative L2 "
-                f"{result['agreement']['relative_l2']:.1e} where {compute_dtype} allows {TOLERANCES[compute_dtype]:g}, "
-                f"lowest cosine of a token {result['agreement']['cosine']:.5f}"
-            )
-        if not result["preprocess"].get("identical", True):
-            raise ValueError(f"the pixel values of {number} view(s) are not those of PIL and torchvision")
-    return report
 
 
-def _measure(
-    tokenizer: VisualTokenizer,
-    tuned: OptimizedModel,
-    plain: ReferenceModel,
-    exact: ReferenceModel,
-    views: int,
-    baseline: bool,
-    seconds: float,
-    progress: Progress,
-) -> dict:
-    progress(f"{views} view(s): measuring the machine", begins=True)
-    dtype = TORCH_DTYPES[tokenizer.compute_dtype]
-    rates = _rates(tokenizer.device, dtype)
-    random = np.random.default_rng()
-    images = [random.integers(0, 256, (*SIZE, 3), dtype=np.uint8) for _ in range(_IMAGES)]
+def _check(result: dict, views: str, compute_dtype: str) -> None:
+    """ValueError if tokens or pixel values are not those of the baseline."""
+    if not result["agreement"]["within_tolerance"]:
+        raise ValueError(
+            f"the tokens of {views} view(s) are not those of the baseline in float32: relative L2 "
+            f"{result['agreement']['relative_l2']:.1e} where {compute_dtype} allows {TOLERANCES[compute_dtype]:g}, "
+            f"lowest cosine of a token {result['agreement']['cosine']:.5f}"
+        )
+    if not result["preprocess"].get("identical", True):
+        raise ValueError(f"the pixel values of {views} view(s) are not those of PIL and torchvision")
 
-    def batch(index: int) -> list[np.ndarray]:
-        return [images[(index * views + view) % _IMAGES] for view in range(views)]
 
-    clock = _Clock(tokenizer.device)
-    progress(f"{views} view(s): comparing with the baseline in float32", begins=True)
-    result: dict = {"agreement": _agreement(tokenizer, tuned, plain, exact, batch)}
-    contenders = {"tuned": tuned, "plain": plain} if baseline else {"tuned": tuned}
-    progress(f"{views} view(s): preprocessing", begins=True)
-    result["preprocess"] = _preprocessing(contenders, clock, batch)
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
-    deadline = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < _MIN_ROUNDS or (time.perf_counter() < deadline and rounds < _MAX_ROUNDS):
-        # Who comes first changes with every round, so that neither has the warmer caches.
-        for name in sorted(contenders, reverse=bool(rounds % 2)):
-            contender, given = contenders[name], batch(rounds)
-            clock.start()
+class _Bench:
+    """Measures a tokenizer beside the baseline.
+
+    Args:
+        optimized: the tokenizer, told apart by stage.
+        baseline: in the tokenizer's dtype.
+        exact: the baseline in float32.
+    """
+
+    def __init__(
+        self,
+        tokenizer: VisualTokenizer,
+        optimized: OptimizedModel,
+        baseline: ReferenceModel,
+        exact: ReferenceModel,
+        progress: Progress,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._optimized, self._baseline, self._exact = optimized, baseline, exact
+        self._progress = progress
+        self._clock = _Clock(tokenizer.device)
+        self._dtype = TORCH_DTYPES[tokenizer.compute_dtype]
+
+    def measure(self, views: int, baseline: bool, seconds: float) -> dict:
+        """What the report has under this number of views."""
+        tokenizer, optimized = self._tokenizer, self._optimized
+        self._progress(f"{views} view(s): measuring the machine", begins=True)
+        rates = _rates(tokenizer.device, self._dtype)
+        random = np.random.default_rng()
+        images = [random.integers(0, 256, (*SIZE, 3), dtype=np.uint8) for _ in range(_IMAGES)]
+
+        def batch(index: int) -> list[np.ndarray]:
+            return [images[(index * views + view) % _IMAGES] for view in range(views)]
+
+        self._progress(f"{views} view(s): comparing with the baseline in float32", begins=True)
+        result: dict = {"agreement": _agreement(tokenizer, optimized, self._baseline, self._exact, batch)}
+        contenders: dict[str, OptimizedModel | ReferenceModel] = {"optimized": optimized}
+        if baseline:
+            contenders["baseline"] = self._baseline
+        self._progress(f"{views} view(s): preprocessing", begins=True)
+        result["preprocess"] = _preprocessing(contenders, self._clock, batch)
+        times = self._stages(contenders, batch, views, seconds)
+        result["rounds"] = len(times["optimized"])
+        result["stages_ms"] = _percentiles(times["optimized"])
+        # What else runs on the machine can only slow a measurement of the chip down: the better of two is closer.
+        rates = {name: max(rate, rates[name]) for name, rate in _rates(tokenizer.device, self._dtype).items()}
+        result |= _floor(tokenizer, views, rates, result["stages_ms"]["encode_and_project"]["p50"])
+        if baseline:
+            result["baseline_stages_ms"] = _percentiles(times["baseline"])
+            pairs = list(zip(times["baseline"], times["optimized"]))
+            ratios = {
+                stage: float(np.median([slow[stage] / fast[stage] for slow, fast in pairs]))
+                for stage in times["optimized"][0]
+            }
+            result["stage_ratios"] = ratios
+            result["ratio_to_baseline"] = ratios["encode_and_project"]
+            result["end_to_end_ratio"] = ratios["end_to_end"]
+        return result
+
+    def _stages(
+        self,
+        contenders: Mapping[str, OptimizedModel | ReferenceModel],
+        batch: Callable[[int], list[np.ndarray]],
+        views: int,
+        seconds: float,
+    ) -> dict[str, list[dict[str, float]]]:
+        """Milliseconds of every stage in every round, of each contender."""
+        times: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+        deadline = time.perf_counter() + seconds
+        rounds = 0
+        while rounds < _MIN_ROUNDS or (time.perf_counter() < deadline and rounds < _MAX_ROUNDS):
+            # Who comes first changes with every round, so that neither has the warmer caches.
+            for name in sorted(contenders, reverse=bool(rounds % 2)):
+                times[name].append(self._round(contenders[name], batch(rounds)))
+            rounds += 1
+            # Between rounds, so that it is in none.
+            left = max(0.0, deadline - time.perf_counter())
+            self._progress(f"{views} view(s): {rounds} rounds, {left:.0f} s to go")
+        return times
+
+    def _round(self, contender: OptimizedModel | ReferenceModel, images: list[np.ndarray]) -> dict[str, float]:
+        clock = self._clock
+        clock.start()
+        begun = time.perf_counter()
+        pixel_values = contender.preprocess(images)
+        clock.mark("preprocess")
+        tokens = contender.encode(pixel_values, clock.mark)
+        clock.mark("tokens")
+        clock.synchronize()
+        ended = time.perf_counter()
+        del tokens
+        if isinstance(contender, OptimizedModel):  # in one call, which may do more in one than stage by stage
             begun = time.perf_counter()
-            pixel_values = contender.preprocess(given)
-            clock.mark("preprocess")
-            tokens = contender.encode(pixel_values, clock.mark)
-            clock.mark("tokens")
+            tokens = contender.whole(images)
             clock.synchronize()
             ended = time.perf_counter()
             del tokens
-            if contender is tuned:  # in one call, which may do more in one than stage by stage
-                begun = time.perf_counter()
-                tokens = tuned.whole(given)
-                clock.synchronize()
-                ended = time.perf_counter()
-                del tokens
-            stages = clock.stages()
-            stages.pop("tokens")
-            whole = {"encode_and_project": clock.milliseconds("preprocess", "tokens")}
-            times[name].append(stages | whole | {"end_to_end": (ended - begun) * 1e3})
-        rounds += 1
-        # Between rounds, so that it is in none.
-        progress(f"{views} view(s): {rounds} rounds, {max(0.0, deadline - time.perf_counter()):.0f} s to go")
-    result["rounds"] = rounds
-    result["stages_ms"] = _percentiles(times["tuned"])
-    # What else runs on the machine can only slow a measurement of the chip down: the better of two is closer.
-    rates = {name: max(rate, rates[name]) for name, rate in _rates(tokenizer.device, dtype).items()}
+        stages = clock.stages()
+        stages.pop("tokens")
+        whole = {"encode_and_project": clock.milliseconds("preprocess", "tokens")}
+        return stages | whole | {"end_to_end": (ended - begun) * 1e3}
+
+
+def _floor(tokenizer: VisualTokenizer, views: int, rates: Mapping[str, float], median_ms: float) -> dict:
+    """The least time that the machine could take, and the share of it in the time that encoding took."""
     flops, weight_bytes = _work(tokenizer, views)
     arithmetic, reading = flops / rates["flop_per_s"] * 1e3, weight_bytes / rates["bytes_per_s"] * 1e3
-    result |= {
+    return {
         "rates": rates,
         "flop": flops,
         "weight_bytes": weight_bytes,
         "floor_arithmetic_ms": arithmetic,
         "floor_weights_ms": reading,
         "floor_ms": max(arithmetic, reading),
-        "share_of_floor": max(arithmetic, reading) / result["stages_ms"]["encode_and_project"]["p50"],
+        "share_of_floor": max(arithmetic, reading) / median_ms,
     }
-    if baseline:
-        result["baseline_stages_ms"] = _percentiles(times["plain"])
-        ratios = {
-            stage: float(np.median([slow[stage] / fast[stage] for slow, fast in zip(times["plain"], times["tuned"])]))
-            for stage in times["tuned"][0]
-        }
-        result["stage_ratios"] = ratios
-        result["ratio_to_baseline"] = ratios["encode_and_project"]
-        result["end_to_end_ratio"] = ratios["end_to_end"]
-    return result
 
 
 def _agreement(
     tokenizer: VisualTokenizer,
-    tuned: OptimizedModel,
-    plain: ReferenceModel,
+    optimized: OptimizedModel,
+    baseline: ReferenceModel,
     exact: ReferenceModel,
     batch: Callable[[int], list[np.ndarray]],
 ) -> dict:
     """How far tokens are from those of the baseline in float32, over some batches."""
     found, own, expected = [], [], []
     for index in range(_COMPARED_ROUNDS):
-        pixel_values = plain.preprocess(batch(index))
-        found.append(tuned.encode(tuned.preprocess(batch(index))).double().cpu())
+        pixel_values = baseline.preprocess(batch(index))
+        found.append(optimized.encode(optimized.preprocess(batch(index))).double().cpu())
         expected.append(exact.encode(pixel_values).double().cpu())
-        if exact is not plain:
-            own.append(plain.encode(pixel_values).double().cpu())
-    difference, cosine = _distance(torch.cat(found), torch.cat(expected))
+        if exact is not baseline:
+            own.append(baseline.encode(pixel_values).double().cpu())
+    difference, cosine = distance(torch.cat(found), torch.cat(expected))
     # Anything but a number is a disagreement.
     result = {
         "relative_l2": difference,
@@ -365,14 +339,8 @@ def _agreement(
         and cosine >= LOWEST_COSINES.get(tokenizer.compute_dtype, -1.0),
     }
     if own:
-        result["baseline_relative_l2"], result["baseline_cosine"] = _distance(torch.cat(own), torch.cat(expected))
+        result["baseline_relative_l2"], result["baseline_cosine"] = distance(torch.cat(own), torch.cat(expected))
     return result
-
-
-def _distance(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
-    """Relative L2 over everything, and the lowest cosine of any token."""
-    cosines = torch.nn.functional.cosine_similarity(found, expected, dim=-1)
-    return float((found - expected).norm() / expected.norm()), float(cosines.min())
 
 
 def _preprocessing(contenders: dict, clock: _Clock, batch: Callable[[int], list[np.ndarray]]) -> dict:
@@ -387,13 +355,13 @@ def _preprocessing(contenders: dict, clock: _Clock, batch: Callable[[int], list[
             clock.mark("preprocess")
             clock.synchronize()
             times[name].append(clock.milliseconds("", "preprocess"))
-        if "plain" in outputs:
-            pairs = zip(outputs["tuned"], outputs["plain"], strict=True)
-            identical = identical and all(torch.equal(tuned, plain) for tuned, plain in pairs)
-    result: dict = {"ms": _percentiles([{"": value} for value in times["tuned"]])[""]}
-    if "plain" in contenders:
-        result["baseline_ms"] = _percentiles([{"": value} for value in times["plain"]])[""]
-        result["ratio_to_baseline"] = float(np.median(np.array(times["plain"]) / np.array(times["tuned"])))
+        if "baseline" in outputs:
+            pairs = zip(outputs["optimized"], outputs["baseline"], strict=True)
+            identical = identical and all(torch.equal(own, expected) for own, expected in pairs)
+    result: dict = {"ms": _percentiles([{"": value} for value in times["optimized"]])[""]}
+    if "baseline" in contenders:
+        result["baseline_ms"] = _percentiles([{"": value} for value in times["baseline"]])[""]
+        result["ratio_to_baseline"] = float(np.median(np.array(times["baseline"]) / np.array(times["optimized"])))
         result["identical"] = identical
     return result
 
@@ -450,17 +418,6 @@ def _rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     return {"flop_per_s": 2 * side**3 / product, "bytes_per_s": 2 * length / copy}
 
 
-def _torchvision_pixels(image: Image.Image, config: EncoderConfig) -> torch.Tensor:
-    side = config.image_size
-    if config.resize_strategy == "letterbox":
-        top, left = letterbox_padding(image.height, image.width)
-        image = transforms.pad(image, [left, top, left, top], fill=config.fill)
-    target = [side, side] if config.resize_strategy == "resize-naive" else side
-    image = transforms.resize(image, target, interpolation=config.interpolation, antialias=True)
-    image = transforms.center_crop(image, [side, side])
-    return transforms.normalize(transforms.to_tensor(image), config.mean, config.std)
-
-
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -472,24 +429,32 @@ def _device_name(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def _print_about(report: dict) -> None:
+    print(f"{report['model']} ({report['weights']} weights), {report['compute_dtype']}, runtime {report['runtime']}")
+    if report["runtime_fallback"]:
+        print(f"  instead of what was asked for: {report['runtime_fallback']}")
+    print(report["device"] + "; " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
+    print(f"loading {report['load_s']:.1f} s, warm-up {report['warm_up_s']:.1f} s")
+
+
 def _print(result: dict, views: int) -> None:
     rates = result["rates"]
-    baseline = result.get("baseline_stages_ms")
+    baseline: dict = result.get("baseline_stages_ms", {})
     print(f"\n{views} view(s) of {SIZE[1]} × {SIZE[0]}, {result['rounds']} rounds, milliseconds\n")
     columns = [f"p{q}" for q in PERCENTILES]
-    header = columns + ([f"plain {column}" for column in columns] + ["ratio"] if baseline else [])
+    header = columns + ([f"baseline {column}" for column in columns] + ["ratio"] if baseline else [])
     print("| | " + " | ".join(header) + " |")
     print("| --- " * (1 + len(header)) + "|")
+    alone = result["preprocess"]
     rows = [
-        (stage, values, baseline and baseline[stage], baseline and result["stage_ratios"][stage])
+        (stage, values, baseline.get(stage, {}), result.get("stage_ratios", {}).get(stage))
         for stage, values in result["stages_ms"].items()
     ]
-    alone = result["preprocess"]
-    rows.append(("preprocess alone", alone["ms"], alone.get("baseline_ms"), alone.get("ratio_to_baseline")))
-    for stage, values, plain, ratio in rows:
+    rows.append(("preprocess alone", alone["ms"], alone.get("baseline_ms", {}), alone.get("ratio_to_baseline")))
+    for stage, values, slow, ratio in rows:
         cells = [f"{values[column]:.2f}" for column in columns]
         if baseline:
-            cells += [f"{plain[column]:.2f}" for column in columns] + [f"{ratio:.2f}"]
+            cells += [f"{slow[column]:.2f}" for column in columns] + [f"{ratio:.2f}"]
         print(f"| {stage.replace('_', ' ')} | " + " | ".join(cells) + " |")
     print()
     if baseline:

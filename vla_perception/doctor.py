@@ -319,7 +319,7 @@ def agreement(model: str) -> Iterator[Finding]:
     import numpy as np
     import torch
 
-    from vla_perception.bench import TOLERANCES
+    from vla_perception.baseline import TOLERANCES
     from vla_perception.tokenizer import VisualTokenizer
     from vla_perception.tokenizer.devices import float8_unavailable_reason, place
 

@@ -18,7 +18,7 @@ from ros_harness import ROOT  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from vla_perception import bench  # noqa: E402
+from vla_perception import baseline, bench  # noqa: E402
 from vla_perception.tokenizer import VisualTokenizer, devices, float8, runtime, tokenizer  # noqa: E402
 from vla_perception.tokenizer.devices import Placement, place  # noqa: E402
 
@@ -210,7 +210,7 @@ def test_encoders_in_float8(kernels, emulation, choices):
     found, like, expected = (each.encode(pixel_values, features=True) for each in (quantized, emulated, exact))
     for part in ("features", "tokens"):
         error = relative(getattr(found, part), getattr(expected, part))
-        assert error < bench.TOLERANCES["float8"]
+        assert error < baseline.TOLERANCES["float8"]
         assert 0.8 < error / relative(getattr(like, part), getattr(expected, part)) < 1.25
         assert relative(getattr(found, part), getattr(like, part)) < error
         assert (
@@ -339,16 +339,16 @@ def test_bench_holds_it_to_both_bars(share, cosine, within):
     if not cosine:
         found[0, 7] = noise(64, dtype=torch.float32, seed=1).cpu()
     model = SimpleNamespace(preprocess=lambda images: images, encode=lambda pixels: expected)
-    tuned = SimpleNamespace(preprocess=lambda images: images, encode=lambda pixels: found)
+    optimized = SimpleNamespace(preprocess=lambda images: images, encode=lambda pixels: found)
     small = SimpleNamespace(compute_dtype="float8")
-    assert bench._agreement(small, tuned, model, model, lambda index: [])["within_tolerance"] is within
+    assert bench._agreement(small, optimized, model, model, lambda index: [])["within_tolerance"] is within
 
 
 def test_bars_are_the_same_everywhere():
-    assert bench.TOLERANCES.keys() == devices.TORCH_DTYPES.keys()
+    assert baseline.TOLERANCES.keys() == devices.TORCH_DTYPES.keys()
     table = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert f"| `float8` | {bench.TOLERANCES['float8']:.1e}".replace("e-0", "e-") in table
-    assert f"cosine of every token at least {bench.LOWEST_COSINES['float8']}" in table
+    assert f"| `float8` | {baseline.TOLERANCES['float8']:.1e}".replace("e-0", "e-") in table
+    assert f"cosine of every token at least {baseline.LOWEST_COSINES['float8']}" in table
 
 
 #: Compiles kernels for a GPU that need not be there: the interpreter accepts more than the compiler.
@@ -391,6 +391,6 @@ def test_on_a_gpu(runtime):
     for views in (1, 3):
         pixel_values = [noise(views, 3, encoder.image_size, encoder.image_size) for encoder in exact.config.encoders]
         expected, tokens = exact.encode(pixel_values).tokens, found.encode(pixel_values).tokens
-        assert relative(tokens, expected) < bench.TOLERANCES["float8"]
+        assert relative(tokens, expected) < baseline.TOLERANCES["float8"]
         assert functional.cosine_similarity(tokens.double(), expected.double(), -1).min() > 0.99
         assert torch.equal(found.encode(pixel_values).tokens, tokens)
