@@ -101,7 +101,7 @@ def by_name(encoder: EncoderConfig, cls_token: bool) -> Vit | None:
         or encoder.image_size < architecture.patch_size
     ):
         return None
-    values = {name: encoder.overrides.get(name, getattr(architecture, name)) for name in known}
+    values: dict[str, Any] = {name: encoder.overrides.get(name, getattr(architecture, name)) for name in known}
     width, patch = values["embed_dim"], architecture.patch_size
     blocks = values["depth"] if cls_token else values["depth"] + encoder.layer + 1
     hidden = int(width * architecture.mlp_ratio)
