@@ -27,6 +27,10 @@ PUBLIC: dict[str, dict[str, tuple[str, ...] | None]] = {
         "vla_perception.images.decode": ("decode_image",),
         "vla_perception.sources.bags": None,
     },
+    "Tokens of recordings": {
+        "vla_perception.offline.token_dataset": ("TokenDataset", "Episode"),
+        "vla_perception.offline.token_file": ("TokenFile",),
+    },
 }
 INTRODUCTION = """# Python API
 
