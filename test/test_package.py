@@ -210,6 +210,32 @@ def test_the_command_says_what_is_missing():
 
 
 @pytest.mark.ros
+@pytest.mark.parametrize(
+    "node, missing, arguments, cure",
+    [
+        ("bag_player", "mcap|lz4|zstandard", [f"bag:={ROOT}/examples/sample_bag"], "pip install mcap pyyaml"),
+        ("opencv_camera", "cv2", [f"source:={ROOT}/README.md"], "pip install opencv-python-headless"),
+        ("mujoco_camera", "mujoco", [], "pip install mujoco|apt install"),  # without OpenGL that comes first
+        ("token_viewer", "cv2", ["image_transport:=compressed"], "pip install opencv-python-headless"),
+    ],
+)
+def test_a_node_without_its_extra_says_what_to_install(node, missing, arguments, cure):
+    settings = [word for argument in arguments for word in ("-p", argument)]
+    run_without(
+        missing,
+        f"""
+        import contextlib, io, re
+        from vla_perception.nodes import {node}
+
+        told = io.StringIO()
+        with contextlib.redirect_stderr(told):
+            assert {node}.main(["{node}", "--ros-args", *{settings!r}]) == 1
+        assert re.search({cure!r}, told.getvalue()) and "Traceback" not in told.getvalue(), told.getvalue()
+        """,
+    )
+
+
+@pytest.mark.ros
 def test_a_policy_needs_rclpy_and_numpy_only():
     run_without(HEAVY, "import demo.policy")
 

@@ -338,7 +338,9 @@ def _cv_bridge() -> Callable[[np.ndarray, str], np.ndarray | None] | None:
                 return None
 
         sample = np.array([[[0, 257, 65535]]], np.uint16)
-        return convert if np.array_equal(convert(sample, "bgr16"), [[[255, 1, 0]]]) else None
+        converted = convert(sample, "bgr16")
+        works = converted is not None and np.array_equal(converted, [[[255, 1, 0]]])
+        return convert if works else None
     except Exception:  # noqa: BLE001 - whatever is wrong with it, OpenCV does the work
         return None
 

@@ -332,7 +332,8 @@ def check_png(stream: bytes, max_pixels: int = MAX_PIXELS) -> None:
     """ImageDecodeError unless every chunk up to the last (IEND) is there with the right checksum, within the bounds."""
     if stream[8:16] != b"\0\0\0\rIHDR" or len(stream) < 33:
         raise ImageDecodeError(f"PNG image is corrupt or truncated: no header in its {len(stream)} bytes")
-    check_size(*(int.from_bytes(stream[at : at + 4], "big") for at in (16, 20)), max_pixels)
+    width, height = (int.from_bytes(stream[at : at + 4], "big") for at in (16, 20))
+    check_size(width, height, max_pixels)
     position = 8
     view = memoryview(stream)
     for _ in range(_MAX_SEGMENTS + len(stream) // _CHUNK_BYTES):

@@ -131,7 +131,7 @@ class Simulation:
 
 def _import_mujoco(gl: str):
     """MuJoCo with an OpenGL that needs no screen. Which one is settled by its first import in a process."""
-    wanted = os.environ.get("MUJOCO_GL", "") if gl == "auto" else gl
+    wanted: str | None = os.environ.get("MUJOCO_GL", "") if gl == "auto" else gl
     if not wanted:
         wanted = next((name for name in GL_LIBRARIES if _is_there(name)), None)
         if wanted is None:

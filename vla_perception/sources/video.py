@@ -9,6 +9,7 @@ import re
 import stat
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,7 @@ class VideoSource:
         self.width, self.height, self.rate_hz, self.pixel_format = width, height, rate_hz, pixel_format
         self.loop, self.timeout_sec = loop, timeout_sec
         self.remark = ""
-        self._capture = None
+        self._capture: Any = None  # a cv2.VideoCapture while open
         self._undecoded = False  # whether it gives JPEG streams, to be decoded here
         self._rate_hz = 0.0  # of a file
         self._any = False  # whether a file has given a frame since it was opened
@@ -112,18 +113,19 @@ class VideoSource:
             return self._read_file(cv2)
         for _ in range(MAX_DAMAGED):
             ok = self._capture.grab()
-            grabbed = time.monotonic()
+            captured = time.monotonic()
             # V4L2 stamps its buffers on the monotonic clock; streams report their position instead.
             at = self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 if ok and self.kind == "device" else 0.0
             ok, pixels = self._capture.retrieve() if ok else (False, None)
-            if not ok:
+            if not ok or pixels is None:
                 raise SourceError(f"{self.source} delivers no more frames")
-            age = time.monotonic() - grabbed
-            if 0 <= grabbed - at < 1:
-                age += grabbed - at
-            if self._undecoded and (pixels := self._decode(pixels)) is None:
+            age = time.monotonic() - captured
+            if 0 <= captured - at < 1:
+                age += captured - at
+            image = self._decode(pixels) if self._undecoded else pixels
+            if image is None:
                 continue
-            return Frame(pixels, age)
+            return Frame(image, age)
         raise SourceError(
             f"{self.source}: {MAX_DAMAGED} damaged frames. Try another USB port or cable, or a lower rate"
         )
