@@ -7,7 +7,7 @@ Multiplications and additions of matrix products and attention are counted as tw
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -100,14 +100,27 @@ def describe(
     Raises:
         ValueError: encoders and projector do not go together, or numbers that cannot be.
     """
-    if views < 1 or not rate_hz > 0 or text_tokens < 0:
-        raise ValueError(
-            f"views {views}, rate {rate_hz} and text tokens {text_tokens}: at least 1, above 0, at least 0"
-        )
-    if dtype not in DTYPE_BYTES:
-        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPE_BYTES)}")
-    element = DTYPE_BYTES[dtype]
+    _check_request(views, rate_hz, dtype, text_tokens)
     language_model = language_model or LanguageModel()
+    it = _architecture(config, views, dtype)
+    grid = (it["grid"][0] * config.pool, it["grid"][1] * config.pool)
+    width, element = it["token_width"], DTYPE_BYTES[dtype]
+    return it | {
+        "rate_hz": rate_hz,
+        "bytes_per_second": it["bytes"]["message"] * rate_hz,
+        "flops_per_second": views * rate_hz * it["flops_per_view"],
+        "language_model": language_model.settings() | {"text_tokens": text_tokens},
+        "downstream": [
+            _downstream(config, grid, width, count, pool, text_tokens, language_model, element)
+            for count in sorted({1, 2, views})
+            for pool in _pools(config, *grid)
+        ],
+    }
+
+
+def _architecture(config: TokenizerConfig, views: int, dtype: str) -> dict:
+    """What the tokens are and what one message of them takes."""
+    element = DTYPE_BYTES[dtype]
     vits = _vits(config)
     rows, columns = config.joint_grid({encoder.name: vit.grid for encoder, vit in zip(config.encoders, vits)})
     encoders = [_encoder(encoder, vit, config) for encoder, vit in zip(config.encoders, vits)]
@@ -117,20 +130,18 @@ def describe(
     tokens = tokens_per_view(config.token_strategy, rows * columns // config.pool**2)
     channels = sum(encoder["channels"] for encoder in encoders)
     widths = projector_widths(config.projector, channels, config.output_channels, config.pixel_shuffle)
-    layers = list(zip(widths, widths[1:]))
-    projector = {
-        "kind": config.projector,
-        "pixel_shuffle": shuffle,
-        "widths": widths,
-        "parameters": sum(inputs * outputs + outputs * (shuffle == 1) for inputs, outputs in layers),
-        "flops": sum(2 * projected * inputs * outputs for inputs, outputs in layers),
-    }
+    projector = _projector(config, widths, shuffle, projected)
+    flops = sum(encoder["flops"] for encoder in encoders) + projector["flops"]
     parameters = sum(encoder["parameters"] for encoder in encoders) + projector["parameters"]
-    widest = max(
-        [projected * (inputs + outputs) for inputs, outputs in layers] + [encoder.pop("widest") for encoder in encoders]
-    )
+    widest = max(part.pop("widest") for part in [projector, *encoders])
     width = widths[-1]
-    message = views * tokens * width * element
+    size = {
+        "weights": parameters * element,
+        "widest_layer": views * widest * element,
+        "pixel_values_per_view": sum(3 * encoder["image_size"] ** 2 * element for encoder in encoders),
+        "tokens_per_view": tokens * width * element,
+        "message": views * tokens * width * element,
+    }
     return {
         "model": config.name,
         "encoders": encoders,
@@ -144,23 +155,30 @@ def describe(
         "parameters": parameters,
         "dtype": dtype,
         "views": views,
-        "flops_per_view": sum(encoder["flops"] for encoder in encoders) + projector["flops"],
-        "bytes": {
-            "weights": parameters * element,
-            "widest_layer": views * widest * element,
-            "pixel_values_per_view": sum(3 * encoder["image_size"] ** 2 * element for encoder in encoders),
-            "tokens_per_view": tokens * width * element,
-            "message": message,
-        },
-        "rate_hz": rate_hz,
-        "bytes_per_second": message * rate_hz,
-        "flops_per_second": views * rate_hz * (sum(encoder["flops"] for encoder in encoders) + projector["flops"]),
-        "language_model": language_model.settings() | {"text_tokens": text_tokens},
-        "downstream": [
-            _downstream(config, (rows, columns), width, count, pool, text_tokens, language_model, element)
-            for count in sorted({1, 2, views})
-            for pool in _pools(config, rows, columns)
-        ],
+        "flops_per_view": flops,
+        "bytes": size,
+    }
+
+
+def _check_request(views: int, rate_hz: float, dtype: str, text_tokens: int) -> None:
+    if views < 1 or not rate_hz > 0 or text_tokens < 0:
+        raise ValueError(
+            f"views {views}, rate {rate_hz} and text tokens {text_tokens}: at least 1, above 0, at least 0"
+        )
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPE_BYTES)}")
+
+
+def _projector(config: TokenizerConfig, widths: Sequence[int], shuffle: int, tokens: int) -> dict:
+    """The projector of `tokens` per view; `shuffle` × `shuffle` patches become one of them."""
+    layers = list(zip(widths, widths[1:]))
+    return {
+        "kind": config.projector,
+        "pixel_shuffle": shuffle,
+        "widths": widths,
+        "parameters": sum(inputs * outputs + outputs * (shuffle == 1) for inputs, outputs in layers),
+        "flops": sum(2 * tokens * inputs * outputs for inputs, outputs in layers),
+        "widest": max((tokens * (inputs + outputs) for inputs, outputs in layers), default=0),
     }
 
 
@@ -266,6 +284,13 @@ def _lines(it: dict) -> Iterator[str]:
         )
     yield f"tokens         {_tokens(it)}"
     yield ""
+    yield from _size_lines(it)
+    yield ""
+    yield from _downstream_lines(it)
+
+
+def _size_lines(it: dict) -> Iterator[str]:
+    """Operations and bytes, per image and per message."""
     size, dtype = it["bytes"], it["dtype"]
     yield f"per image    {_si(it['flops_per_view'])}FLOP; {_bytes(size['pixel_values_per_view'])} of pixel values in"
     yield (
@@ -284,8 +309,11 @@ def _lines(it: dict) -> Iterator[str]:
         f"message        {it['views']} {_plural('view', it['views'])}: {_bytes(size['message'])}; at {it['rate_hz']:g} Hz "
         f"{_bytes(it['bytes_per_second'])}/s and {_si(it['flops_per_second'])}FLOP/s"
     )
+
+
+def _downstream_lines(it: dict) -> Iterator[str]:
+    """What the tokens cost a language model."""
     model = it["language_model"]
-    yield ""
     yield (
         f"downstream, a language model of width {model['width']}, {model['layers']} layers, {model['heads']} heads "
         f"({model['kv_heads']} for keys and values), MLP {model['mlp_width']}, with {model['text_tokens']} tokens of text:"
