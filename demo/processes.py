@@ -16,7 +16,7 @@ from vla_perception.fast_dds import PROFILE_VARIABLES
 
 sys.path.insert(0, str(ROOT / "test" / "support"))
 
-from ros_harness import domains_given_back, free_domain, ros_environment  # noqa: E402
+from ros_harness import domains_given_back, free_domain, ros_environment
 
 ENDING_SEC = 20.0
 

@@ -32,10 +32,10 @@ from vla_perception.visualization import figures
 
 sys.path.insert(0, str(ROOT))
 
-from demo import DemoError, recording  # noqa: E402
-from demo.__main__ import MOMENTS, main  # noqa: E402
-from demo.events import Events  # noqa: E402
-from demo.report import make_report  # noqa: E402
+from demo import DemoError, recording
+from demo.__main__ import MOMENTS, main
+from demo.events import Events
+from demo.report import make_report
 
 pytestmark = pytest.mark.ros
 

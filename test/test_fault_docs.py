@@ -10,7 +10,7 @@ import pytest
 from ros_harness import ROOT, free_domain, ros_environment
 
 PAGES = ("security.md", "reliability.md")
-TESTS = [path for path in (ROOT / "test").rglob("test_*.py")]
+TESTS = list((ROOT / "test").rglob("test_*.py"))
 
 
 @pytest.mark.parametrize("page", PAGES)

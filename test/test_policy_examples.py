@@ -105,7 +105,7 @@ def test_readers_find_in_the_sample_message_what_is_said_of_it(cpp_reader):
         assert view == {key: described[key] for key in view}
 
     page = (ROOT / "docs" / "wire_format.md").read_text(encoding="utf-8")
-    exec(re.search(r"```python\n(.*?)```", page, re.S)[1], namespace := {})
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], namespace := {})
     values, metadata = namespace["read"](path.read_bytes())
     assert values.tolist() == expected["tokens"]
     for key in ("sequence", "fingerprint", "grid", "token_strategy"):
@@ -237,7 +237,7 @@ def test_a_venv_with_nothing_but_the_ros_extra_receives_tokens(tmp_path):
 def code_on_the_page(words: str) -> str:
     """The one program of docs/policy.md that has these words in it."""
     page = (ROOT / "docs" / "policy.md").read_text()
-    (code,) = (code for code in re.findall(r"```python\n(.*?)```", page, re.S) if words in code)
+    (code,) = (code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if words in code)
     return code
 
 

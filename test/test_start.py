@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("timm")
 
-from vla_perception import cli, startup  # noqa: E402
+from vla_perception import cli, startup
 
 ROOT = Path(__file__).resolve().parent.parent
 

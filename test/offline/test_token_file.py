@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch")
-from fake_tokenizer import MODEL, make_tokens  # noqa: E402
-from safetensors import safe_open  # noqa: E402
+from fake_tokenizer import MODEL, make_tokens
+from safetensors import safe_open
 
-from vla_perception.offline.recordings import FrameSet, SourceError  # noqa: E402
-from vla_perception.offline.token_file import TokenFile  # noqa: E402
-from vla_perception.offline.token_file_writer import BusyError, Geometry, Layout, TokenFileWriter  # noqa: E402
-from vla_perception.tokens import VisualTokens  # noqa: E402
-from vla_perception.tokens.codec import TokenFormatError  # noqa: E402
+from vla_perception.offline.recordings import FrameSet, SourceError
+from vla_perception.offline.token_file import TokenFile
+from vla_perception.offline.token_file_writer import BusyError, Geometry, Layout, TokenFileWriter
+from vla_perception.tokens import VisualTokens
+from vla_perception.tokens.codec import TokenFormatError
 
 SHAPE = (2, 12, 7)  # of which bytes leave what follows unaligned
 GEOMETRY = [

@@ -11,7 +11,7 @@ from vla_perception import cli  # noqa: E402
 from vla_perception.tokenizer import (  # noqa: E402
     VisualTokenizer,
     devices,
-    weights,  # noqa: E402
+    weights,
 )
 from vla_perception.tokenizer.devices import place  # noqa: E402
 

@@ -7,10 +7,10 @@ from fake_tokenizer import MODEL, make_tokens
 
 pytest.importorskip("torch")
 pytest.importorskip("timm")
-from vla_perception.tokenizer import VisualTokenizer, presets  # noqa: E402
-from vla_perception.tokenizer.checkpoints.checkpoint import fingerprint  # noqa: E402
-from vla_perception.tokens import FingerprintMismatchError, LocalTokenizer, TokenFormatError, VisualTokens  # noqa: E402  # noqa: E402
-from vla_perception.tokens.fingerprint import difference, digest  # noqa: E402
+from vla_perception.tokenizer import VisualTokenizer, presets
+from vla_perception.tokenizer.checkpoints.checkpoint import fingerprint
+from vla_perception.tokens import FingerprintMismatchError, LocalTokenizer, TokenFormatError, VisualTokens
+from vla_perception.tokens.fingerprint import difference, digest
 
 WEIGHTS, OTHER = "12" * 32, "34" * 32
 

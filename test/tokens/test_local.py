@@ -58,7 +58,7 @@ def test_a_policy_loop_runs_on_local_tokens(tokenizer):
 def code_on_the_page(words: str) -> str:
     """The one program of docs/policy.md that has these words in it."""
     page = (ROOT / "docs" / "policy.md").read_text(encoding="utf-8")
-    (code,) = (code for code in re.findall(r"```python\n(.*?)```", page, re.S) if words in code)
+    (code,) = (code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if words in code)
     return code
 
 

@@ -18,12 +18,12 @@ pytest.importorskip("timm")
 pytest.importorskip("transformers", reason="transformers (the extra `test`) makes the language model")
 sys.path.insert(0, str(ROOT / "examples"))
 
-import torch  # noqa: E402
-from miniature_openvla import EMPTY_TOKEN, STATISTICS, Miniature, prompt_ids  # noqa: E402
-from openvla_policy import LanguageModel  # noqa: E402
+import torch
+from miniature_openvla import EMPTY_TOKEN, STATISTICS, Miniature, prompt_ids
+from openvla_policy import LanguageModel
 
-from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
-from vla_perception.tokens import (  # noqa: E402
+from vla_perception.tokenizer import VisualTokenizer
+from vla_perception.tokens import (
     FingerprintMismatchError,
     LocalTokenizer,
     TokenSubscriber,

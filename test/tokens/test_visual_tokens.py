@@ -113,7 +113,7 @@ def test_files(tmp_path):
 
 def test_the_reader_on_the_page_works():
     page = (Path(__file__).parents[2] / "docs" / "wire_format.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     namespace: dict = {}
     exec(code, namespace)
     for dtype in DTYPES:

@@ -79,7 +79,12 @@ def test_details_and_samples():
             "problem": "",
             "rate_hz": 29.97,
             "age_sec": 0.01,
-            **{"received": 5, "encoded": 3, "replaced": 1, "unmatched": 0, "undecodable": 0, "pending": 1},
+            "received": 5,
+            "encoded": 3,
+            "replaced": 1,
+            "unmatched": 0,
+            "undecodable": 0,
+            "pending": 1,
         }
     ]
     assert details["facts"]["device_memory_mb"] == "812" and details["weights"] == "random"

@@ -54,7 +54,7 @@ def test_json_for_scripts(capsys):
 
 def test_once_without_a_tokenizer_is_an_error(capsys):
     feed = FakeFeed()
-    feed.tokenizers = lambda: []
+    feed.tokenizers = list
     assert top.run(feed, once=True, as_json=True, wait_sec=0.1) == 1
     printed = capsys.readouterr()
     assert json.loads(printed.out)["tokenizers"] == [] and "no tokenizer in a test" in printed.err

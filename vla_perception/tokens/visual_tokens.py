@@ -376,8 +376,7 @@ class VisualTokens:
     def save(self, path: str | os.PathLike) -> None:
         """Writes `to_bytes` into a file, for training and offline use."""
         with open(path, "wb") as file:
-            for part in self.to_parts():
-                file.write(part)
+            file.writelines(self.to_parts())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> VisualTokens:
