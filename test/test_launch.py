@@ -21,8 +21,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from node_sources import node_source
+from node_sources import parameter_specs_of
 from ros_harness import RosProcess, free_domain, in_domain, ros_environment, wait_until
+
+from vla_perception.nodes.parameters import Changes, ParameterSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 BAG = ROOT / "examples" / "sample_bag"
@@ -138,10 +140,11 @@ def parameters_of(node) -> dict:
     return values
 
 
-def executable_source(executable: str) -> str:
+def parameters_of_executable(executable: str) -> dict[str, ParameterSpec]:
     entry = f'"{executable} = {{NAME}}.nodes.executables:{executable}"'  # each takes the module of its own name
     assert entry in (ROOT / "setup.py").read_text(), f"{executable} is not a console script"
-    return node_source(executable).read_text()
+    pytest.importorskip("rclpy")
+    return parameter_specs_of(executable)
 
 
 def check_nodes(actions) -> list[str]:
@@ -151,9 +154,9 @@ def check_nodes(actions) -> list[str]:
         started.append(node.executable)
         if node.package != "vla_perception":
             continue
-        source = executable_source(node.executable)
+        specs = parameters_of_executable(node.executable)
         for name in parameters_of(node):
-            assert name == "use_sim_time" or f'"{name}"' in source, f"{node.executable} has no parameter {name}"
+            assert name == "use_sim_time" or name in specs, f"{node.executable} has no parameter {name}"
         for entry in node.kwargs["parameters"]:
             assert isinstance(entry, dict) or Path(entry).is_file()
     return started
@@ -512,21 +515,15 @@ def test_bags_need_mcap(launch_file, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.yaml")), ids=lambda path: path.name)
 def test_parameter_files_name_parameters_that_exist(path):
-    pytest.importorskip("rclpy")
-    from vla_perception.nodes.visual_tokenizer import node as visual_tokenizer
-
     content = yaml.safe_load(path.read_text())
     assert "/**/visual_tokenizer" in content
     for node, entry in content.items():
-        values = entry["ros__parameters"]
-        if node == "/**/visual_tokenizer":
-            for name, value in values.items():
-                assert visual_tokenizer._checked(name, value) == value
-            if path.name == "visual_tokenizer.yaml":  # the defaults, all of them
-                assert values == {name: setting.default for name, setting in visual_tokenizer.SETTINGS.items()}
-        else:
-            source = executable_source(node.removeprefix("/**/"))
-            assert all(f'"{name}"' in source for name in values)
+        values, specs = entry["ros__parameters"], parameters_of_executable(node.removeprefix("/**/"))
+        for name, value in values.items():
+            specs[name].validate(name, value)
+        if path.name == "visual_tokenizer.yaml":  # the defaults, of all that is not for one process alone
+            started = {name for name, spec in specs.items() if spec.changes is Changes.AT_START}
+            assert values == {name: spec.ros_default for name, spec in specs.items() if name not in started}
 
 
 # With ros2 launch

@@ -298,7 +298,7 @@ def test_undecodable_frames():
 def test_frames_that_are_refused_leave_the_others_alone():
     accountant = Accountant()
     accountant.add(FRONT, 0)
-    accountant.sync.refuse(WRIST)
+    accountant.sync.reject(WRIST)
     accountant.check()
     accountant.add(WRIST, 0)
     assert accountant.sets == [(0, 0)]

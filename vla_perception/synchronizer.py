@@ -1,7 +1,7 @@
 """Which frames of several cameras go through the encoders together. No ROS in here, no threads, no clock.
 
-Newest wins, on sets: each camera keeps a short history, so that a camera that lags still finds its partners, and of
-the sets that came out of it only the latest waits to be taken. Every frame is accounted for, at every moment:
+Newest wins, on frame sets: each camera keeps a short history, so that a camera that lags still finds its partners, and
+of the frame sets that came out of it only the latest waits to be taken. Every frame is accounted for, at every moment:
 received = encoded + replaced + unmatched + undecodable + pending.
 """
 
@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from vla_perception.options import SYNC_POLICIES
 from vla_perception.tokens.arrivals import RECENT, Order, StampOrder
 
-POLICIES = ("approximate", "latest")
 #: Frames that a camera keeps while their partners are on the way: 8 make up for a lag of 250 ms at 30 Hz. As many as
 #: stamps are remembered to tell a late one, so what may still find its place in the history is not taken for a jump.
 HISTORY = RECENT
@@ -31,7 +32,7 @@ class Frame:
 
     camera: str
     stamp_ns: int
-    image: object = field(repr=False)
+    image: Any = field(repr=False)
     settled: bool = False
 
 
@@ -48,8 +49,8 @@ class Counts:
         encoded: went through the encoders.
         replaced: a newer one was there before their turn came, or before they did.
         unmatched: found no partners in time, or lost a partner that could not be decoded.
-        undecodable: were no readable image, or refused as they came.
-        pending: none of that yet: in the history, in the waiting set, or taken and still being worked on.
+        undecodable: not a readable image, or rejected as they came.
+        pending: still in flight (buffered, matched or being encoded).
     """
 
     received: int = 0
@@ -98,13 +99,13 @@ class SetSynchronizer:
 
     @property
     def policy(self) -> str:
-        """One of `POLICIES`; setting another one drops what is kept."""
+        """One of `options.SYNC_POLICIES`; setting another one drops what is kept."""
         return self._policy
 
     @policy.setter
     def policy(self, policy: str) -> None:
-        if policy not in POLICIES:
-            raise ValueError(f"sync_policy {policy!r} is not one of {', '.join(POLICIES)}")
+        if policy not in SYNC_POLICIES:
+            raise ValueError(f"sync_policy {policy!r} is not one of {', '.join(SYNC_POLICIES)}")
         if policy != self._policy:
             self.clear()
         self._policy = policy
@@ -143,8 +144,8 @@ class SetSynchronizer:
         self._release(before or (), "replaced")
         return True
 
-    def refuse(self, camera: str) -> None:
-        """A frame has arrived that nothing can be made of, so neither its stamp nor its image counts."""
+    def reject(self, camera: str) -> None:
+        """A frame has arrived that cannot be used: neither its stamp nor its image counts."""
         self.counts[camera].received += 1
         self.counts[camera].undecodable += 1
 

@@ -226,8 +226,8 @@ def test_node_answers_parameter_requests_while_it_renders():
     [
         ({"scene": "/no/such.xml"}, "there is no MJCF file /no/such.xml"),
         ({"cameras": "[rear]"}, "has no camera rear"),
-        ({"motion": "dance"}, "motion is one of auto, sine, none"),
-        ({"gl": "vulkan"}, "gl is one of auto, egl, osmesa"),
+        ({"motion": "dance"}, "motion must be one of auto, sine, none"),
+        ({"gl": "vulkan"}, "gl must be one of auto, egl, osmesa"),
     ],
 )
 def test_node_that_cannot_start_says_why_in_one_sentence(parameters, why):

@@ -1,11 +1,14 @@
-"""The pages of docs/ name the parameters that the nodes declare, with their defaults; commands name what exists."""
+"""The pages of docs/ name the nodes' parameters with types, defaults, ranges and when they change; commands name what exists."""
 
-import ast
 import re
 from pathlib import Path
 
 import pytest
-from node_sources import PAGES, node_source
+from node_sources import PAGES, parameter_specs_of
+
+pytest.importorskip("rclpy")
+
+from vla_perception.nodes.parameters import Changes
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = [
@@ -17,31 +20,21 @@ COMMANDS = [
 ]
 
 
-def declared(node):
-    """name -> default of every `declare(self, name, default, ...)` in a node's source, and of what SETTINGS lists."""
-    tree = ast.parse(node_source(node).read_text())
-    found = {}
-    for call in (c for c in ast.walk(tree) if isinstance(c, ast.Call)):
-        name = getattr(call.func, "id", getattr(call.func, "attr", ""))
-        arguments = call.args[1:] if name == "declare" else call.args
-        if name in ("declare", "_parameter", "_number") and isinstance(arguments[0], ast.Constant):
-            found[arguments[0].value] = ast.literal_eval(arguments[1])
-    for statement in tree.body:
-        if isinstance(statement, ast.AnnAssign) and statement.target.id == "SETTINGS":
-            for name, made in zip(statement.value.keys, statement.value.values, strict=True):
-                found[name.value] = ast.literal_eval(made.args[0])
-    return found
-
-
-def documented(node):
+def table(node):
+    """The rows of a node's parameters on its page: name → column's heading → text."""
     text = (ROOT / "docs" / PAGES[node]).read_text()
     sections = re.search(rf"^## `{node}`\n(.*?)(?=^## `|\Z)", text, re.DOTALL | re.MULTILINE)
-    table = (sections.group(1) if sections else text).partition("### Parameters")[2].partition("\n#")[0]
-    found = {}
-    for names, default in re.findall(r"^\| (`[^|]*`) \|[^|]*\|([^|]*)\|", table, re.MULTILINE):
-        names, defaults = re.findall(r"`(\w+)`", names), default.replace("`", "").strip().split(", ")
-        found.update(zip(names, defaults * len(names) if len(defaults) == 1 else defaults))
-    return found
+    lines = (sections.group(1) if sections else text).partition("### Parameters")[2].partition("\n#")[0].splitlines()
+    lines = [line[1:-1] for line in lines if line.startswith("| ") and not line.startswith("| -")]
+    cells = [[cell.strip() for cell in re.split(r"(?<=\s)\|(?=\s)", line)] for line in lines]
+    headings, rows = cells[0], {}
+    for row in cells[1:]:
+        names = re.findall(r"`(\w+)`", row[0])
+        for index, name in enumerate(names):
+            rows[name] = dict(zip(headings, row, strict=True))
+            defaults = rows[name]["default"].replace("`", "").split(", ")
+            rows[name]["default"] = defaults[index] if len(defaults) == len(names) else defaults[0]
+    return rows
 
 
 def written(value):
@@ -54,9 +47,37 @@ def written(value):
 
 @pytest.mark.parametrize("node", PAGES)
 def test_parameters(node):
-    expected = {name: written(default) for name, default in declared(node).items()}
-    stated = {name: "" if default in ('""', "–") else default for name, default in documented(node).items()}
+    expected = {name: written(spec.ros_default) for name, spec in parameter_specs_of(node).items()}
+    stated = {name: row["default"] for name, row in table(node).items()}
+    stated = {name: "" if default in ('""', "–") else default for name, default in stated.items()}
     assert len(expected) > 4 and stated == expected
+
+
+TYPES = {bool: "bool", int: "integer", float: "double", str: "string"}
+
+
+@pytest.mark.parametrize("node", PAGES)
+def test_types_ranges_and_when_they_change(node):
+    rows = table(node)
+    for name, spec in parameter_specs_of(node).items():
+        row, default = rows[name], spec.ros_default
+        element = default[0] if isinstance(default, list) else default
+        assert row["type"] == TYPES[type(element)] + "[]" * isinstance(default, list), name
+        if spec.choices:
+            assert row["range"] == ", ".join(f"`{choice}`" for choice in spec.choices if choice), name
+        elif spec.high is not None:
+            assert row["range"] == f"{spec.low:g}–{int(spec.high)}", name
+        elif spec.low is not None:
+            assert re.fullmatch(rf"(at least|above) {spec.low:g}", row["range"]), name
+        if "changes" in row:
+            assert row["changes"] == spec.changes.value, name
+        else:
+            assert ("*Run time.*" in row["what"]) == (spec.changes is Changes.RUN_TIME), name
+
+
+def test_what_a_locked_model_locks():
+    stated = re.findall(r"`(\w+)`", table("visual_tokenizer")["model_locked"]["what"].partition(" keep")[0])
+    assert sorted(stated) == sorted(n for n, spec in parameter_specs_of("visual_tokenizer").items() if spec.locked)
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page}-{i}" for i, (page, _) in enumerate(COMMANDS)])
@@ -70,5 +91,5 @@ def test_commands(page, command):
         text = (ROOT / "launch" / what).read_text() + (ROOT / "vla_perception" / "launch_utils.py").read_text()
         known = set(re.findall(r'(?:DeclareLaunchArgument|declare)\(\s*"(\w+)"', text))
     else:
-        known = set(declared(what)) | {"use_sim_time", "__ns"}
+        known = set(parameter_specs_of(what)) | {"use_sim_time", "__ns"}
     assert given <= known, f"{page}: {command}"

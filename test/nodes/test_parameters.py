@@ -1,26 +1,83 @@
-"""Which settings of a command line and of parameter files are told as ignored, against what rclpy itself takes."""
+"""What a table of parameters says, and what a node makes of it."""
 
 from __future__ import annotations
 
-import ast
+import array
+import math
+from dataclasses import FrozenInstanceError, dataclass
 
 import pytest
-from node_sources import node_source
 
 rclpy = pytest.importorskip("rclpy")
 
-from node_sources import PAGES  # noqa: E402
-from ros_harness import RosProcess, free_domain, in_domain  # noqa: E402
+from rclpy.parameter import Parameter  # noqa: E402
+from ros_harness import free_domain, in_domain  # noqa: E402
 
-from vla_perception.nodes.parameters import declare, warn_of_ignored, warn_of_ignored_qos  # noqa: E402
-
-DECLARED = ("model", "pool", "max_rate_hz", "sync_slop_sec", "compute_dtype", "cameras")
+from vla_perception.nodes.parameters import Changes, NodeParameters, parameter, parameter_specs  # noqa: E402
 
 
-class Log:
-    def __init__(self):
-        self.warnings, self.infos = [], []
-        self.warning, self.info = self.warnings.append, self.infos.append
+@dataclass(frozen=True)
+class Table:
+    rate_hz: float = parameter(10.0, "Images per second.", low=0.0, high=1000.0, changes=Changes.RUN_TIME)
+    speed: float = parameter(1.0, "No upper limit.", low=0.001)
+    depth: int = parameter(5, "Messages.", low=1, high=8, changes=Changes.RUN_TIME)
+    names: tuple[str, ...] = parameter((), "Empty: all.", changes=Changes.RUN_TIME)
+    sizes: tuple[int, ...] = parameter((0,), "Of each.")
+    mode: str = parameter("auto", "How.", choices=("auto", "fast"), changes=Changes.RUN_TIME)
+    model: str = parameter("tiny", "Which.", check=lambda text: "" if text else "must not be empty", locked=True)
+    source: str = parameter("0", "Where from.", any_type=True)
+    loop: bool = parameter(False, "Whether.")
+
+
+SPECS = parameter_specs(Table)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "value"),
+    [
+        ("rate_hz", 3, 3.0),
+        ("rate_hz", 1000.0, 1000.0),
+        ("speed", 1e300, 1e300),
+        ("depth", 8, 8),
+        ("names", [""], ()),
+        ("names", ["a", "b"], ("a", "b")),
+        ("sizes", array.array("q", [224, 0]), (224, 0)),
+        ("mode", "fast", "fast"),
+        ("source", 0, "0"),
+        ("loop", True, True),
+    ],
+)
+def test_values_that_are_accepted(name, given, value):
+    accepted = SPECS[name].validate(name, given)
+    assert accepted == value and type(accepted) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        ("rate_hz", -1, "rate_hz must be from 0 to 1000, got -1"),
+        ("rate_hz", math.nan, "rate_hz must be a number, got nan"),
+        ("rate_hz", True, "rate_hz must be a number"),
+        ("rate_hz", None, "rate_hz must be a number"),
+        ("speed", 0, "speed must be at least 0.001, got 0"),
+        ("depth", 9, "depth must be from 1 to 8, got 9"),
+        ("depth", True, "depth must be of type int"),
+        ("depth", 2.0, "depth must be of type int"),
+        ("names", "a", "names must be a list of str"),
+        ("names", [1], "names must be a list of str"),
+        ("names", None, "names must be a list"),
+        ("sizes", ["a"], "sizes must be a list of int"),
+        ("mode", "slow", "mode must be one of auto, fast, got 'slow'"),
+        ("model", "", "model must not be empty"),
+        ("model", None, "model must be of type str"),
+        ("source", None, "source must be of type str"),
+        ("loop", 1, "loop must be of type bool"),
+    ],
+)
+def test_values_that_are_not(name, given, words):
+    with pytest.raises(ValueError) as error:
+        SPECS[name].validate(name, given)
+    assert str(error.value).startswith(words)
 
 
 @pytest.fixture(scope="module")
@@ -29,208 +86,63 @@ def domain():
 
 
 @pytest.fixture
-def told(domain, tmp_path, monkeypatch):
-    """What a node with these arguments tells; FILE among them stands for a parameter file with the text."""
+def declared(domain):
+    """Makes the parameters of a node that was started with these arguments."""
+    made = []
 
-    def tell(*arguments, text="", name="visual_tokenizer", others=(), qos=()):
-        (tmp_path / "file.yaml").write_text(text)
-        arguments = ["program", "--ros-args", *(str(tmp_path / "file.yaml") if a == "FILE" else a for a in arguments)]
+    def declare(*arguments, **options):
         context = rclpy.Context()
+        words = ["--ros-args", *(word for argument in arguments for word in ("-p", argument))]
         with in_domain(domain):
-            rclpy.init(args=arguments, context=context, domain_id=domain)
-            node = rclpy.create_node(name, context=context, start_parameter_services=False)
-        log = Log()
-        monkeypatch.setattr(node, "get_logger", lambda: log)
-        for parameter in DECLARED:
-            declare(node, parameter, "", "", any_type=True)
-        for parameter in qos:
-            declare(node, parameter, "", "", any_type=True)
-        try:
-            warn_of_ignored(node, name, others=others, qos=False, arguments=arguments)
-            warn_of_ignored_qos(node, arguments=arguments)
-            taken = {p for p in DECLARED if node.get_parameter(p).value != ""}
-        finally:
-            node.destroy_node()
-            context.try_shutdown()
-        return log, taken
+            rclpy.init(args=words, context=context, domain_id=domain)
+            node = rclpy.create_node("camera", context=context, start_parameter_services=False)
+        made.append((node, context))
+        return node, NodeParameters(node, Table, "camera", **options)
 
-    return tell
+    yield declare
+    for node, context in made:
+        node.destroy_node()
+        context.try_shutdown()
 
 
-def section(key, *names):
-    lines, depth = [], 0
-    for part in key.split(" "):  # a space stands for a level of its own
-        lines.append(f"{'  ' * depth}{part}:")
-        depth += 1
-    lines.append(f"{'  ' * depth}ros__parameters:")
-    lines += [f"{'  ' * (depth + 1)}{name}: 3" for name in names]
-    return "\n".join(lines) + "\n"
+def test_a_node_has_what_it_was_started_with(declared):
+    _, parameters = declared("rate_hz:=3", "names:=[a, b]", "source:=0")
+    assert parameters.values == Table(rate_hz=3.0, names=("a", "b"), source="0")
+    with pytest.raises(FrozenInstanceError):
+        parameters.values.rate_hz = 4.0
 
 
-@pytest.mark.parametrize(
-    ("given", "meant"),
-    [
-        ("modell", "model"),
-        ("Model", "model"),
-        ("MODEL", "model"),
-        ("MaxRateHz", "max_rate_hz"),
-        ("pol", "pool"),
-        ("max_rate", "max_rate_hz"),
-        ("max-rate-hz", "max_rate_hz"),
-        ("sync_slop_secs", "sync_slop_sec"),
-        ("camera", "cameras"),
-        ("computedtype", "compute_dtype"),
-        ("tokenizer.model", "model"),
-        ("frobnicate", None),
-    ],
-)
-def test_a_misspelt_parameter_is_named_with_the_nearest(told, given, meant):
-    for arguments, text in (
-        (("-p", f"{given}:=3"), ""),
-        (("--param", f"visual_tokenizer:{given}:=3", "-p", "pool:=2"), ""),
-        (("--params-file", "FILE"), section("visual_tokenizer", "pool", given)),
-        (("--params-file", "FILE"), section("/**/visual_tokenizer", given)),
+def test_changes_are_checked_and_applied_together(declared):
+    changed, locked = [], {"mode": "mode is locked"}
+    node, parameters = declared(refusal=lambda name: locked.get(name, ""), on_change=lambda: changed.append(1))
+
+    def change(**values):
+        return node.set_parameters_atomically([Parameter(name, value=value) for name, value in values.items()])
+
+    assert change(rate_hz=7, names=["c"]).successful
+    assert (parameters.values.rate_hz, parameters.values.names, changed) == (7.0, ("c",), [1])
+    for values, words in (
+        ({"rate_hz": 8, "depth": 9}, "depth"),
+        ({"rate_hz": -1}, "rate_hz must be from 0 to 1000"),  # rclpy looks at numbers with a decimal point alone
+        ({"rate_hz": 8.0, "mode": "fast"}, "mode is locked"),
+        ({"rate_hz": 8.0, "loop": True}, "read-only"),
     ):
-        if "-hz" in given and not text:
-            continue  # rcl refuses it on the command line, with its own words
-        log, _ = told(*arguments, text=text)
-        (warning,) = log.warnings
-        assert f"/visual_tokenizer has no parameter {given}, so it is ignored" in warning
-        assert (f"is {meant} meant?" in warning) if meant else ("ros2 param list" in warning)
-        assert ("file.yaml" in warning) == bool(text)
+        result = change(**values)
+        assert not result.successful and words in result.reason
+    assert (parameters.values.rate_hz, parameters.values.mode, changed) == (7.0, "auto", [1])
 
 
-def test_what_is_for_several_nodes_may_be_for_another(told):
-    text = section("/**", "pool", "modell", "frame_rate", "camera")
-    log, taken = told("--params-file", "FILE", text=text, others=("camera",))
-    assert taken == {"pool"}
-    assert len(log.warnings) == 1 and "no parameter modell, so it is ignored; is model meant?" in log.warnings[0]
-    assert len(log.infos) == 1 and "no parameter frame_rate" in log.infos[0]
-
-
-KEYS = [
-    "visual_tokenizer",
-    "/visual_tokenizer",
-    "/robot/visual_tokenizer",
-    "robot/visual_tokenizer",
-    "robot visual_tokenizer",
-    "/robot visual_tokenizer",
-    "/**/visual_tokenizer",
-    "/*/visual_tokenizer",
-    "/robot/arm/visual_tokenizer",
-    "/robot/**/visual_tokenizer",
-    "/**/arm/visual_tokenizer",
-    "visual_tokeniser",
-    "/robot/visual_tokenzer",
-    "VisualTokenizer",
-    "VISUAL_TOKENIZER",
-]
-
-
-@pytest.mark.parametrize("namespace", ["", "/robot", "/robot/arm"])
-@pytest.mark.parametrize("key", KEYS)
-def test_a_section_is_told_where_rclpy_does_not_take_it(told, key, namespace):
-    arguments = ("-r", f"__ns:={namespace}") if namespace else ()
-    log, taken = told("--params-file", "FILE", *arguments, text=section(key, "model", "pool"))
-    assert taken in (set(), {"model", "pool"})
-    if taken:
-        assert not log.warnings
-    else:
-        (warning,) = log.warnings
-        assert (
-            "(model, pool) are ignored" in warning and f"because this node is {namespace}/visual_tokenizer" in warning
-        )
-        written = "/" + "/".join(part.strip("/") for part in key.split(" "))
-        assert f"the parameters for {written.replace('//', '/')} " in warning
-
-
-@pytest.mark.parametrize("key", ["/**", "/*", "/**/*", "token_viewer", "/other/opencv_camera", "/**/bag_player"])
-def test_sections_for_others_are_not(told, key):
-    log, _ = told("--params-file", "FILE", text=section(key, "pool", "model"))
-    assert not log.warnings and not log.infos
-    log, _ = told("--params-file", "FILE", text=section(key, "pool") + section("/**/camera", "x"))
-    assert not log.warnings
-
-
-@pytest.mark.parametrize(
-    "key", ["tokenizer", "/robot/*", "/robot/**", "/**/camera", "vla_perception", "/visual_tokenizer/x"]
-)
-def test_a_file_that_has_nothing_for_the_node(told, key):
-    log, taken = told("--params-file", "FILE", text=section(key, "pool", "model"))
-    (warning,) = log.warnings
-    assert (
-        not taken and "file.yaml: nothing in it is for this node, /visual_tokenizer; it has parameters for /" in warning
-    )
-    log, taken = told("--params-file", "FILE", text=section(key, "model") + section("visual_tokenizer", "pool"))
-    assert taken == {"pool"} and not log.warnings
-
-
-def test_a_file_for_several_robots(told):
-    text = section("/robot1/visual_tokenizer", "model") + section("/robot2/visual_tokenizer", "pool")
-    log, taken = told("--params-file", "FILE", "-r", "__ns:=/robot2", text=text)
-    assert taken == {"pool"} and not log.warnings
-    log, taken = told("--params-file", "FILE", "-r", "__ns:=/robot3", text=text)
-    assert not taken and len(log.warnings) == 2
-
-
-def test_a_node_of_another_name(told):
-    log, taken = told("--params-file", "FILE", "-r", "__node:=eyes", text=section("visual_tokenizer", "model"))
-    assert not taken and "because this node is /eyes: write /eyes, or /**/eyes" in log.warnings[0]
-    log, taken = told("-r", "__ns:=/robot", "-p", "visual_tokenizer:model:=base", "-p", "other:x:=1")
-    assert not taken and "-p visual_tokenizer:model:=base: the parameters for /visual_tokenizer" in log.warnings[0]
-    assert len(log.warnings) == 2 and "-p other:x:=1: nothing in it is for this node" in log.warnings[1]
-
-
-def test_overrides_of_qos(told):
-    right = "qos_overrides./front/image_raw.subscription.reliability"
-    for given, warned in ((right, False), (right.replace("front", "fornt"), True), (right[:-1] + "i", True)):
-        log, _ = told("-p", f"{given}:=reliable", qos=(right,))
-        assert [f"no parameter {given}, so it is ignored; is {right} meant?" in text for text in log.warnings] == [
-            True
-        ] * warned
-
-
-def test_settings_that_have_an_effect_are_not_told(told):
-    text = section("visual_tokenizer", "model", "use_sim_time").replace("use_sim_time: 3", "use_sim_time: true")
-    log, taken = told("--params-file", "FILE", "-p", "pool:=2", "-p", "use_sim_time:=true", text=text)
-    assert taken == {"model", "pool"} and not log.warnings and not log.infos
-
-
-@pytest.mark.parametrize("node", PAGES)
-def test_every_node_tells(node):
-    """With its own name, when all its parameters are declared."""
-    tree = ast.parse(node_source(node).read_text())
-    calls = [call for call in ast.walk(tree) if isinstance(call, ast.Call)]
-    (told,) = [call for call in calls if getattr(call.func, "id", "") == "warn_of_ignored"]
-    assert ast.literal_eval(told.args[1]) == node
-    names = ("declare", "_declare", "_parameter", "_number", "declare_parameter")
-    (made,) = [f for f in ast.walk(tree) if getattr(f, "name", "") == "__init__" and told in list(ast.walk(f))]
-    declared = [
-        c for c in ast.walk(made) if isinstance(c, ast.Call) and ast.unparse(c.func).rpartition(".")[2] in names
-    ]
-    assert declared and max(call.lineno for call in declared) < told.lineno
-
-
-@pytest.mark.ros
-def test_a_process_tells_before_it_ends_for_want_of_what_was_misspelt(tmp_path):
-    (tmp_path / "file.yaml").write_text("/robot/bag_player:\n  ros__parameters: {loop: true}\n")
-    arguments = ["-p", "bga:=examples/sample_bag", "--params-file", str(tmp_path / "file.yaml")]
-    with RosProcess(["-m", "vla_perception.nodes.bag_player", "--ros-args", *arguments], free_domain()) as process:
-        assert process.wait(60) == 1
-    assert "/bag_player has no parameter bga, so it is ignored; is bag meant?" in process.output
-    assert "the parameters for /robot/bag_player (loop) are ignored, because this node is /bag_player" in process.output
+def test_descriptions_say_range_and_choices(declared):
+    node, _ = declared()
+    (rate,) = node.describe_parameter("rate_hz").floating_point_range
+    (depth,) = node.describe_parameter("depth").integer_range
+    assert (rate.from_value, rate.to_value) == (0.0, 1000.0) and (depth.from_value, depth.to_value) == (1, 8)
+    assert node.describe_parameter("mode").description == "How. One of: auto, fast."
+    assert node.describe_parameter("loop").read_only and not node.describe_parameter("mode").read_only
 
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
-def test_what_is_no_number_is_refused(domain, value):
-    """rclpy takes NaN for one within any range."""
-    context = rclpy.Context()
-    with in_domain(domain):
-        rclpy.init(args=["program", "--ros-args", "-p", f"rate_hz:={value}"], context=context, domain_id=domain)
-        node = rclpy.create_node("camera", context=context, start_parameter_services=False)
-    try:
-        with pytest.raises(Exception, match="rate_hz"):
-            declare(node, "rate_hz", 0.0, "Frames per second.", 0, 1000)
-    finally:
-        node.destroy_node()
-        context.try_shutdown()
+def test_a_value_that_is_not_a_number_is_refused(declared, value):
+    """rclpy takes NaN for a number within any range."""
+    with pytest.raises(Exception, match="rate_hz"):
+        declared(f"rate_hz:={value}")

@@ -291,4 +291,4 @@ def test_the_images_that_are_kept_are_bounded():
 def test_node_refuses_bad_parameters_in_one_sentence():
     with viewer(free_domain(), show="pixels") as process:
         assert process.wait(30) == 1
-    assert 'show is tokens or features, not "pixels"' in process.output
+    assert "show must be one of tokens, features, got 'pixels'" in process.output

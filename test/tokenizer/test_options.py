@@ -152,22 +152,24 @@ def test_shapes_without_weights(name, choices, tokens, channels):
 
 def test_a_locked_model_locks_all_that_it_is_loaded_with():
     pytest.importorskip("rclpy")
-    from vla_perception.nodes.visual_tokenizer.node import MODEL, SETTINGS
+    from vla_perception.nodes.parameters import Changes
+    from vla_perception.nodes.visual_tokenizer.parameters import PARAMETERS
     from vla_perception.tokenizer import VisualTokenizer
 
     taken = {
         *inspect.signature(VisualTokenizer.load).parameters,
         *inspect.signature(TokenizerConfig.with_options).parameters,
     }
-    assert set(MODEL) == taken - {"self", "seed", "options", "trained"}
-    assert all(not SETTINGS[name].live for name in MODEL)
+    locked = {name for name, spec in PARAMETERS.items() if spec.locked}
+    assert locked - {"max_image_pixels"} == taken - {"self", "seed", "options", "trained"}
+    assert all(PARAMETERS[name].changes is Changes.UNCONFIGURED for name in locked - {"max_image_pixels"})
 
 
 def test_the_node_and_the_command_offer_what_the_tokenizer_takes():
     """What can be chosen stands in options.py; what torch and arithmetic make of it, beside them."""
     pytest.importorskip("rclpy")
     from vla_perception import options
-    from vla_perception.nodes.visual_tokenizer.node import SETTINGS
+    from vla_perception.nodes.visual_tokenizer.parameters import PARAMETERS
     from vla_perception.tokenizer.cost import DTYPE_BYTES
     from vla_perception.tokenizer.devices import TORCH_DTYPES
 
@@ -178,7 +180,7 @@ def test_the_node_and_the_command_offer_what_the_tokenizer_takes():
         "compute_dtype": options.COMPUTE_DTYPES,
     }
     assert options.COMPUTE_DTYPES == ("auto", *TORCH_DTYPES) and options.TOKEN_DTYPES == tuple(DTYPE_BYTES)
-    node = {name: tuple(filter(None, SETTINGS[name].choices)) for name in taken}  # "" is the model's own
+    node = {name: tuple(filter(None, PARAMETERS[name].choices)) for name in taken}  # "" is the model's own
     assert node == taken
     commands = argparse.ArgumentParser().add_subparsers()
     for add in (cli._add_tokenize, cli._add_describe, cli._add_bench):

@@ -400,7 +400,7 @@ def test_a_killed_policy_does_not_keep_the_tokenizer_at_work(ros, source):
         policy.process.kill()
         policy.process.wait()
         assert source.publisher.has_subscribers()  # nobody has looked yet
-        source.publisher.tidy()
+        source.publisher.cleanup_dead_nodes()
         assert not source.publisher.has_subscribers()
 
 

@@ -15,16 +15,15 @@ if __name__ == "__main__":
 import importlib
 import importlib.util
 import json
-import math
 import os
 import re
 import threading
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from rcl_interfaces.msg import ParameterDescriptor
 from rclpy.duration import Duration
 from rclpy.exceptions import NameValidationException
 from rclpy.node import Node
@@ -33,7 +32,7 @@ from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPo
 from rosgraph_msgs.msg import Clock
 
 from vla_perception.nodes.node_runner import Stop, run_node
-from vla_perception.nodes.parameters import warn_of_ignored
+from vla_perception.nodes.parameters import NodeParameters, parameter
 from vla_perception.printable import printable
 from vla_perception.sources.bags import (
     COMPRESSED_IMAGE,
@@ -65,6 +64,35 @@ MAX_DEPTH = 1_000_000
 ACKNOWLEDGE_SEC = 10.0
 
 
+@dataclass(frozen=True)
+class BagPlayerParameters:
+    """The node's parameters (docs/nodes_bags.md)."""
+
+    bag: str = parameter("", "Folder with metadata.yaml, .mcap or .db3 file to play.")
+    topics: tuple[str, ...] = parameter(
+        (), "Topics to play; empty: what cameras published (images and camera_info, no tokens)."
+    )
+    rate: float = parameter(1.0, "Speed: 2.0 plays twice as fast.", low=0.001)
+    loop: bool = parameter(False, "Start over at the end instead of ending.")
+    start_offset_sec: float = parameter(0.0, "Seconds of the bag to leave out at its beginning.", low=0.0)
+    max_gap_sec: float = parameter(
+        5.0, "Longer silences in the bag are cut down to this, in its seconds; 0: none is.", low=0.0
+    )
+    clock: bool = parameter(False, "Publish the bag's time on /clock, for nodes with use_sim_time.")
+    wait_for_subscribers: int = parameter(0, "Wait for this many subscriptions to every image topic before starting.")
+    wait_timeout_sec: float = parameter(
+        30.0,
+        "Give up waiting for subscribers after this time.",
+        low=0.0,
+        check=lambda seconds: "" if seconds else "must be above 0",
+    )
+    restamp: bool = parameter(False, "Set header stamps to the time of publishing (wall clock).")
+    stamp_log: str = parameter("", "File for a JSON line per message: topic, stamp, monotonic clock.")
+    queue_depth: int = parameter(
+        100, "Messages per topic that are kept for subscribers that lag.", low=1, high=MAX_DEPTH
+    )
+
+
 class BagPlayer(Node):
     """Plays one bag; see docs/nodes_bags.md for parameters.
 
@@ -75,48 +103,25 @@ class BagPlayer(Node):
     def __init__(self, stop: Stop):
         super().__init__("bag_player")
         self._end_process = stop
-        bag = self._parameter("bag", "", "Folder with metadata.yaml, .mcap or .db3 file to play.")
-        topics = self._parameter(
-            "topics", [""], "Topics to play; empty: what cameras published (images and camera_info, no tokens)."
-        )
-        self._rate = self._number("rate", 1.0, "Speed: 2.0 plays twice as fast.", least=0.001)
-        self._loop = self._parameter("loop", False, "Start over at the end instead of ending.")
-        offset = self._number("start_offset_sec", 0.0, "Seconds of the bag to leave out at its beginning.", least=0.0)
-        clock = self._parameter("clock", False, "Publish the bag's time on /clock, for nodes with use_sim_time.")
-        self._max_gap_sec = self._number(
-            "max_gap_sec",
-            5.0,
-            "Longer silences in the bag are cut down to this, in its seconds; 0: none is.",
-            least=0.0,
-        )
-        self._wanted = self._parameter(
-            "wait_for_subscribers", 0, "Wait for this many subscriptions to every image topic before starting."
-        )
-        self._wait_sec = self._number(
-            "wait_timeout_sec", 30.0, "Give up waiting for subscribers after this time.", above=0.0
-        )
-        self._restamp = self._parameter("restamp", False, "Set header stamps to the time of publishing (wall clock).")
-        stamp_log = self._parameter("stamp_log", "", "File for a JSON line per message: topic, stamp, monotonic clock.")
-        depth = self._parameter("queue_depth", 100, "Messages per topic that are kept for subscribers that lag.")
-        warn_of_ignored(self, "bag_player")
-
-        if clock and self._restamp:
+        self._given = given = NodeParameters(self, BagPlayerParameters, "bag_player").values
+        if given.clock and given.restamp:
             raise ValueError("clock and restamp exclude each other: the one is the bag's time, the other the wall's")
-        if not 1 <= depth <= MAX_DEPTH:
-            raise ValueError(f"queue_depth is {depth}, expected 1 to {MAX_DEPTH}")
-        self._bag = Bag(bag)
+        self._bag = Bag(given.bag)
         self._topics = self._playable(
-            list(dict.fromkeys(f"/{t.lstrip('/')}" for t in topics if t)) or self._camera_topics()
+            list(dict.fromkeys(f"/{t.lstrip('/')}" for t in given.topics)) or self._camera_topics()
         )
+        offset = given.start_offset_sec
         if offset > self._bag.seconds:
-            raise ValueError(f"start_offset_sec is {offset:g}, but {bag} is only {self._bag.seconds:.1f} s long")
+            raise ValueError(f"start_offset_sec is {offset:g}, but {given.bag} is only {self._bag.seconds:.1f} s long")
         # Without an offset nothing is filtered by time: the times that a bag says of itself may be wrong.
         self._start_ns = self._bag.start_ns + round(offset * 1e9) if offset else None
-        self._stamp_log: TextIO | None = Path(os.path.expanduser(stamp_log)).open("w") if stamp_log else None
+        self._stamp_log: TextIO | None = (
+            Path(os.path.expanduser(given.stamp_log)).open("w") if given.stamp_log else None
+        )
 
         qos = QoSProfile(
             history=HistoryPolicy.KEEP_LAST,
-            depth=depth,
+            depth=given.queue_depth,
             reliability=ReliabilityPolicy.RELIABLE,
             durability=DurabilityPolicy.VOLATILE,
         )
@@ -130,8 +135,8 @@ class BagPlayer(Node):
                 )
         self._topics = list(self._outlets)
         if not self._topics:
-            raise ValueError(f"nothing to play: {bag} has no topic with a name that can be published")
-        self._clock = self.create_publisher(Clock, "/clock", 10) if clock else None
+            raise ValueError(f"nothing to play: {given.bag} has no topic with a name that can be published")
+        self._clock = self.create_publisher(Clock, "/clock", 10) if given.clock else None
         self._clock_due = 0.0
         self._clock_complained = False
         self._gaps = 0
@@ -148,22 +153,6 @@ class BagPlayer(Node):
             self._stamp_log.close()
 
     # What is played
-
-    def _parameter(self, name: str, default: Any, text: str) -> Any:
-        return self.declare_parameter(name, default, ParameterDescriptor(description=text, read_only=True)).value
-
-    def _number(
-        self, name: str, default: float, text: str, *, above: float | None = None, least: float | None = None
-    ) -> float:
-        """A float that may be given as an integer too (`rate:=2`), which a parameter of type double refuses."""
-        descriptor = ParameterDescriptor(description=text, read_only=True, dynamic_typing=True)
-        value = self.declare_parameter(name, default, descriptor).value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{name} is {value!r}, expected a number")
-        if (above is not None and not value > above) or (least is not None and not value >= least):
-            bound = f"above {above:g}" if above is not None else f"at least {least:g}"
-            raise ValueError(f"{name} is {value:g}, expected {bound}")
-        return float(value)
 
     def _camera_topics(self) -> list[str]:
         cameras = self._bag.camera_topics()
@@ -215,7 +204,7 @@ class BagPlayer(Node):
         if not self._wait_for_subscribers():
             return 1
         self.get_logger().info(
-            f"Playing {self._bag.path} ({self._bag.seconds:.1f} s, rate {self._rate:g}): {', '.join(self._topics)}"
+            f"Playing {self._bag.path} ({self._bag.seconds:.1f} s, rate {self._given.rate:g}): {', '.join(self._topics)}"
         )
         played, rounds, began = 0, 0, time.monotonic()
         start = began
@@ -227,7 +216,7 @@ class BagPlayer(Node):
                 after = " after start_offset_sec" if self._start_ns is not None else ""
                 self.get_logger().error(f"Nothing to play: the bag holds no message of these topics{after}")
                 return 1
-            if not self._loop:
+            if not self._given.loop:
                 break
             if not self._ending.is_set():
                 self.get_logger().info(f"Starting over: {rounds} time{'s' * (rounds > 1)} through so far")
@@ -249,22 +238,26 @@ class BagPlayer(Node):
         # camera_info seldom has a subscriber of its own: what is waited for are those of the images.
         images = set(self._bag.image_topics())
         awaited = [topic for topic in self._topics if topic in images] or self._topics
-        deadline = time.monotonic() + self._wait_sec
+        deadline = time.monotonic() + self._given.wait_timeout_sec
         said = False
         while True:
             counts = {topic: self._outlets[topic].publisher.get_subscription_count() for topic in awaited}
-            missing = [f"{topic} ({count})" for topic, count in counts.items() if count < self._wanted]
+            missing = [
+                f"{topic} ({count})" for topic, count in counts.items() if count < self._given.wait_for_subscribers
+            ]
             if not missing:
                 return True
             if time.monotonic() > deadline:
                 self.get_logger().error(
-                    f"Waited {self._wait_sec:g} s for {self._wanted} subscription(s) on each topic, but there are "
+                    f"Waited {self._given.wait_timeout_sec:g} s for {self._given.wait_for_subscribers} subscription(s) on each topic, but there are "
                     f"fewer on {', '.join(missing)}. Is the subscriber running, with the same ROS_DOMAIN_ID and "
                     "the same topic names?"
                 )
                 return False
             if not said:
-                self.get_logger().info(f"Waiting for {self._wanted} subscription(s) on {', '.join(missing)}")
+                self.get_logger().info(
+                    f"Waiting for {self._given.wait_for_subscribers} subscription(s) on {', '.join(missing)}"
+                )
                 said = True
             if self._ending.wait(0.02):
                 return False
@@ -277,10 +270,10 @@ class BagPlayer(Node):
         """
         stamps: dict[bytes, int] = {}
         counts: dict[str, int] = {}
-        pace = Pace(self._rate, self._max_gap_sec)
+        pace = Pace(self._given.rate, self._given.max_gap_sec)
         for message in self._bag.messages(self._topics, start_ns=self._start_ns):
             due = start + pace.due(message.time_ns)
-            if pace.gap_sec > (self._max_gap_sec or GAP_SEC):
+            if pace.gap_sec > (self._given.max_gap_sec or GAP_SEC):
                 self._log_gap(pace.gap_sec)
             if not self._sleep_until(due, message.time_ns):
                 break
@@ -289,14 +282,18 @@ class BagPlayer(Node):
         if not counts:
             return 0, start
         length = pace.elapsed_sec
-        gap = length / max(1, max(counts.values()) - 1) or 1.0 / self._rate
+        gap = length / max(1, max(counts.values()) - 1) or 1.0 / self._given.rate
         return sum(counts.values()), start + length + gap
 
     def _log_gap(self, gap_sec: float) -> None:
         self._gaps += 1
         if self._gaps > LOGGED_GAPS:
             return
-        cut = f", cut down to {self._max_gap_sec:g} s (max_gap_sec)" if self._max_gap_sec else " (max_gap_sec is 0)"
+        cut = (
+            f", cut down to {self._given.max_gap_sec:g} s (max_gap_sec)"
+            if self._given.max_gap_sec
+            else " (max_gap_sec is 0)"
+        )
         last = "; further ones are not logged" if self._gaps == LOGGED_GAPS else ""
         self.get_logger().warning(f"Nothing was recorded for {gap_sec:.1f} s{cut}{last}")
 
@@ -305,7 +302,7 @@ class BagPlayer(Node):
         while not self._ending.is_set():
             now = time.monotonic()
             if self._clock is not None and (now >= self._clock_due or now >= due):
-                self._publish_clock(time_ns - round(max(0.0, due - now) * self._rate * 1e9))
+                self._publish_clock(time_ns - round(max(0.0, due - now) * self._given.rate * 1e9))
                 self._clock_due = now + 1 / CLOCK_HZ
             if now >= due:
                 return True
@@ -326,7 +323,7 @@ class BagPlayer(Node):
     def _publish(self, message: BagMessage, stamps: dict[bytes, int]) -> None:
         outlet, cdr, stamp_ns = self._outlets[message.topic], message.cdr, None
         if outlet.has_header and len(cdr) >= SHORTEST_HEADER:  # a shorter one is played as it is
-            if self._restamp:
+            if self._given.restamp:
                 # An image and its camera_info have the same header (stamp and frame), and keep one stamp between
                 # them: whoever joins the two does so by equal stamps.
                 header = cdr[4 : 16 + int.from_bytes(cdr[12:16], "little" if cdr[1] & 1 else "big")]

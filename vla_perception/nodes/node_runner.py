@@ -1,4 +1,4 @@
-"""How a node lives in a process of its own: starts with a sentence if it cannot, ends cleanly when told to.
+"""Runs a node as a process: one-line start-up errors, clean shutdown on SIGINT and SIGTERM.
 
 rclpy's own signal handling is left off. Its handlers race with the executor (a few SIGTERMs in a hundred end in a
 hang), so here the main thread does nothing but wait for the end, the executor runs in a thread beside it, and
@@ -85,18 +85,18 @@ def run_node(make_node: Callable[[Stop], Node], args: Sequence[str] | None = Non
     arguments = list(sys.argv if args is None else args)
     program = os.path.basename(arguments[0]) if arguments else "node"
     codes: queue.SimpleQueue[int] = queue.SimpleQueue()
-    told: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # the same for `limit`, and None when all has ended
+    ending: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # the same for `limit`, and None when all has ended
 
     def stop(code: int) -> None:
         codes.put(code)
-        told.put(code)
+        ending.put(code)
 
     def limit() -> None:
-        if (code := told.get()) is None:
+        if (code := ending.get()) is None:
             return
         end = time.monotonic() + _LIMIT_SEC
         try:
-            while told.get(timeout=max(0.0, end - time.monotonic())) is not None:
+            while ending.get(timeout=max(0.0, end - time.monotonic())) is not None:
                 pass
         except queue.Empty:
             os._exit(code)
@@ -108,7 +108,7 @@ def run_node(make_node: Callable[[Stop], Node], args: Sequence[str] | None = Non
         return _run(make_node, arguments, program, stop, codes, threads)
     finally:
         on_signal(None)
-        told.put(None)
+        ending.put(None)
         watch.join()
 
 
@@ -123,7 +123,7 @@ def _run(
     try:
         rclpy.init(args=arguments, signal_handler_options=SignalHandlerOptions.NO)
     except Exception as error:
-        return _refuse(program, error)
+        return _print_error(program, error)
     try:
         unknown = remove_ros_args(args=arguments)[1:]
         if unknown:
@@ -138,7 +138,7 @@ def _run(
         try:
             node = make_node(stop)
         except Exception as error:
-            return _refuse(program, error)
+            return _print_error(program, error)
         return _spin(node, stop, codes, threads)
     finally:
         rclpy.try_shutdown()
@@ -216,7 +216,8 @@ def _spin(node: Node, stop: Stop, codes: queue.SimpleQueue[int], threads: int) -
     return code
 
 
-def _refuse(program: str, error: Exception) -> int:
+def _print_error(program: str, error: Exception) -> int:
+    """One line for an exception at the start; returns the exit code."""
     text = " ".join(str(error).split()) or type(error).__name__
     if "logging directory" in text:  # ROS 2 keeps logs in the home directory, and supervisors may start a node without
         text += "; set HOME, or ROS_LOG_DIR to a folder that can be written"

@@ -12,6 +12,7 @@ if __name__ == "__main__":
     executables.begin()  # before what takes long to import
 
 import threading
+from dataclasses import dataclass
 
 from rclpy.node import Node
 from rclpy.time import Time
@@ -19,10 +20,33 @@ from rclpy.time import Time
 from vla_perception.images.camera_info import read_calibration, uncalibrated
 from vla_perception.nodes.camera_publisher import CameraPublisher
 from vla_perception.nodes.node_runner import GRACE_SEC, Stop, run_node
-from vla_perception.nodes.parameters import declare, warn_of_ignored
+from vla_perception.nodes.parameters import Changes, NodeParameters, parameter
 from vla_perception.sources.video import SourceError, VideoSource
 
 FIRST_RETRY_SEC = 0.5
+
+
+@dataclass(frozen=True)
+class OpencvCameraParameters:
+    """The node's parameters (docs/nodes_cameras.md)."""
+
+    source: str = parameter(
+        "/dev/video0", "Device (/dev/video0 or 0), stream (rtsp://.., http://..) or video file.", any_type=True
+    )
+    frame_id: str = parameter("camera", "frame_id of the images: the camera's optical frame.")
+    camera_info_url: str = parameter("", "Calibration YAML: a path, file:// or package://. Empty: uncalibrated.")
+    width: int = parameter(0, "Width to ask of a device, in pixels. 0: its own.", low=0, high=16384)
+    height: int = parameter(0, "Height to ask of a device, in pixels. 0: its own.", low=0, high=16384)
+    rate_hz: float = parameter(
+        0.0, "Frames per second to ask of a device, or to play a file at. 0: its own.", low=0, high=1000
+    )
+    pixel_format: str = parameter("", "Four characters to ask of a device, such as MJPG or YUYV.")
+    loop: bool = parameter(True, "Start a video file again at its end; otherwise the node ends there.")
+    timeout_sec: float = parameter(5.0, "After this long without a frame a stream is opened anew.", low=0.1, high=600)
+    retry_max_sec: float = parameter(
+        10.0, "Longest pause between attempts to reopen a source that broke.", low=0.5, high=3600
+    )
+    jpeg_quality: int = parameter(90, "Of image_raw/compressed.", low=1, high=100, changes=Changes.RUN_TIME)
 
 
 class OpencvCamera(Node):
@@ -31,47 +55,23 @@ class OpencvCamera(Node):
     def __init__(self, stop: Stop):
         super().__init__("opencv_camera")
         self._stop = stop
-        source = declare(
-            self,
-            "source",
-            "/dev/video0",
-            "Device (/dev/video0 or 0), stream (rtsp://.., http://..) or video file.",
-            any_type=True,
-        )
-        frame_id = declare(self, "frame_id", "camera", "frame_id of the images: the camera's optical frame.")
-        calibration = declare(
-            self, "camera_info_url", "", "Calibration YAML: a path, file:// or package://. Empty: uncalibrated."
-        )
-        width = declare(self, "width", 0, "Width to ask of a device, in pixels. 0: its own.", 0, 16384)
-        height = declare(self, "height", 0, "Height to ask of a device, in pixels. 0: its own.", 0, 16384)
-        rate_hz = declare(
-            self, "rate_hz", 0.0, "Frames per second to ask of a device, or to play a file at. 0: its own.", 0, 1000
-        )
-        pixel_format = declare(self, "pixel_format", "", "Four characters to ask of a device, such as MJPG or YUYV.")
-        loop = declare(self, "loop", True, "Start a video file again at its end; otherwise the node ends there.")
-        timeout = declare(
-            self, "timeout_sec", 5.0, "After this long without a frame a stream is opened anew.", 0.1, 600
-        )
-        self._longest_retry = declare(
-            self, "retry_max_sec", 10.0, "Longest pause between attempts to reopen a source that broke.", 0.5, 3600
-        )
-        declare(self, "jpeg_quality", 90, "Of image_raw/compressed. Can change at run time.", 1, 100, fixed=False)
-        warn_of_ignored(self, "opencv_camera")
+        self.parameters = NodeParameters(self, OpencvCameraParameters, "opencv_camera")
+        given = self.parameters.values
 
-        self._calibration = read_calibration(calibration) if calibration else None
+        self._calibration = read_calibration(given.camera_info_url) if given.camera_info_url else None
         self._size_complained = False
         self._source = VideoSource(
-            str(source),
-            width=width,
-            height=height,
-            rate_hz=rate_hz,
-            pixel_format=pixel_format,
-            loop=loop,
-            timeout_sec=timeout,
+            given.source,
+            width=given.width,
+            height=given.height,
+            rate_hz=given.rate_hz,
+            pixel_format=given.pixel_format,
+            loop=given.loop,
+            timeout_sec=given.timeout_sec,
         )
         if self._source.kind != "stream":  # a network camera may come up after the robot, a device will not
             self._source.open()
-        self._publisher = CameraPublisher(self, frame_id)
+        self._publisher = CameraPublisher(self, given.frame_id)
         self.get_logger().info(f"publishing {self._source.source} on {self._publisher.topic}")
 
         self._closing = threading.Event()
@@ -111,7 +111,7 @@ class OpencvCamera(Node):
                 self.get_logger().error(f"{error}. Next attempt in {retry:g} s")
                 broken = True
                 self._closing.wait(retry)
-                retry = min(2 * retry, self._longest_retry)
+                retry = min(2 * retry, self.parameters.values.retry_max_sec)
                 continue
             if broken:
                 self.get_logger().info(f"{self._source.source} delivers frames again")
@@ -145,7 +145,7 @@ class OpencvCamera(Node):
             if self._publisher.has_subscribers():
                 frame, stamp = latest
                 height, width = frame.pixels.shape[:2]
-                quality = self.get_parameter("jpeg_quality").value
+                quality = self.parameters.values.jpeg_quality
                 stamp = Time(nanoseconds=stamp).to_msg()
                 self._publisher.publish(frame.pixels, "bgr8", stamp, self._camera_info(width, height), quality)
 

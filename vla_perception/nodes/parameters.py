@@ -1,176 +1,212 @@
-"""Parameters: declared with a description and a range in one line each, and told of where they are ignored.
+"""Parameters: each node has one table of them, a frozen dataclass of `parameter(...)` fields, and declares all from it.
 
-rclpy takes from the command line and from parameter files what is for the node, and keeps silent about the rest: a name
-that no parameter has, and a section of a file that is for a node of another name or namespace.
+    @dataclass(frozen=True)
+    class CameraParameters:
+        rate_hz: float = parameter(10.0, "Images per second.", low=0.1, high=240.0)
+
+    self.parameters = NodeParameters(self, CameraParameters, "camera")
+    self.parameters.values.rate_hz
+
+A spec says everything about a parameter: default, description, range or choices, and when it may change. Tables need no
+ROS to be read (launch files, tests, documentation); `NodeParameters` does.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import math
-import re
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import yaml
-from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
-from rclpy.node import Node
+from vla_perception.nodes.ignored_parameters import warn_of_ignored
 
-from vla_perception.spelling import nearest
+if TYPE_CHECKING:
+    from rcl_interfaces.msg import ParameterDescriptor, SetParametersResult
+    from rclpy.node import Node
+    from rclpy.parameter import Parameter
 
-#: This package's nodes: a file for one of them may be given to another one, too, as the launch files do.
-_NODES = ("visual_tokenizer", "token_viewer", "bag_player", "opencv_camera", "mujoco_camera")
-#: How alike a name must be to a parameter's to be taken for a misspelling in a section that is for several nodes.
-_ALIKE = 0.85
-_QOS = "qos_overrides."
+Table = TypeVar("Table")
+"""A frozen dataclass whose fields are made by `parameter`."""
 
-
-def declare(node: Node, name: str, default, description: str, low=None, high=None, *, fixed=True, any_type=False):
-    """Declares a parameter and returns its value. ValueError where it is not a number: no range refuses that.
-
-    low, high: the range, both or none. fixed: it cannot change while the node runs. any_type: a value of another
-    type than the default's is accepted, for the caller to convert.
-    """
-    descriptor = ParameterDescriptor(description=description, read_only=fixed, dynamic_typing=any_type)
-    if isinstance(default, float) and low is not None:
-        descriptor.floating_point_range = [FloatingPointRange(from_value=float(low), to_value=float(high))]
-    elif isinstance(default, int) and low is not None:
-        descriptor.integer_range = [IntegerRange(from_value=low, to_value=high, step=1)]
-    value = node.declare_parameter(name, default, descriptor).value
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} is {value}, expected a number")
-    return value
+_SPEC = "parameter"  # key of a field's metadata
 
 
-def warn_of_ignored(
-    node: Node,
-    name: str,
-    *,
-    others: Collection[str] = (),
-    qos: bool = True,
-    arguments: Sequence[str] | None = None,
-) -> None:
-    """Logs every setting that was given to the process and has no effect on `node`, with the nearest name that has.
+class Changes(enum.Enum):
+    """When a parameter may change; the values are the words of docs/nodes.md."""
 
-    To be called when all parameters are declared.
-
-    Args:
-        name: the node's name where it is not remapped.
-        others: names that a section for several nodes may have for another one, however like a parameter they look.
-        qos: also the `qos_overrides` parameters; false where they are declared later: `warn_of_ignored_qos`.
-        arguments: the process's; `sys.argv` where not given.
-    """
-    sections = list(_sections(sys.argv if arguments is None else arguments))
-    _warn_of_unknown(node, sections, others, qos=False)
-    if qos:
-        _warn_of_unknown(node, sections, others, qos=True)
-    own = node.get_fully_qualified_name()
-    # Beside parameters for this very node, those for others are for others.
-    right = {section.source for section in sections if section.is_for(own) and not section.for_several}
-    for section in sections:
-        if section.is_for(own) or section.for_several or section.source in right:
-            continue
-        if section.name == name or nearest(section.name, [node.get_name()], 0.8):
-            node.get_logger().warning(
-                f"{section.source}: the parameters for {section.node} ({', '.join(section.parameters)}) are ignored, "
-                f"because this node is {own}: write {own}, or /**/{node.get_name()} for any namespace"
-            )
-
-    for source in dict.fromkeys(section.source for section in sections):
-        inside = [section for section in sections if section.source == source]
-        if not any(s.is_for(own) or s.name in _NODES or nearest(s.name, [node.get_name()], 0.8) for s in inside):
-            node.get_logger().warning(
-                f"{source}: nothing in it is for this node, {own}; it has parameters for "
-                f"{', '.join(section.node for section in inside)[:300]}"
-            )
-
-
-def warn_of_ignored_qos(node: Node, also: Collection[str] = (), arguments: Sequence[str] | None = None) -> None:
-    """The same for `qos_overrides` parameters, when all publishers and subscriptions that take some are there.
-
-    also: those that are only declared where they are given.
-    """
-    sections = list(_sections(sys.argv if arguments is None else arguments))
-    _warn_of_unknown(node, sections, (), qos=True, also=also)
+    AT_START = "at the start"  # read-only
+    UNCONFIGURED = "unconfigured"  # of lifecycle nodes: before configure, and after cleanup
+    RUN_TIME = "run time"
 
 
 @dataclass(frozen=True)
-class _Section:
-    """Parameters that are meant for one node, or for several: of a parameter file, or one of the command line."""
+class ParameterSpec:
+    """One parameter.
 
-    source: str
-    node: str  # absolute, where * stands for one part of the name and ** for any number of them
-    parameters: tuple[str, ...]
+    Attributes:
+        default: bool, int, float, str, or a tuple of int or str. An empty tuple is one of str.
+        description: a sentence, as `ros2 param describe` shows it.
+        low, high: smallest and largest number; None: no limit.
+        choices: the strings that are accepted; (): any.
+        changes: when it may change.
+        locked: keeps its value for the life of the process where the node's `model_locked` is true.
+        check: says what is wrong with a value of the right type and range ("must not be empty"), or nothing.
+        any_type: a value of another type is accepted and converted to str: `source:=0`.
+    """
+
+    default: Any
+    description: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    changes: Changes = Changes.AT_START
+    locked: bool = False
+    check: Callable[[Any], str] = lambda _value: ""
+    any_type: bool = False
+
+    def validate(self, name: str, value: object) -> Any:
+        """The value as the node uses it; ValueError says what is accepted.
+
+        Numbers may be given without a decimal point. Lists become tuples; where the default is empty, empty strings are
+        left out: ROS 2 has no empty list of strings.
+        """
+        accepted = self._convert(name, value)
+        if isinstance(accepted, (int, float)) and not isinstance(accepted, bool):
+            low, high = -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
+            if not low <= accepted <= high:
+                bounds = f"at least {low:.15g}" if high == math.inf else f"from {low:.15g} to {high:.15g}"
+                raise ValueError(f"{name} must be {bounds}, got {accepted:.15g}")
+        if self.choices and accepted not in self.choices:
+            raise ValueError(f"{name} must be one of {', '.join(self.choices)}, got {accepted!r}")
+        if problem := self.check(accepted):
+            raise ValueError(f"{name} {problem}")
+        return accepted
+
+    def _convert(self, name: str, value: object) -> Any:
+        default = self.default
+        if isinstance(default, float):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a number, got {value!r}")
+            return float(value)
+        if isinstance(default, tuple):
+            kind = type(default[0]) if default else str
+            items = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (None,)
+            if any(not isinstance(item, kind) for item in items):
+                raise ValueError(f"{name} must be a list of {kind.__name__}, got {value!r}")
+            return items if default else tuple(filter(None, items))
+        if self.any_type and value is not None:
+            return str(value)
+        if type(value) is not type(default):
+            raise ValueError(f"{name} must be of type {type(default).__name__}, got {value!r}")
+        return value
 
     @property
-    def name(self) -> str:
-        return self.node.rpartition("/")[2]
+    def ros_default(self) -> Any:
+        """The default as ROS 2 takes it. A list without an element would be one of bytes."""
+        return (list(self.default) or [""]) if isinstance(self.default, tuple) else self.default
 
-    @property
-    def for_several(self) -> bool:
-        """Whether nodes of any name are meant."""
-        return self.name in ("*", "**")
+    def descriptor(self) -> ParameterDescriptor:
+        """What `ros2 param describe` shows, and rclpy enforces by itself."""
+        from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+        from rclpy.parameter import Parameter
 
-    def is_for(self, node: str) -> bool:
-        """As rcl decides it."""
-        parts = {"*": r"/\w+", "**": r"(/\w+)*"}
-        pattern = "".join(parts.get(part, "/" + re.escape(part)) for part in self.node.split("/")[1:])
-        return re.fullmatch(pattern, node) is not None
+        choices = f" One of: {', '.join(filter(None, self.choices))}." if self.choices else ""
+        is_float = isinstance(self.default, float)
+        descriptor = ParameterDescriptor(
+            description=self.description + choices,
+            type=Parameter.Type.from_parameter_value(self.ros_default).value,
+            read_only=self.changes is Changes.AT_START,
+            # A parameter of type double refuses a number without a decimal point.
+            dynamic_typing=self.any_type or is_float,
+        )
+        if self.low is not None and is_float:
+            high = sys.float_info.max if self.high is None else float(self.high)
+            descriptor.floating_point_range = [FloatingPointRange(from_value=float(self.low), to_value=high)]
+        elif self.low is not None:
+            high = 2**63 - 1 if self.high is None else int(self.high)
+            descriptor.integer_range = [IntegerRange(from_value=int(self.low), to_value=high, step=1)]
+        return descriptor
 
 
-def _sections(arguments: Sequence[str]) -> Iterator[_Section]:
-    """What rcl reads from a command line: `--params-file FILE` and `-p NODE:NAME:=VALUE`."""
-    in_ros = False
-    for argument, value in zip(arguments, [*arguments[1:], ""]):
-        if argument in ("--ros-args", "--"):
-            in_ros = argument == "--ros-args"
-        elif in_ros and argument == "--params-file":
+def parameter(default: Any, description: str, **spec: Any) -> Any:
+    """A field of a table; `spec` as in `ParameterSpec`."""
+    return dataclasses.field(default=default, metadata={_SPEC: ParameterSpec(default, description, **spec)})
+
+
+def parameter_specs(table: type) -> dict[str, ParameterSpec]:
+    """Parameter's name → spec, in the order of the table."""
+    return {field.name: field.metadata[_SPEC] for field in dataclasses.fields(table)}
+
+
+class NodeParameters(Generic[Table]):
+    """Declares all parameters of a table on a node, warns of settings without effect, and accepts valid changes alone.
+
+    Args:
+        executable: the node's name where it is not remapped.
+        foreign: names of parameters that a section for several nodes may have for another one (`warn_of_ignored`).
+        qos: whether to warn of `qos_overrides` without effect, too; false where they are declared later.
+        refusal: asked before a parameter changes: why it may not now, or nothing. Beside what the spec says.
+        on_change: called when `values` has changed.
+
+    Attributes:
+        values: the present values, an instance of the table; replaced as a whole.
+
+    Raises:
+        ValueError: a value that was given at the start is not accepted.
+    """
+
+    values: Table
+
+    def __init__(
+        self,
+        node: Node,
+        table: type[Table],
+        executable: str,
+        *,
+        foreign: Collection[str] = (),
+        qos: bool = True,
+        refusal: Callable[[str], str] = lambda _name: "",
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._specs = parameter_specs(table)
+        self._refusal, self._on_change = refusal, on_change
+        from rcl_interfaces.msg import ParameterDescriptor
+
+        # Type and range come after `validate`, whose sentences say more than rclpy's exceptions.
+        anything = ParameterDescriptor(dynamic_typing=True)
+        given = {n: node.declare_parameter(n, spec.ros_default, anything).value for n, spec in self._specs.items()}
+        # Before values are checked: a misspelt name may be the reason why one is not accepted.
+        warn_of_ignored(node, executable, others=foreign, qos=qos)
+        self.values = table(**{name: spec.validate(name, given[name]) for name, spec in self._specs.items()})
+        for name, spec in self._specs.items():
+            node.set_descriptor(name, spec.descriptor())
+        node.add_on_set_parameters_callback(self._validate_parameters)
+        node.add_post_set_parameters_callback(self._apply_parameters)
+
+    def _validate_parameters(self, parameters: Sequence[Parameter]) -> SetParametersResult:
+        from rcl_interfaces.msg import SetParametersResult
+
+        for parameter in parameters:
+            if (spec := self._specs.get(parameter.name)) is None:
+                continue
+            reason = self._refusal(parameter.name)
             try:
-                with open(value, encoding="utf-8") as file:
-                    content = yaml.safe_load(file)
-            except (OSError, ValueError, yaml.YAMLError):
-                continue  # rcl has read it in its own way, or said why it cannot
-            for node, parameters in _nodes("", content):
-                yield _Section(value, node, tuple(_names("", parameters)))
-        elif in_ros and argument in ("-p", "--param"):
-            node, colon, parameter = value.partition(":=")[0].rpartition(":")
-            if colon:
-                yield _Section(f"-p {value}", f"/{node.strip('/')}", (parameter,))
+                spec.validate(parameter.name, parameter.value)
+            except ValueError as error:
+                reason = reason or str(error)
+            if reason:
+                return SetParametersResult(successful=False, reason=reason)
+        return SetParametersResult(successful=True)
 
-
-def _nodes(prefix: str, content: object) -> Iterator[tuple[str, object]]:
-    for key, value in content.items() if isinstance(content, Mapping) else ():
-        if key == "ros__parameters":
-            yield prefix or "/", value
-        else:
-            yield from _nodes(f"{prefix}/{str(key).strip('/')}", value)
-
-
-def _names(prefix: str, parameters: object) -> Iterator[str]:
-    for key, value in parameters.items() if isinstance(parameters, Mapping) else ():
-        if isinstance(value, Mapping):
-            yield from _names(f"{prefix}{key}.", value)
-        else:
-            yield f"{prefix}{key}"
-
-
-def _warn_of_unknown(node: Node, sections: Sequence[_Section], others: Collection[str], *, qos: bool, also=()) -> None:
-    known = [*(parameter for parameter in node._parameters if parameter.startswith(_QOS) == qos), *also]
-    own = node.get_fully_qualified_name()
-    for given in sorted(node._parameter_overrides):  # rclpy has no other way to ask for what was given
-        if given.startswith(_QOS) != qos or node.has_parameter(given):
-            continue
-        sources = [section for section in sections if given in section.parameters and section.is_for(own)]
-        shared = bool(sources) and all(section.for_several for section in sources)
-        if shared and given in others:
-            continue
-        where = f"{sources[-1].source}: " if sources else ""
-        text = f"{where}{own} has no parameter {given}, so it is ignored"
-        alike = _ALIKE if shared else 0.6
-        meant = nearest(given, known, alike) or (None if qos else nearest(given.rpartition(".")[2], known, alike))
-        if meant:
-            node.get_logger().warning(f"{text}; is {meant} meant?")
-        elif shared:
-            node.get_logger().info(text)  # most likely it is for another node
-        else:
-            node.get_logger().warning(f"{text}; `ros2 param list {own}` tells what there is")
+    def _apply_parameters(self, parameters: Sequence[Parameter]) -> None:
+        changed = {
+            parameter.name: self._specs[parameter.name].validate(parameter.name, parameter.value)
+            for parameter in parameters
+            if parameter.name in self._specs
+        }
+        if changed:
+            self.values = dataclasses.replace(self.values, **changed)  # type: ignore[type-var]
+            self._on_change()

@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import time
 from collections import deque
+from dataclasses import dataclass
 
 import numpy as np
 from rclpy.event_handler import SubscriptionEventCallbacks
@@ -20,10 +21,11 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CompressedImage, Image
 from std_srvs.srv import Trigger
 
+from vla_perception import options
 from vla_perception.images.decode import decode_image, warm_up
 from vla_perception.images.encode import to_image
 from vla_perception.nodes.node_runner import Stop, run_node
-from vla_perception.nodes.parameters import declare, warn_of_ignored
+from vla_perception.nodes.parameters import Changes, NodeParameters, parameter
 from vla_perception.printable import printable
 from vla_perception.spelling import nearest
 from vla_perception.tokens import View, VisualTokens, from_message
@@ -64,24 +66,31 @@ class _History:
         return found if found is not None and abs(_stamp_ns(found) - stamp_ns) <= NEAR_NS else None
 
 
+@dataclass(frozen=True)
+class TokenViewerParameters:
+    """The node's parameters (docs/nodes_cameras.md)."""
+
+    camera: str = parameter(
+        "", "Camera whose view is shown. Empty: all of the message, side by side.", changes=Changes.RUN_TIME
+    )
+    opacity: float = parameter(0.6, "Of the colors over the image.", low=0, high=1, changes=Changes.RUN_TIME)
+    show: str = parameter(
+        "tokens",
+        "What the colors are made of; features: the tokenizer's publish_features.",
+        choices=("tokens", "features"),
+    )
+    fit_messages: int = parameter(
+        10, "The colors' meaning settles over this many messages and then stays.", low=1, high=100
+    )
+    image_transport: str = parameter("raw", "Which images to subscribe to.", choices=options.IMAGE_TRANSPORTS)
+
+
 class TokenViewer(Node):
     def __init__(self, _stop: Stop):
         super().__init__("token_viewer")
-        declare(self, "camera", "", "Camera whose view is shown. Empty: all of the message, side by side.", fixed=False)
-        declare(self, "opacity", 0.6, "Of the colors over the image. Can change at run time.", 0, 1, fixed=False)
-        self._show = declare(self, "show", "tokens", "tokens, or features (the tokenizer's publish_features).")
-        self._fit_messages = declare(
-            self, "fit_messages", 10, "The colors' meaning settles over this many messages and then stays.", 1, 100
-        )
-        transport = declare(self, "image_transport", "raw", "raw or compressed: which images to subscribe to.")
-        warn_of_ignored(self, "token_viewer", others=("cameras",))  # in a file with the tokenizer's
-        for name, value, choices in (
-            ("show", self._show, ("tokens", "features")),
-            ("image_transport", transport, ("raw", "compressed")),
-        ):
-            if value not in choices:
-                raise ValueError(f'{name} is {" or ".join(choices)}, not "{value}"')
-        self._compressed = transport == "compressed"
+        # A file with the tokenizer's parameters may have its `cameras` for all nodes.
+        self.parameters = NodeParameters(self, TokenViewerParameters, "token_viewer", foreign=("cameras",))
+        self._compressed = self.parameters.values.image_transport == "compressed"
         if self._compressed:
             warm_up()  # ImportError says what is missing
 
@@ -101,7 +110,10 @@ class TokenViewer(Node):
 
     def _on_refit(self, _request, response):
         self._basis_of = None
-        response.success, response.message = True, f"colors settle anew over {self._fit_messages} messages"
+        response.success, response.message = (
+            True,
+            f"colors settle anew over {self.parameters.values.fit_messages} messages",
+        )
         return response
 
     def _on_tokens(self, message: CompressedImage):
@@ -121,7 +133,7 @@ class TokenViewer(Node):
 
     def _shown(self, tokens: VisualTokens) -> list[int]:
         """Indices of the views to show. KeyError for a camera that is not there, ValueError for too much."""
-        camera = self.get_parameter("camera").value
+        camera = self.parameters.values.camera
         if camera and camera not in tokens.cameras:
             names = ", ".join(tokens.cameras[:MAX_CAMERAS])
             alike = nearest(camera, tokens.cameras[:1000], 0.5)
@@ -144,13 +156,13 @@ class TokenViewer(Node):
         return shown
 
     def _draw(self, tokens: VisualTokens, shown: list[int]) -> np.ndarray:
-        values = tokens.features_float32() if self._show == "features" else tokens.float32()
+        values = tokens.features_float32() if self.parameters.values.show == "features" else tokens.float32()
         grids = tokens.as_grid(values)
         views, rows, columns, channels = grids.shape
         valid = np.array([view.valid for view in tokens.views])
-        model = (tokens.fingerprint, self._show, rows, columns, channels)
+        model = (tokens.fingerprint, self.parameters.values.show, rows, columns, channels)
         if model != self._basis_of:
-            self._basis, self._basis_of = ColorBasis(self._fit_messages), model
+            self._basis, self._basis_of = ColorBasis(self.parameters.values.fit_messages), model
         colors = np.zeros((views, rows, columns, 3), np.uint8)
         if valid.any():
             painted = self._basis.colors(grids[valid].reshape(-1, channels))
@@ -159,7 +171,7 @@ class TokenViewer(Node):
 
     def _draw_view(self, view: View, colors: np.ndarray) -> np.ndarray:
         image = self._image_of(view)
-        opacity = self.get_parameter("opacity").value if view.valid else 0.0
+        opacity = self.parameters.values.opacity if view.valid else 0.0
         return overlay(colors, view, image, opacity)
 
     def _image_of(self, view: View) -> np.ndarray | None:

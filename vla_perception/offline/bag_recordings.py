@@ -122,7 +122,7 @@ class BagRecording:
             check_header(message.header)
             check_message_size(message, self._selection.max_image_pixels)
         except ValueError as error:  # FrameError and ImageDecodeError are such
-            synchronizer.refuse(camera)
+            synchronizer.reject(camera)
             self.problems.add(f"{recorded.topic} at {recorded.time_ns} ns: {error}")
             return False
         stamp = message.header.stamp

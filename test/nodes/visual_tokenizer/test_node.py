@@ -312,7 +312,7 @@ def test_parameters(robot):
     robot.unconfigure()
     assert "one of auto, float32" in robot.set(compute_dtype="int8")
     assert "different names" in robot.set(cameras=["front", "front"])
-    assert "no name" in robot.set(cameras=["front camera"])
+    assert "must be names of letters, digits and _" in robot.set(cameras=["front camera"])
     assert "at most 64 names" in robot.set(cameras=[f"camera{i}" for i in range(65)])
     assert "at most 200 characters" in robot.set(cameras=["x" * 201])
     for name in ("adapter", "encoders", "sync_slop_sec", "cameras"):  # None: rclpy would take the parameter away
@@ -532,7 +532,7 @@ def test_on_request(robot):
     robot.start(trigger="on_request")
     call = functools.partial(robot.call, Trigger, "encode")
     answer = call()
-    assert not answer.success and "no new set" in answer.message
+    assert not answer.success and "no new frame set" in answer.message
     for _ in range(3):
         robot.send("front", image_message(image(80), robot.next_stamp()))
     robot.counts("front", lambda counts: counts["received"] == 3)
@@ -544,7 +544,7 @@ def test_on_request(robot):
     robot.send("front", image_message(image(81), robot.next_stamp()))
     robot.counts("front", lambda counts: counts["received"] == 4)
     robot.unsubscribe()
-    wait_until(lambda: "nobody subscribes" in call().message, 10, "the node knows that nobody subscribes")
+    wait_until(lambda: "no subscriber" in call().message, 10, "the node knows that nobody subscribes")
     assert not robot.set(trigger="continuous")
     answer = call()
     assert answer.message.startswith(FINAL) and "continuous" in answer.message
@@ -609,11 +609,11 @@ def test_best_effort_publishers_and_cameras_that_are_missing(robot):
     robot.send_until_tokens("front", 120, reliability=ReliabilityPolicy.BEST_EFFORT)
     robot.process.wait_for("camera front: publishers offer best_effort")
     # The camera goes away: told once, and again when it is back.
-    told = robot.process.output.count("camera front: nobody publishes")
+    told = robot.process.output.count("camera front: nothing publishes")
     robot.forget("front", reliability=ReliabilityPolicy.BEST_EFFORT)
-    wait_until(lambda: "nobody publishes /front/image_raw" in robot.told_of("front"), 20, "complaint")
+    wait_until(lambda: "nothing publishes /front/image_raw" in robot.told_of("front"), 20, "complaint")
     robot.counts("front")  # a second later it has not been told again
-    assert robot.process.output.count("camera front: nobody publishes") == told + 1
+    assert robot.process.output.count("camera front: nothing publishes") == told + 1
     robot.send_until_tokens("front", 121)  # reliable now
     wait_until(lambda: robot.told_of("front") == "ok", 10, "no complaint")
     robot.process.wait_for("camera front: frames arrive")
@@ -652,22 +652,26 @@ def test_model_and_timing_are_told(robot):
 
 
 def test_a_locked_model_is_settled_for_the_process():
-    from vla_perception.nodes.visual_tokenizer.node import LOCKED, SETTINGS, VisualTokenizerNode
+    from vla_perception.nodes.visual_tokenizer.node import VisualTokenizerNode
+    from vla_perception.nodes.visual_tokenizer.parameters import PARAMETERS
+
+    locked = [name for name, spec in PARAMETERS.items() if spec.locked]
+    assert {"model", "adapter", "device", "max_image_pixels"} < set(locked)
 
     domain, context = free_domain(), rclpy.Context()
     with in_domain(domain):
         rclpy.init(args=["--ros-args", "-p", "model_locked:=true"], context=context, domain_id=domain)
         node = VisualTokenizerNode(lambda _code: None, context=context)
     try:
-        for configured in (False, True, False):
-            node._configured = configured
-            for name in LOCKED:
-                (result,) = node.set_parameters([Parameter(name, value=SETTINGS[name].default)])
+        for state in ("unconfigured", "inactive", "unconfigured"):
+            node.lifecycle_state = state
+            for name in locked:
+                (result,) = node.set_parameters([Parameter(name, value=PARAMETERS[name].ros_default)])
                 assert not result.successful and f"{name} keeps the value" in result.reason
                 assert "model_locked is true" in result.reason
             together = [Parameter("max_rate_hz", value=3.0), Parameter("model", value="base")]
             assert not node.set_parameters_atomically(together).successful
-            assert node._settings["max_rate_hz"] == 0.0 and node._settings["model"] == "tiny-random"
+            assert (node.parameters.values.max_rate_hz, node.parameters.values.model) == (0.0, "tiny-random")
             assert not node.set_parameters([Parameter("model_locked", value=False)])[0].successful
         assert node.set_parameters([Parameter("max_rate_hz", value=3.0)])[0].successful
         assert node.set_parameters([Parameter("cameras", value=["wrist"])])[0].successful
@@ -681,6 +685,7 @@ def test_an_encoding_that_fails_and_tokens_that_are_not_finite(monkeypatch):
     pytest.importorskip("torch")
     from fake_model import Model
 
+    from vla_perception.nodes.visual_tokenizer import node as node_module
     from vla_perception.nodes.visual_tokenizer.node import VisualTokenizerNode
 
     domain, context, model, received, told = free_domain(), rclpy.Context(), Model(), [], []
@@ -693,16 +698,16 @@ def test_an_encoding_that_fails_and_tokens_that_are_not_finite(monkeypatch):
     policy.create_subscription(CompressedImage, "tokens", lambda message: received.append(from_message(message)), 10)
     policy.create_subscription(DiagnosticArray, "/diagnostics", told.append, 10)
     try:
-        monkeypatch.setattr(node, "_load", lambda: model)
+        monkeypatch.setattr(node_module, "load_tokenizer", lambda *_arguments: model)
         node.trigger_configure()
         assert gc.get_freeze_count() > 0, "the garbage collector would hold up frames"
         node.trigger_activate()
-        wait_until(node._tokens.has_subscribers, 10, "the policy is known")
+        wait_until(node._token_publisher.has_subscribers, 10, "the policy is known")
         # 70000 is beyond float16's range, infinity after the conversion; the third frame shows that it goes on.
         assert node.set_parameters([Parameter("token_dtype", value="float16")])[0].successful
         for i, result in enumerate([RuntimeError("CUDA out of memory"), float("nan"), 70000.0, 1.5]):
             model.results.append(result)
-            node._on_image(node._cameras["front"], image_message(image(i), i + 1))
+            assert node._pipeline.add("front", i + 1, image_message(image(i), i + 1))
             wait_until(
                 lambda n=i: node._pipeline.report()[0]["front"]["encoded"] == n + 1, 10, f"frame {i} is done with"
             )
@@ -711,7 +716,7 @@ def test_an_encoding_that_fails_and_tokens_that_are_not_finite(monkeypatch):
         assert (received[0].float32() == 1.5).all()
         for level in (DiagnosticStatus.WARN, DiagnosticStatus.OK):  # once for what failed since the last time
             told.clear()
-            node._watch()
+            node._on_timer()
             wait_until(lambda: executor.spin_once(timeout_sec=0.1) or told, 10, "diagnostics")
             (status,) = [status for status in told[0].status if status.name.endswith(": model")]
             assert status.level == level and status.message.startswith("active")
@@ -757,7 +762,8 @@ def test_autostart_and_signals_while_it_loads_and_while_it_works():
         assert where and f"on {where[1]} in {where[2]}\n" in working.output  # also in the line that it is ready
         robot = Robot(domain, working)
         try:
-            told = wait_until(lambda: robot.diagnostics and robot.diagnostics[-1].get("model"), 10, "diagnostics")
+            wait_until(lambda: robot.diagnostics and "device" in robot.diagnostics[-1]["model"], 10, "diagnostics")
+            told = robot.diagnostics[-1]["model"]
             assert (told["device"], told["compute_dtype"]) == where.groups()
             wait_until(lambda: robot.state == "active", 10, "active")
             robot.subscribe()

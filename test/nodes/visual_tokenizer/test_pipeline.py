@@ -1,6 +1,7 @@
-"""What becomes of sets of frames and of requests in the threads between subscription and publisher. No ROS in here."""
+"""What becomes of frame sets and of requests in the threads between subscription and publisher. No ROS in here."""
 
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,59 +12,50 @@ torch = pytest.importorskip("torch")
 from fake_model import Gate, Model  # noqa: E402
 
 from vla_perception.nodes.visual_tokenizer import pipeline as pipeline_module  # noqa: E402
+from vla_perception.nodes.visual_tokenizer.parameters import TokenizerParameters  # noqa: E402
 from vla_perception.nodes.visual_tokenizer.pipeline import Pipeline  # noqa: E402
 from vla_perception.synchronizer import SetSynchronizer  # noqa: E402
 
 IMAGE = SimpleNamespace(header=SimpleNamespace(frame_id="camera"), pixels=np.zeros((2, 2, 3), np.uint8))
 UNREADABLE = SimpleNamespace(header=IMAGE.header, pixels=None)
-SETTINGS = {
-    "trigger": "continuous",
-    "max_rate_hz": 0.0,
-    "token_dtype": "float32",
-    "publish_features": False,
-    "sync_policy": "approximate",
-    "sync_slop_sec": 0.05,
-    "max_age_sec": 0.5,
-}
+PARAMETERS = TokenizerParameters(token_dtype="float32")
+
+
+def decode(image, _max_pixels):
+    if image.pixels is None:
+        raise ValueError("no image")
+    return image.pixels
 
 
 class Bench:
-    """A pipeline with one camera, and all that it tells."""
+    """A pipeline with one camera. It is the pipeline's publisher and its log as well, and keeps what they get."""
 
-    def __init__(self, model=None, kind=Pipeline, **settings):
-        self.model, self.settings, self.stamp_ns = model or Model(), SETTINGS | settings, 0
-        self.published, self.complaints, self.failures = [], [], []
-        self.publishing, self.wanted = Gate(), lambda: True
-        self.pipeline = kind(
-            self.model,
-            SetSynchronizer(["front"]),
-            self.settings,
-            decode=self._decode,
-            publish=self._publish,
-            wanted=lambda: self.wanted(),
-            complain=lambda subject, text: self.complaints.append(text),
-            fail=self.failures.append,
-        )
+    def __init__(self, model=None, kind=Pipeline, **parameters):
+        self.model, self.parameters, self.stamp_ns = model or Model(), replace(PARAMETERS, **parameters), 0
+        self.published, self.reports, self.failures = [], [], []
+        self.publishing, self.has_subscribers = Gate(), lambda: True
+        synchronizer = SetSynchronizer(["front"])
+        self.pipeline = kind(self.model, synchronizer, self.parameters, self, self, decode=decode)
         self.pipeline.start()
 
-    @staticmethod
-    def _decode(image):
-        if image.pixels is None:
-            raise ValueError("no image")
-        return image.pixels
-
-    def _publish(self, tokens):
+    def publish(self, tokens):
         self.publishing.pass_through()
         self.published.append(tokens)
+
+    def report(self, _subject, text):
+        self.reports.append(text)
+
+    def fatal(self, text):
+        self.failures.append(text)
 
     def add(self, image=IMAGE):
         self.stamp_ns += 10**8
         assert self.pipeline.add("front", self.stamp_ns, image)
         return self.stamp_ns
 
-    def set(self, **settings):
-        self.settings.update(settings)
-        self.pipeline.settings_changed()
+    def set(self, **parameters):
+        self.parameters = replace(self.parameters, **parameters)
+        self.pipeline.apply_parameters(self.parameters)
 
     def wait_for(self, count):
         wait_until(lambda: len(self.published) >= count, 10, f"{count} published sets, not {len(self.published)}")
@@ -121,7 +113,7 @@ def test_a_request_is_answered(bench):
     assert request.wait(10) and request.success
     assert request.text == f"published as sequence 0, stamp {stamp} ns"
     request = bench.pipeline.request()
-    assert request.wait(0) and "no new set of frames since the last request (front: 0." in request.text
+    assert request.wait(0) and "no new frame set since the last request (front: 0." in request.text
 
 
 def test_a_request_whose_set_has_gone_meanwhile_is_answered(bench):
@@ -131,7 +123,7 @@ def test_a_request_whose_set_has_gone_meanwhile_is_answered(bench):
     bench.set(sync_policy="latest")  # drops what waits
     bench.model.gate.opened.set()
     assert first.wait(10) and first.success
-    assert second.wait(10) and not second.success and "has gone" in second.text
+    assert second.wait(10) and not second.success and "is gone" in second.text
 
 
 def test_a_request_that_waits_when_the_trigger_becomes_continuous_is_answered(bench):
@@ -157,7 +149,7 @@ def test_old_frames_do_not_pass_for_new_ones(bench, monkeypatch):
     bench.add()
     monkeypatch.setattr(pipeline_module, "STALE_SEC", 0.0)
     request = bench.pipeline.request()
-    assert request.wait(0) and not request.success and "the last set of frames came 0.0 s ago" in request.text
+    assert request.wait(0) and not request.success and "the last frame set came 0.0 s ago" in request.text
     monkeypatch.undo()
     assert bench.pipeline.request().wait(10) and len(bench.published) == 1
 
@@ -196,15 +188,15 @@ def test_a_rate_of_almost_nothing_only_waits(bench, rate):
     assert bench.published[1].stamp_ns == stamp and not bench.failures
 
 
-def test_a_frame_that_is_refused_is_counted_and_told(bench):
+def test_a_frame_that_is_rejected_is_counted_and_logged(bench):
     bench = bench()
-    assert bench.pipeline.refuse("front", "its stamp is no time", "header")
+    assert bench.pipeline.reject("front", "its stamp is no time", "header")
     assert bench.counts()["undecodable"] == bench.counts()["received"] == 1
     bench.add()
     bench.wait_for(1)
-    assert "front: a frame is skipped: its stamp is no time" in bench.complaints[0]
+    assert "front: a frame is skipped: its stamp is no time" in bench.reports[0]
     bench.pipeline.stop()
-    assert not bench.pipeline.refuse("front", "", "header") and bench.counts()["received"] == 2
+    assert not bench.pipeline.reject("front", "", "header") and bench.counts()["received"] == 2
 
 
 def test_an_unreadable_image_takes_nobodys_turn(bench):
@@ -213,7 +205,7 @@ def test_an_unreadable_image_takes_nobodys_turn(bench):
     wait_until(lambda: bench.counts()["undecodable"] == 1, 10, "it was looked at")
     bench.add()
     bench.wait_for(1)
-    assert "front: a frame is skipped: no image" in bench.complaints[0]
+    assert "front: a frame is skipped: no image" in bench.reports[0]
 
 
 def test_what_fails_is_counted_and_the_next_set_goes_on(bench):
@@ -226,7 +218,7 @@ def test_what_fails_is_counted_and_the_next_set_goes_on(bench):
     assert bench.pipeline.report()[1] == {"encode_errors": 1, "non_finite": 2, "publish_errors": 0}
     assert [(tokens.sequence, tokens.stamp_ns) for tokens in bench.published] == [(0, stamp)]
     assert (bench.published[0].float32() == 1.5).all()
-    assert "CUDA out of memory" in bench.complaints[0] and not bench.failures
+    assert "CUDA out of memory" in bench.reports[0] and not bench.failures
 
 
 def test_a_set_that_cannot_be_published_takes_no_number(bench):
@@ -284,10 +276,10 @@ def test_errors_that_pass_are_counted_and_the_next_set_is_encoded(bench, error):
 
 def test_a_thread_that_breaks_off_ends_it(bench):
     bench = bench()
-    bench.wanted = lambda: 1 / 0
+    bench.has_subscribers = lambda: 1 / 0
     bench.add()
     wait_until(lambda: bench.failures, 10, "it gives up")
-    assert "the thread worker has broken off" in bench.failures[0] and "ZeroDivisionError" in bench.failures[0]
+    assert "the thread worker failed" in bench.failures[0] and "ZeroDivisionError" in bench.failures[0]
 
 
 class OverlappingPipeline(Pipeline):
@@ -322,10 +314,10 @@ def test_sets_that_are_prepared_while_another_is_encoded_do_not_mix(bench, devic
     def more():
         pixels = np.random.default_rng(len(images)).integers(0, 256, (96, 128, 3), np.uint8)
         images[bench.add(SimpleNamespace(header=IMAGE.header, pixels=pixels))] = pixels
-        return bench.complaints or len(bench.published) >= 6
+        return bench.reports or len(bench.published) >= 6
 
     wait_until(more, 60, "6 published sets")
-    assert not bench.complaints and not bench.failures
+    assert not bench.reports and not bench.failures
     bench.pipeline.stop()
     stamps = [tokens.stamp_ns for tokens in bench.published]
     assert stamps == sorted(set(stamps))  # in the order in which they were taken, each once
@@ -341,24 +333,20 @@ def test_compressed_images_of_a_set_are_decoded_side_by_side():
     cameras = ("front", "side", "wrist", "rear")
     together, undecoded = threading.Barrier(3), []
 
-    def decode(image):
+    def decode_together(image, max_pixels):
         if hasattr(image, "format"):
             together.wait(30.0)
-        if image.pixels is None:
-            raise ValueError("no image")
-        return image.pixels
+        return decode(image, max_pixels)
 
-    published, complaints, model = [], [], Model()
+    published, reports, model = [], [], Model()
     model.encode = lambda images, features: SimpleNamespace(tokens=torch.ones(len(images), 4, 8), features=None)
     pipeline = Pipeline(
         model,
         SetSynchronizer(cameras),
-        SETTINGS,
-        decode=decode,
-        publish=published.append,
-        wanted=lambda: True,
-        complain=lambda subject, text: complaints.append(text),
-        fail=undecoded.append,
+        PARAMETERS,
+        SimpleNamespace(publish=published.append, has_subscribers=lambda: True),
+        SimpleNamespace(report=lambda subject, text: reports.append(text), fatal=undecoded.append),
+        decode=decode_together,
     )
     compressed = SimpleNamespace(**vars(IMAGE), format="jpeg")
     broken = SimpleNamespace(**vars(UNREADABLE), format="jpeg")
@@ -367,11 +355,11 @@ def test_compressed_images_of_a_set_are_decoded_side_by_side():
     for stamp, images in enumerate(frames, start=1):
         for camera, image in zip(cameras, images):
             pipeline.add(camera, stamp * 10**8, image)
-        wait_until(lambda: len(published) + len(complaints) == stamp, 30.0, "the set's end")  # noqa: B023
+        wait_until(lambda: len(published) + len(reports) == stamp, 30.0, "the set's end")  # noqa: B023
     counts, _, _ = pipeline.report()
     assert [view.camera for view in published[0].views] == list(cameras) and len(published) == 1
     assert [count["undecodable"] for count in counts.values()] == [0, 0, 1, 0]
-    assert "wrist" in complaints[0]
+    assert "wrist" in reports[0]
     before = [thread for thread in threading.enumerate() if thread.name.startswith("decoder")]
     pipeline.close()
     for thread in before:

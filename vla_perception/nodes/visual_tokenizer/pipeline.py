@@ -1,28 +1,28 @@
-"""Frames → published tokens, in threads. What it knows of ROS is handed in; lifecycle, topics and parameters are not here.
+"""Frames → published tokens, in threads. Imports no ROS; lifecycle, topics and parameters are not here.
 
-frame → set of frames (synchronizer.py) → decode, preprocess (worker) → encode (encoder) → message (publisher). Between
-two steps there is one place, and what is newer takes it; nothing queues up, and every frame is accounted for. On a GPU
-each thread has a CUDA stream, so that the next set is decoded and copied there, and the last one's tokens are copied
-back, while one is encoded. On a CPU the worker encodes, too: what it decoded meanwhile would take the cores from
-encoding, and would be old by the time it is done.
+frame → frame set (synchronizer.py) → decode, preprocess (thread `worker`) → encode (`encoder`) → message (`publisher`).
+Stages are connected by single-slot mailboxes; a newer item replaces a waiting one, so nothing queues up, and every frame
+is accounted for. On a GPU each thread has its own CUDA stream: the next frame set is decoded and copied there, and the
+last one's tokens are copied back, while one is encoded. On a CPU the worker encodes, too: decoding ahead would take the
+cores from encoding, for frames that would be old by the time it is done.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vla_perception.nodes.visual_tokenizer.device_errors import device_is_lost
 from vla_perception.synchronizer import Frame, FrameSet, SetSynchronizer
 from vla_perception.tokens import View, VisualTokens
 from vla_perception.tokens.encode_service import FINAL, published
@@ -31,26 +31,27 @@ from vla_perception.tokens.torch_tensors import all_finite, queue_to_host
 if TYPE_CHECKING:
     import torch
 
+    from vla_perception.nodes.visual_tokenizer.diagnostics import FailureLog
+    from vla_perception.nodes.visual_tokenizer.parameters import TokenizerParameters
+    from vla_perception.nodes.visual_tokenizer.token_publisher import TokenPublisher
     from vla_perception.tokenizer import VisualTokenizer
 
-#: What is timed per set. overhead: from the callback of its last frame until it is published, less what the tokenizer
+#: What is timed per frame set. overhead: from the callback of its last frame until it is published, less what the tokenizer
 #: takes, preprocess and encode.
 STAGES = ("decode", "preprocess", "encode", "publish", "overhead")
-#: What may become of a set instead of a message.
+#: What may become of a frame set instead of a message.
 FAILURES = ("encode_errors", "non_finite", "publish_errors")
-#: Seconds after which a set is not encoded on request any more: its cameras have stopped, and it would pass for new.
+#: Seconds after which a frame set is no longer encoded on request: its cameras have stopped, and it would pass for new.
 STALE_SEC = 5.0
-#: What an error of CUDA says that does not end the device's use (`_device_is_lost`).
-_PASSES = re.compile("out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|captur")
 #: Seconds that `stop` waits for a message that is being published, at most.
 _GRACE_SEC = 2.0
 
 
 class Request:
-    """One set that somebody asked for, and waits for."""
+    """A call of the service `encode` that waits for its tokens."""
 
     def __init__(self) -> None:
-        self.made = time.perf_counter()
+        self.created = time.perf_counter()
         self.success = False
         self.text = ""
         self._done = threading.Event()
@@ -68,12 +69,12 @@ class Request:
 
 @dataclass(eq=False)
 class _Job:
-    """A set on its way through the threads. Times are seconds of the performance counter."""
+    """A frame set on its way through the threads. Times are seconds of the performance counter."""
 
     frames: FrameSet
     request: Request | None
-    run: int
-    arrived: float  # when the set's last frame did, or when it was asked for
+    generation: int
+    arrived: float  # when its last frame did, or when it was asked for
     views: list[View] = field(default_factory=list)
     pixel_values: list[torch.Tensor] = field(default_factory=list)
     tokens: torch.Tensor | None = None
@@ -85,14 +86,16 @@ class Pipeline:
     """What a configured node does with frames. Stopped until `start`; `close` ends its threads.
 
     Args:
-        settings: read at every set, so that they may change: ``trigger``, ``max_rate_hz``, ``token_dtype``,
-            ``publish_features``, and the synchroniser's; tell it by `settings_changed`.
-        decode: an image message → uint8 RGB [height, width, 3]; ValueError if it is no readable image.
-        publish: sends a set of tokens.
-        wanted: whether anybody would receive it.
-        complain: logs trouble that may come with every set: what it is about, and a sentence.
-        fail: told when this pipeline cannot go on, with the reason.
-        sequence: the number of the first set that is published.
+        parameters: the node's; `apply_parameters` replaces them.
+        publisher: sends the tokens, and knows whether there are subscribers.
+        log: where failures go.
+        decode: an image message, and the most pixels that it may have → uint8 RGB [height, width, 3]; ValueError where
+            it is not a readable image. Called by several threads.
+        sequence: the number of the first message that is published.
+
+    Attributes:
+        parameters: those in force.
+        sequence: the number of the next message.
     """
 
     #: Devices that compute while the processor's cores do something else.
@@ -102,29 +105,26 @@ class Pipeline:
         self,
         tokenizer: VisualTokenizer,
         synchronizer: SetSynchronizer,
-        settings: Mapping[str, object],
+        parameters: TokenizerParameters,
+        publisher: TokenPublisher,
+        log: FailureLog,
         *,
-        decode: Callable[[object], np.ndarray],
-        publish: Callable[[VisualTokens], None],
-        wanted: Callable[[], bool],
-        complain: Callable[[str, str], None],
-        fail: Callable[[str], None],
+        decode: Callable[[Any, int], np.ndarray],
         sequence: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
-        self._settings = settings
-        self._decode, self._publish, self._wanted = decode, publish, wanted
-        self._complain, self._fail = complain, fail
+        self.parameters = parameters
+        self._publisher, self._log, self._decode = publisher, log, decode
 
         self._changed = threading.Condition()  # guards all that follows
         self._sync = synchronizer
         self._active = False
         self._ended = False
-        self._run = 0  # counts starts: what was begun in an earlier run is not published
-        self._fresh = False  # a set has come that was not looked at yet
+        self._generation = 0  # counts starts: what began before the last start is not published
+        self._has_new_set = False  # a frame set has come that was not considered yet
         self._set_arrived = 0.0  # when its last frame did, seconds of the performance counter
         self._arrivals: dict[str, float] = {}  # when each camera's last frame did
-        self._taken = -math.inf  # when a set was taken last, seconds of the performance counter
+        self._last_taken = -math.inf  # when a frame set was taken, seconds of the performance counter
         self._request: Request | None = None
         self._publishing = False
         self.sequence = sequence
@@ -135,8 +135,8 @@ class Pipeline:
         loops = {"worker": self._work, "encoder": self._encode_loop, "publisher": self._publish_loop}
         if tokenizer.device.type not in self.OVERLAPPING:
             del loops["encoder"]
-        # What waits for the thread of that name.
-        self._places: dict[str, _Job | None] = {name: None for name in loops if name != "worker"}
+        # Thread's name → the job that waits for it.
+        self._mailboxes: dict[str, _Job | None] = {name: None for name in loops if name != "worker"}
         self._threads = [
             threading.Thread(target=self._guard, args=(loop,), name=name, daemon=True) for name, loop in loops.items()
         ]
@@ -149,9 +149,9 @@ class Pipeline:
         """From here on frames are taken."""
         with self._changed:
             self._active = True
-            self._run += 1
-            self._fresh = False
-            self._taken = -math.inf
+            self._generation += 1
+            self._has_new_set = False
+            self._last_taken = -math.inf
             self._arrivals.clear()
 
     def stop(self) -> None:
@@ -159,7 +159,7 @@ class Pipeline:
         with self._changed:
             self._active = False
             self._sync.clear()
-            self._answer_waiting("the node has been deactivated")
+            self._reject_request("the node has been deactivated")
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._publishing, _GRACE_SEC)
 
@@ -169,7 +169,7 @@ class Pipeline:
         with self._changed:
             self._active = False
             self._ended = True
-            self._answer_waiting("the node is ending")
+            self._reject_request("the node is ending")
             self._changed.notify_all()
         for thread in self._threads:
             thread.join(None if end is None else max(0.0, end - time.monotonic()))
@@ -183,51 +183,54 @@ class Pipeline:
                 return False
             self._arrivals[camera] = now
             if self._sync.add(camera, stamp_ns, image):
-                self._fresh = True
+                self._has_new_set = True
                 self._set_arrived = now
                 self._changed.notify_all()
         return True
 
-    def refuse(self, camera: str, reason: str, subject: str) -> bool:
-        """A frame has arrived that nothing can be made of, for a `reason` about `subject`; False while stopped."""
+    def reject(self, camera: str, reason: str, subject: str) -> bool:
+        """A frame has arrived that cannot be used, for a `reason` about `subject`; False while stopped."""
         with self._changed:
             if not self._active:
                 return False
-            self._sync.refuse(camera)
-        self._complain_of_frame(subject, camera, reason)
+            self._sync.reject(camera)
+        self._report_frame(subject, camera, reason)
         return True
 
     def request(self) -> Request:
-        """Asks for the latest set; answered at once where that cannot be."""
+        """Asks for the latest frame set; answered at once where there is none to encode."""
         request = Request()
         with self._changed:
-            age = request.made - self._set_arrived
+            age = request.created - self._set_arrived
             if not self._active:
                 request.answer(False, "the node is not active")
-            elif self._settings["trigger"] != "on_request":
-                request.answer(False, f"{FINAL}the parameter trigger is continuous, every latest set is encoded anyway")
-            elif not self._wanted():
-                request.answer(False, "nobody subscribes to the tokens")
+            elif self.parameters.trigger != "on_request":
+                request.answer(
+                    False, f"{FINAL}the parameter trigger is continuous, every latest frame set is encoded anyway"
+                )
+            elif not self._publisher.has_subscribers():
+                request.answer(False, "the tokens have no subscriber")
             elif not self._sync.waiting:
-                request.answer(False, f"no new set of frames since the last request ({self._last_frames()})")
+                request.answer(False, f"no new frame set since the last request ({self._last_frames()})")
             elif age > STALE_SEC:
-                request.answer(False, f"the last set of frames came {age:.1f} s ago ({self._last_frames()})")
+                request.answer(False, f"the last frame set came {age:.1f} s ago ({self._last_frames()})")
             else:
-                self._answer_waiting("another request came")
+                self._reject_request("a newer request came")
                 self._request = request
                 self._changed.notify_all()
         return request
 
-    def settings_changed(self) -> None:
-        """Takes what is in `settings` now."""
+    def apply_parameters(self, parameters: TokenizerParameters) -> None:
+        """From the next frame set on these are in force."""
         with self._changed:
-            self._sync.slop_sec = self._settings["sync_slop_sec"]
-            self._sync.max_age_sec = self._settings["max_age_sec"]
-            self._sync.policy = self._settings["sync_policy"]
+            self.parameters = parameters
+            self._sync.slop_sec = self.parameters.sync_slop_sec
+            self._sync.max_age_sec = self.parameters.max_age_sec
+            self._sync.policy = self.parameters.sync_policy
             self._changed.notify_all()
 
-    def sets(self) -> tuple[int, dict[str, int | None]]:
-        """How many sets were found, and the stamp of each camera's last frame in nanoseconds."""
+    def frame_sets(self) -> tuple[int, dict[str, int | None]]:
+        """How many frame sets were found, and the stamp of each camera's last frame in nanoseconds."""
         with self._changed:
             return self._sync.sets_made, {camera: self._sync.last_stamp_ns(camera) for camera in self._sync.cameras}
 
@@ -240,7 +243,7 @@ class Pipeline:
     # Threads
 
     def _guard(self, loop: Callable[[], None]) -> None:
-        """Runs a thread's loop; what it does on a GPU goes to a stream of its own."""
+        """Runs a thread's loop, on a GPU with its own CUDA stream."""
         try:
             device = self.tokenizer.device
             if device.type == "cuda":
@@ -249,86 +252,86 @@ class Pipeline:
                 torch.cuda.set_stream(torch.cuda.Stream(device))
             loop()
         except Exception:
-            self._fail(f"the thread {threading.current_thread().name} has broken off:\n{traceback.format_exc()}")
+            self._log.fatal(f"the thread {threading.current_thread().name} failed:\n{traceback.format_exc()}")
 
     def _work(self) -> None:
         while (job := self._next_job()) is not None:
-            if self._succeeds(self._prepare, job):
-                if "encoder" in self._places:
-                    self._hand_on(job, "encoder")
-                elif self._succeeds(self._encode, job):
-                    self._hand_on(job, "publisher")
+            if self._run_step(self._prepare, job):
+                if "encoder" in self._mailboxes:
+                    self._put(job, "encoder")
+                elif self._run_step(self._encode, job):
+                    self._put(job, "publisher")
 
     def _encode_loop(self) -> None:
-        while (job := self._receive("encoder")) is not None:
-            if self._succeeds(self._encode, job):
-                self._hand_on(job, "publisher")
+        while (job := self._get("encoder")) is not None:
+            if self._run_step(self._encode, job):
+                self._put(job, "publisher")
 
     def _publish_loop(self) -> None:
-        while (job := self._receive("publisher")) is not None:
-            self._send(job)
+        while (job := self._get("publisher")) is not None:
+            self._publish(job)
 
     def _next_job(self) -> _Job | None:
-        """Waits for a set whose turn it is; None when the thread is to end."""
+        """Waits for a frame set whose turn it is; None when the thread is to end."""
         with self._changed:
             while not self._ended:
                 wait = None
-                on_request = self._settings["trigger"] == "on_request"
+                on_request = self.parameters.trigger == "on_request"
                 if not on_request:
-                    self._answer_waiting(f"{FINAL}the parameter trigger has been set to continuous")
+                    self._reject_request(f"{FINAL}the parameter trigger has been set to continuous")
                 if not self._active:
                     pass
                 elif on_request and self._request is not None:
                     request, self._request = self._request, None
                     if (frames := self._sync.take()) is not None:
-                        return _Job(frames, request, self._run, request.made)
-                    request.answer(False, "the set of frames has gone: time was set back, or sync_policy was changed")
-                elif not on_request and self._fresh:
-                    rate, now = self._settings["max_rate_hz"], time.perf_counter()
+                        return _Job(frames, request, self._generation, request.created)
+                    request.answer(False, "the frame set is gone: time was set back, or sync_policy was changed")
+                elif not on_request and self._has_new_set:
+                    rate, now = self.parameters.max_rate_hz, time.perf_counter()
                     # Of a rate of almost nothing, the longest time that `wait` takes.
-                    wait = self._taken + min(1 / rate, threading.TIMEOUT_MAX) - now if rate > 0 else 0.0
+                    wait = self._last_taken + min(1 / rate, threading.TIMEOUT_MAX) - now if rate > 0 else 0.0
                     if wait <= 0:
                         wait = None
-                        self._fresh = False  # also where nobody wants it: by the time somebody subscribes it is old
-                        if self._wanted() and (frames := self._sync.take()) is not None:
-                            self._taken = now
-                            return _Job(frames, None, self._run, self._set_arrived)
+                        self._has_new_set = False  # also without subscribers: by the time one comes it is old
+                        if self._publisher.has_subscribers() and (frames := self._sync.take()) is not None:
+                            self._last_taken = now
+                            return _Job(frames, None, self._generation, self._set_arrived)
                 self._changed.wait(wait)
         return None
 
-    def _hand_on(self, job: _Job, thread: str) -> None:
-        """Puts a job into the thread's place; one that still waits there is given up."""
+    def _put(self, job: _Job, thread: str) -> None:
+        """Puts a job into the thread's mailbox, and drops one that still waits there."""
         with self._changed:
             if self._ended:
-                self._give_up(job, "the node is ending")
+                self._drop(job, "the node is ending")
                 return
-            waiting, self._places[thread] = self._places[thread], job
+            waiting, self._mailboxes[thread] = self._mailboxes[thread], job
             if waiting is not None:
-                self._give_up(waiting, "a newer set was there first")
+                self._drop(waiting, "a newer frame set replaced it")
             self._changed.notify_all()
 
-    def _receive(self, thread: str) -> _Job | None:
-        """Waits for what is put into the thread's place; None when the thread is to end."""
+    def _get(self, thread: str) -> _Job | None:
+        """Waits for a job in the thread's mailbox; None when the thread is to end."""
         with self._changed:
             while True:
-                job, self._places[thread] = self._places[thread], None
+                job, self._mailboxes[thread] = self._mailboxes[thread], None
                 if job is not None:
-                    if self._active and not self._ended and job.run == self._run:
+                    if self._active and not self._ended and job.generation == self._generation:
                         self._publishing = self._publishing or thread == "publisher"
                         return job
-                    self._give_up(job, "the node has been deactivated")
+                    self._drop(job, "the node has been deactivated")
                 elif self._ended:
                     return None
                 else:
                     self._changed.wait()
 
-    def _give_up(self, job: _Job, reason: str) -> None:
+    def _drop(self, job: _Job, reason: str) -> None:
         self._sync.replaced(job.frames)
         if job.request is not None:
             job.request.answer(False, reason)
 
-    def _answer_waiting(self, reason: str) -> None:
-        """Refuses the request that no set was taken for yet, if there is one."""
+    def _reject_request(self, reason: str) -> None:
+        """Answers the request that no frame set was taken for yet, if there is one."""
         request, self._request = self._request, None
         if request is not None:
             request.answer(False, reason)
@@ -342,20 +345,20 @@ class Pipeline:
 
     # Steps
 
-    def _succeeds(self, step: Callable[[_Job], bool], job: _Job) -> bool:
-        """Whether `step` did what it is to do with a job; if not, its frames are accounted for."""
+    def _run_step(self, step: Callable[[_Job], bool], job: _Job) -> bool:
+        """Whether the job goes on to the next step; if not, its frames are accounted for."""
         try:
             return step(job)
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
-            self._drop(job, "encode_errors", text)
-            if _device_is_lost(error):
-                self._fail(f"the device failed, and only a new process can use it again: {text}")
+            self._count_failure(job, "encode_errors", text)
+            if device_is_lost(error):
+                self._log.fatal(f"the device failed, and only a new process can use it again: {text}")
             else:
-                self._complain("encode", f"a set could not be encoded: {text}")
+                self._log.report("encode", f"a frame set could not be encoded: {text}")
             return False
 
-    def _drop(self, job: _Job, failure: str, text: str) -> None:
+    def _count_failure(self, job: _Job, failure: str, text: str) -> None:
         with self._changed:
             self._failures[failure] += 1
             self._sync.encoded(job.frames)
@@ -363,7 +366,7 @@ class Pipeline:
             job.request.answer(False, text)
 
     def _prepare(self, job: _Job) -> bool:
-        """Images of a set → what the encoders take, on their device; False if an image cannot be read."""
+        """Images of a frame set → what the encoders take, on their device; False if an image cannot be read."""
         clock = time.perf_counter
         begun = clock()
         images, bad = [], []
@@ -375,11 +378,11 @@ class Pipeline:
             except Exception as error:
                 bad.append(frame)
                 reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-                self._complain_of_frame("decode", frame.camera, reason)
+                self._report_frame("decode", frame.camera, reason)
         if bad:
             with self._changed:
                 self._sync.undecodable(job.frames, bad)
-                self._taken = -math.inf  # the next set need not wait for its turn
+                self._last_taken = -math.inf  # the next frame set need not wait for its turn
                 self._changed.notify_all()
             if job.request is not None:
                 job.request.answer(False, f"no readable image from {', '.join(frame.camera for frame in bad)}")
@@ -398,12 +401,14 @@ class Pipeline:
             self._timings["preprocess"].append(preprocessed - decoding_ended)
         return True
 
-    def _complain_of_frame(self, subject: str, camera: str, reason: str) -> None:
-        self._complain(f"{subject} {camera}", f"camera {camera}: a frame is skipped: {reason}")
+    def _report_frame(self, subject: str, camera: str, reason: str) -> None:
+        self._log.report(f"{subject} {camera}", f"camera {camera}: a frame is skipped: {reason}")
 
     def _decode_all(self, frames: FrameSet) -> list[Callable[[], np.ndarray]]:
-        """Per frame what gives its image, or raises; several JPEG or PNG images are decoded side by side."""
-        calls = [partial(self._decode, frame.image) for frame in frames]
+        """Per frame a call that returns its image or raises; several JPEG or PNG images are decoded side by side."""
+        calls: list[Callable[[], np.ndarray]] = [
+            partial(self._decode, frame.image, self.parameters.max_image_pixels) for frame in frames
+        ]
         # Those of CompressedImage have a format. Other images are views of the message, which take no time.
         compressed = [index for index, frame in enumerate(frames) if hasattr(frame.image, "format")]
         # This thread decodes one of them: it would only wait meanwhile.
@@ -429,8 +434,8 @@ class Pipeline:
         import torch
 
         begun = time.perf_counter()
-        output = self.tokenizer.encode(job.pixel_values, features=bool(self._settings["publish_features"]))
-        token_dtype = self._settings["token_dtype"]
+        output = self.tokenizer.encode(job.pixel_values, features=self.parameters.publish_features)
+        token_dtype = self.parameters.token_dtype
         dtype = getattr(torch, token_dtype)
         parts = [part.to(dtype) for part in (output.tokens, output.features) if part is not None]
         # All is queued before the one wait for the device; on a GPU the copies go to pinned memory.
@@ -438,14 +443,14 @@ class Pipeline:
         if parts[0].is_cuda:
             torch.cuda.current_stream(parts[0].device).synchronize()
         job.tokens, job.features = on_host[0], on_host[1] if len(on_host) > 1 else None
-        job.pixel_values = []  # not before the wait: what they hold may be given to the next set
+        job.pixel_values = []  # not before the wait: what they hold may be given to the next job
         if not finite:
             text = (
                 f"tokens that are not finite were not published; compute_dtype {self.tokenizer.compute_dtype} or "
                 f"token_dtype {token_dtype} may be too narrow for this model: try bfloat16 or float32"
             )
-            self._drop(job, "non_finite", text)
-            self._complain("non-finite", text)
+            self._count_failure(job, "non_finite", text)
+            self._log.report("non-finite", text)
             return False
         seconds = time.perf_counter() - begun
         job.tokenizing += seconds
@@ -453,10 +458,11 @@ class Pipeline:
             self._timings["encode"].append(seconds)
         return True
 
-    def _send(self, job: _Job) -> None:
+    def _publish(self, job: _Job) -> None:
+        assert job.tokens is not None, "published before it was encoded"
         begun = time.perf_counter()
         try:
-            self._publish(
+            self._publisher.publish(
                 VisualTokens.from_torch(
                     job.tokens,
                     sequence=self.sequence,  # given here: a gap in the numbers is then a lost message
@@ -467,9 +473,9 @@ class Pipeline:
             )
         except Exception as error:
             text = f"tokens could not be published: {type(error).__name__}: {error}"
-            self._drop(job, "publish_errors", text)
+            self._count_failure(job, "publish_errors", text)
             if not self._ended:
-                self._complain("publish", text)
+                self._log.report("publish", text)
         else:
             ended = time.perf_counter()
             with self._changed:
@@ -483,15 +489,3 @@ class Pipeline:
         with self._changed:
             self._publishing = False
             self._changed.notify_all()
-
-
-def _device_is_lost(error: Exception) -> bool:
-    """Whether an error stays with the process: most errors of CUDA do.
-
-    Not those of memory that is not there just now, under whatever name, and of a graph's capture that something broke
-    off: the next frame may do better, and is counted if not.
-    """
-    text = str(error).partition("\n")[0]  # advice follows
-    # Before torch 2.8 an error of CUDA had no class of its own.
-    of_cuda = type(error).__name__ == "AcceleratorError" or "CUDA error" in text
-    return of_cuda and not _PASSES.search(text)

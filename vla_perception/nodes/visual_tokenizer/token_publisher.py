@@ -1,4 +1,4 @@
-"""How the node's tokens leave it: the topic `tokens` and, beside it, shared memory for policies on this machine."""
+"""Where tokens go: the topic `tokens` and, beside it, shared memory for policies on this machine."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from vla_perception.tokens.shared_memory import SharedMemoryError, TokenWriter, 
 #: Token messages kept for a reliable subscriber that is behind: 2 MiB each for openvla-7b.
 DEPTH = 10
 #: Seconds until shared memory is tried again after it failed; twice as long each time, up to the second number:
-#: policies lose sets whenever they return to the topic.
+#: policies lose messages whenever they return to the topic.
 _RETRY, _RETRY_AT_MOST = 5.0, 300.0
 
 
 class TokenPublisher:
-    """Publishes sets of tokens on the topic `tokens` of `node`, reliably; `qos_overrides` parameters come first.
+    """Publishes tokens on the topic `tokens` of `node`, reliably; `qos_overrides` parameters come first.
 
-    A set is only made into a message if somebody subscribes to the topic, and only written into shared memory if
-    somebody reads there. Whatever goes wrong with shared memory is logged, once, leaves the topic alone, and is tried
-    again later.
+    A message is only built while the topic has subscribers, and only written to shared memory while that has readers.
+    Every failure of shared memory is logged, once, and retried later; meanwhile messages go to the topic.
+
+    Attributes:
+        messages: published on the topic so far.
+        written: written to shared memory so far.
     """
 
     def __init__(self, node: Node) -> None:
@@ -37,14 +40,14 @@ class TokenPublisher:
             qos_overriding_options=QoSOverridingOptions.with_default_policies(),
         )
         self._writer: TokenWriter | None = None
-        self._changing = threading.Lock()  # of the two below
+        self._changing = threading.Lock()  # guards what follows
         self._opened: object | None = None  # one per `open_shared_memory`, until `close_shared_memory`
         self._timer: threading.Timer | None = None
         self._retry_sec = _RETRY
         self.messages = self.written = 0
 
     def open_shared_memory(self) -> None:
-        """From here on policies of this machine may read there, if iceoryx2 is installed."""
+        """From here on policies on this machine may read from shared memory, if iceoryx2 is installed."""
         if reason := unavailable_reason():
             self._node.get_logger().info(f"tokens go by the topic alone, without shared memory: {reason}")
             return
@@ -58,7 +61,7 @@ class TokenPublisher:
         try:
             writer = TokenWriter(self._publisher.topic_name, self._node.context.get_domain_id())
         except SharedMemoryError as error:
-            self._give_up(f"tokens go by the topic alone: {error}", opened)
+            self._leave_shared_memory(f"tokens go by the topic alone: {error}", opened)
             return
         with self._changing:
             if self._opened is opened:
@@ -66,8 +69,8 @@ class TokenPublisher:
                 return
         writer.close()
 
-    def _give_up(self, text: str, opened: object | None) -> None:
-        """Leaves shared memory for a while."""
+    def _leave_shared_memory(self, text: str, opened: object | None) -> None:
+        """Sends on the topic alone for a while."""
         with self._changing:
             if opened is None or self._opened is not opened:
                 return
@@ -83,7 +86,7 @@ class TokenPublisher:
             self._node.get_logger().warning(f"{text}; tried again in {again:g} s, later less often")
 
     def close_shared_memory(self) -> None:
-        """Policies that read there return to the topic."""
+        """Readers of shared memory return to the topic."""
         with self._changing:
             writer, self._writer, self._opened = self._writer, None, None
             if self._timer is not None:
@@ -98,22 +101,23 @@ class TokenPublisher:
         return writer.readers() if writer is not None else 0
 
     def has_subscribers(self) -> bool:
-        """Whether somebody reads, from the topic or from shared memory."""
+        """Whether there is a subscriber of the topic or a reader of shared memory."""
         return self._publisher.get_subscription_count() > 0 or self.readers() > 0
 
     def publish(self, tokens: VisualTokens) -> None:
+        """Sends one message, on the ways that have subscribers."""
         writer, reached = self._writer, 0
         if writer is not None and writer.readers():
             try:
                 reached = writer.write(tokens)
             except SharedMemoryError as error:
-                self._give_up(f"tokens go by the topic alone: {error}", self._opened)
+                self._leave_shared_memory(f"tokens go by the topic alone: {error}", self._opened)
         self.written += bool(reached)
         if self._publisher.get_subscription_count() or not reached:
             self._publisher.publish(to_message(tokens))
             self.messages += 1
 
-    def tidy(self) -> None:
+    def cleanup_dead_nodes(self) -> None:
         """Now and then: policies that were killed no longer count as readers."""
         writer = self._writer
         if writer is not None:
