@@ -138,7 +138,7 @@ class BagPlayer(Node):
             raise ValueError(f"nothing to play: {given.bag} has no topic with a name that can be published")
         self._clock = self.create_publisher(Clock, "/clock", 10) if given.clock else None
         self._clock_due = 0.0
-        self._clock_complained = False
+        self._clock_reported = False
         self._gaps = 0
         self._ending = threading.Event()
         self._player = threading.Thread(target=self._run, name="player", daemon=True)
@@ -316,8 +316,8 @@ class BagPlayer(Node):
             message = Clock()
             message.clock.sec, message.clock.nanosec = seconds, nanoseconds
             self._clock.publish(message)
-        elif not self._clock_complained:
-            self._clock_complained = True
+        elif not self._clock_reported:
+            self._clock_reported = True
             self.get_logger().warning(f"/clock cannot tell {seconds} s, when a message was recorded: it stands still")
 
     def _publish(self, message: BagMessage, stamps: dict[bytes, int]) -> None:

@@ -112,7 +112,7 @@ class MujocoCamera(Node):
         images = 0
         rate_hz, speed = self.parameters.values.rate_hz, self.parameters.values.real_time_factor
         started = time.monotonic()
-        complained = False
+        reported = False
         while not self._closing.is_set():
             image_due = max(1, round((images + 1) / rate_hz / simulation.timestep))
             simulation.step(max(0, min(clock_steps, image_due - simulation.steps)))
@@ -128,8 +128,8 @@ class MujocoCamera(Node):
                 self._closing.wait(ahead)
             elif ahead < -SLIP_SEC:
                 started -= ahead
-                if not complained:
-                    complained = True
+                if not reported:
+                    reported = True
                     self.get_logger().warning(
                         "this machine renders slower than real time, so simulated time passes slower: "
                         "lower rate_hz, width and height, or choose fewer cameras"

@@ -76,7 +76,7 @@ class OpencvCamera(Node):
 
         self._closing = threading.Event()
         self._slot = threading.Condition()
-        self._newest = None  # (Frame, stamp in ns), until it is published
+        self._latest = None  # (Frame, stamp in ns), until it is published
         self._ended = False
         self._threads = [
             threading.Thread(target=target, name=target.__name__, daemon=True)
@@ -118,13 +118,13 @@ class OpencvCamera(Node):
                 retry, broken = FIRST_RETRY_SEC, False
             with self._slot:
                 if self._source.kind == "file":  # waits for us, so no frame need be skipped
-                    self._slot.wait_for(lambda: self._newest is None or self._closing.is_set())
+                    self._slot.wait_for(lambda: self._latest is None or self._closing.is_set())
                 if frame is None:
                     self._ended = True
                 else:
                     # After a wait, which is short of a frame's duration, a file's frame is due now.
                     stamp = self.get_clock().now().nanoseconds - int(frame.age_sec * 1e9)
-                    self._newest = frame, max(0, stamp)
+                    self._latest = frame, max(0, stamp)
                 self._slot.notify_all()
             if frame is None:
                 return
@@ -132,10 +132,10 @@ class OpencvCamera(Node):
     def _publish_frames(self):
         while True:
             with self._slot:
-                self._slot.wait_for(lambda: self._newest or self._ended or self._closing.is_set())
+                self._slot.wait_for(lambda: self._latest or self._ended or self._closing.is_set())
                 if self._closing.is_set():
                     return
-                latest, self._newest = self._newest, None
+                latest, self._latest = self._latest, None
                 self._slot.notify_all()
             if latest is None:
                 self.get_logger().info(f"{self._source.source} has ended")

@@ -100,7 +100,7 @@ class TokenViewer(Node):
         self._image_subscriptions: dict[str, object] = {}
         self._best_effort: set[str] = set()  # cameras to subscribe to anew, because they offer no more
         self._resubscribe = self.create_guard_condition(self._subscribe_anew)
-        self._told: dict[str, float] = {}  # what was logged, and when
+        self._last_logged: dict[str, float] = {}  # text -> when (steady clock)
         self._publisher = self.create_publisher(Image, "token_image", 5)
         self.create_subscription(CompressedImage, "tokens", self._on_tokens, 2)
         self.create_service(Trigger, "~/refit", self._on_refit)
@@ -125,11 +125,11 @@ class TokenViewer(Node):
             self._watch([tokens.views[index].camera for index in shown])
             self._publisher.publish(to_image(self._draw(tokens, shown), message.header))
         except KeyError as error:  # another camera may come with the next message
-            self._complain(str(error.args[0]), self.get_logger().warning)
+            self._log_throttled(str(error.args[0]), self.get_logger().warning)
         except ValueError as error:
-            self._complain(str(error), self.get_logger().error)
+            self._log_throttled(str(error), self.get_logger().error)
         except Exception as error:  # noqa: BLE001 - whatever a message does, the next one is shown
-            self._complain(f"a message cannot be shown: {type(error).__name__}: {error}", self.get_logger().error)
+            self._log_throttled(f"a message cannot be shown: {type(error).__name__}: {error}", self.get_logger().error)
 
     def _shown(self, tokens: VisualTokens) -> list[int]:
         """Indices of the views to show. KeyError for a camera that is not there, ValueError for too much."""
@@ -229,14 +229,14 @@ class TokenViewer(Node):
                 self._forget(camera)
                 self._subscribe(camera, ReliabilityPolicy.BEST_EFFORT)
 
-    def _complain(self, text: str, log):
-        """Now and then, not for every message."""
+    def _log_throttled(self, text: str, log):
+        """Logs a text at most every REPEAT_SEC."""
         text, now = printable(text if len(text) <= 500 else f"{text[:500]}…"), time.monotonic()
-        if now - self._told.get(text, -REPEAT_SEC) < REPEAT_SEC:
+        if now - self._last_logged.get(text, -REPEAT_SEC) < REPEAT_SEC:
             return
-        if len(self._told) >= 32:
-            self._told.clear()
-        self._told[text] = now
+        if len(self._last_logged) >= 32:
+            self._last_logged.clear()
+        self._last_logged[text] = now
         log(text)
 
 
