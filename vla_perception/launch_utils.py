@@ -28,6 +28,7 @@ from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
 from launch import LaunchContext
+from vla_perception import options
 from vla_perception.fast_dds import OLD_PROFILE_DISTROS, PROFILE_VARIABLES
 from vla_perception.spelling import nearest
 
@@ -48,7 +49,13 @@ def declare(name: str, **options: Any) -> tuple[str, DeclareLaunchArgument]:
 
 def tokenizer_arguments(**replaced: None) -> dict[str, DeclareLaunchArgument]:
     """The arguments that every launch file has, by name. `replaced`: those that it has not, or as its own."""
-    arguments = {
+    arguments = {**_parameter_arguments(), **_process_arguments()}
+    return {name: action for name, action in arguments.items() if name not in replaced}
+
+
+def _parameter_arguments() -> dict[str, DeclareLaunchArgument]:
+    """Parameters of the tokenizer that are given often; empty: as in params_file."""
+    return {
         "cameras": DeclareLaunchArgument(
             "cameras",
             default_value="",
@@ -58,7 +65,7 @@ def tokenizer_arguments(**replaced: None) -> dict[str, DeclareLaunchArgument]:
         "image_transport": DeclareLaunchArgument(
             "image_transport",
             default_value="",
-            choices=["", "raw", "compressed"],
+            choices=["", *options.IMAGE_TRANSPORTS],
             description="raw or compressed (<camera>/image_raw/compressed). Empty: as in params_file.",
         ),
         "model": DeclareLaunchArgument(
@@ -76,10 +83,16 @@ def tokenizer_arguments(**replaced: None) -> dict[str, DeclareLaunchArgument]:
         "compute_dtype": DeclareLaunchArgument(
             "compute_dtype",
             default_value="",
-            choices=["", "auto", "float32", "bfloat16", "float16", "float8"],
+            choices=["", *options.COMPUTE_DTYPES],
             description="Precision of encoders and projector; auto: bfloat16 on CUDA (float16 before Ampere), float32 "
             "on a CPU; float8: the encoders' linear layers in float8, less exact. Empty: as in params_file, which has auto unless it is another file.",
         ),
+    }
+
+
+def _process_arguments() -> dict[str, DeclareLaunchArgument]:
+    """How the nodes run."""
+    return {
         "params_file": DeclareLaunchArgument(
             "params_file",
             default_value=str(share("config", "visual_tokenizer.yaml")),
@@ -123,7 +136,6 @@ def tokenizer_arguments(**replaced: None) -> dict[str, DeclareLaunchArgument]:
             "(config/fastdds.xml, docs/transport.md). A profile that the environment sets is kept.",
         ),
     }
-    return {name: action for name, action in arguments.items() if name not in replaced}
 
 
 def argument(context: LaunchContext, name: str) -> str:
