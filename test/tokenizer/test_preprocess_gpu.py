@@ -11,8 +11,9 @@ from preprocessing import SIZES, STATISTICS, reference  # noqa: E402
 
 from vla_perception.tokenizer import preprocess_gpu as device_preprocess  # noqa: E402
 from vla_perception.tokenizer.config import HALF, EncoderConfig  # noqa: E402
+from vla_perception.tokenizer.pil_taps import FILTERS  # noqa: E402
 from vla_perception.tokenizer.preprocess import Preprocessor  # noqa: E402
-from vla_perception.tokenizer.preprocess_gpu import FILTERS, DevicePreprocessor  # noqa: E402
+from vla_perception.tokenizer.preprocess_gpu import DevicePreprocessor  # noqa: E402
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

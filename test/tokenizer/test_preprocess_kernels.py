@@ -14,8 +14,9 @@ from preprocessing import STATISTICS, reference  # noqa: E402
 from vla_perception.tokenizer import preprocess_kernels  # noqa: E402
 from vla_perception.tokenizer.config import FLOAT_RESIZES  # noqa: E402
 from vla_perception.tokenizer.image_layout import memory_of  # noqa: E402
+from vla_perception.tokenizer.pil_taps import FILTERS  # noqa: E402
 from vla_perception.tokenizer.preprocess import Preprocessor  # noqa: E402
-from vla_perception.tokenizer.preprocess_gpu import FILTERS, DevicePreprocessor  # noqa: E402
+from vla_perception.tokenizer.preprocess_gpu import DevicePreprocessor  # noqa: E402
 
 device = kernel_images.device  # a fixture
 

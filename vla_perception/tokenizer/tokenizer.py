@@ -21,8 +21,9 @@ from vla_perception.tokenizer.devices import TORCH_DTYPES, Placement, place
 from vla_perception.tokenizer.image_inputs import ImageLike, as_images
 from vla_perception.tokenizer.image_transforms import ImageTransforms, Step, compose
 from vla_perception.tokenizer.network import TokenizerNetwork, empty_network
+from vla_perception.tokenizer.pil_taps import FILTERS
 from vla_perception.tokenizer.preprocess import Preprocessor, source_to_grid
-from vla_perception.tokenizer.preprocess_gpu import FILTERS, DevicePreprocessor
+from vla_perception.tokenizer.preprocess_gpu import DevicePreprocessor
 from vla_perception.tokenizer.presets import PRESETS
 from vla_perception.tokenizer.runtime import make_runtime
 from vla_perception.tokenizer.weights import draw_random, load_checkpoint
