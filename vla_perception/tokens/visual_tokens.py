@@ -51,9 +51,12 @@ class VisualTokens:
         sequence: counts up by one per message; a gap is a lost message.
         grid: (rows, columns); tokens run row by row.
         fingerprint: identifies weights and preprocessing.
-        features: [views, tokens, encoder channels] before the projector, like `data`, or None.
+        features: [views, tokens, encoder channels] before the projector, like `data`, or None; `pixel_shuffle` ² times as
+            many as patch tokens.
         fingerprint_inputs: what the fingerprint is the hash of, ``settings`` and ``weights`` (a digest); None where the
             message does not say.
+        pixel_shuffle: k: the projector made one token of k × k patches; 1 for projectors that do not.
+        condition: digest (hex) of what the encoders were modulated with beside the image (FiLM); None without.
     """
 
     data: np.ndarray
@@ -71,6 +74,8 @@ class VisualTokens:
     projector: str
     features: np.ndarray | None = field(default=None, repr=False)
     fingerprint_inputs: Mapping[str, object] | None = field(default=None, repr=False)
+    pixel_shuffle: int = 1
+    condition: str | None = None
     #: `data`, and the tensor on a GPU that it is a copy of: for `torch`, while `data` is still that one.
     _source: tuple[np.ndarray, torch.Tensor] | None = field(default=None, repr=False, compare=False)
 
@@ -89,7 +94,7 @@ class VisualTokens:
                     f"{name} must be a non-empty [views, tokens, channels] array of {word} for {self.dtype}, "
                     f"got {list(values.shape)} of {values.dtype}"
                 )
-            if values.shape[:2] != self.data.shape[:2]:
+            if name == "features" and values.shape[:2] != (self.shape[0], self._cls_tokens + self._feature_patches):
                 raise TokenFormatError(f"features {list(values.shape)} do not go with tokens {list(self.data.shape)}")
 
     def _check_views(self) -> None:
@@ -135,6 +140,11 @@ class VisualTokens:
     def _patches(self) -> int:
         """Tokens per view that lie on the grid."""
         return 0 if self.token_strategy == "cls" else self.grid[0] * self.grid[1]
+
+    @property
+    def _feature_patches(self) -> int:
+        """Features per view that lie on the grid."""
+        return self._patches * self.pixel_shuffle**2
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -257,7 +267,7 @@ class VisualTokens:
         raise KeyError(f"no encoder {name!r} among {', '.join(str(e['name']) for e in self.encoders)}")
 
     def encoder(self, name: str) -> np.ndarray:
-        """What one encoder saw, [views, tokens, its channels], like `numpy`: a slice of the features.
+        """What one encoder saw, [views, features, its channels], like `numpy`: a slice of the features.
 
         Raises:
             KeyError: there is no such encoder.
@@ -265,7 +275,9 @@ class VisualTokens:
         """
         channels = self.encoder_channels(name)
         if self.features is not None:
-            return replace(self, data=self.features, features=None).numpy()[..., channels]
+            grid = (self.grid[0] * self.pixel_shuffle, self.grid[1] * self.pixel_shuffle)
+            alone = replace(self, data=self.features, features=None, grid=grid, pixel_shuffle=1)
+            return alone.numpy()[..., channels]
         if self.projector == "none":
             return self.numpy()[..., channels]
         raise ValueError(
@@ -274,10 +286,12 @@ class VisualTokens:
         )
 
     def as_grid(self, values: np.ndarray | None = None) -> np.ndarray:
-        """Patch tokens (or `values`, [views, tokens, …]) as [views, rows, columns, …]: a view, not a copy."""
+        """Patch tokens (or `values`, [views, tokens, …], or features') as [views, rows, columns, …]: a view, not a copy."""
         values = self.numpy() if values is None else values
         self._need_patches()
-        return values[:, self._cls_tokens :].reshape(values.shape[0], *self.grid, *values.shape[2:])
+        patches = values[:, self._cls_tokens :]
+        k = self.pixel_shuffle if patches.shape[1] == self._feature_patches else 1
+        return patches.reshape(values.shape[0], self.grid[0] * k, self.grid[1] * k, *values.shape[2:])
 
     def token_at(self, x: float, y: float, view: int = 0) -> int | None:
         """Index of the token that sees the source pixel (x, y); None if no token does (cropped, or beyond the grid).
@@ -341,6 +355,8 @@ class VisualTokens:
             **{key: getattr(self, key) for key in _MODEL_KEYS},
             "encoders": [dict(encoder) for encoder in self.encoders],
             **({} if self.fingerprint_inputs is None else {"fingerprint_inputs": self.fingerprint_inputs}),
+            **({} if self.pixel_shuffle == 1 else {"pixel_shuffle": self.pixel_shuffle}),
+            **({} if self.condition is None else {"condition": self.condition}),
             "views": [view.to_metadata() for view in self.views],
         }
         return codec.write(metadata, self._tensors(), self.dtype)
@@ -418,6 +434,10 @@ def model_fields(model: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("two encoders have the same name")
     inputs = model.get("fingerprint_inputs")
     fields["fingerprint_inputs"] = None if inputs is None else checked_inputs(inputs)
+    fields["pixel_shuffle"] = codec.whole_number(model.get("pixel_shuffle", 1), 1)
+    condition = fields["condition"] = model.get("condition")
+    if condition is not None and not re.fullmatch("[0-9a-f]{64}", codec.string(condition)):
+        raise ValueError(f"condition {condition!r:.80} is not 64 hexadecimal digits")
     return fields | {
         "grid": (codec.whole_number(rows, 1), codec.whole_number(columns, 1)),
         "pool": codec.whole_number(fields["pool"], 1),

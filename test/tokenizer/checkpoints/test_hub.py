@@ -16,12 +16,15 @@ torch = pytest.importorskip("torch")
 huggingface_hub = pytest.importorskip("huggingface_hub")
 pytest.importorskip("timm")
 import checkpoints  # noqa: E402
+import lerobot_checkpoints  # noqa: E402
 from hub_server import COMMIT, Hub  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save  # noqa: E402
 
+from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
 from vla_perception.tokenizer.checkpoints import CheckpointError, hub  # noqa: E402
 from vla_perception.tokenizer.checkpoints import http_range as ranges  # noqa: E402
+from vla_perception.tokenizer.checkpoints.open import read_config  # noqa: E402
 
 ID = "someone/some-vla"
 MIB = 1 << 20
@@ -142,6 +145,55 @@ def test_only_the_vision_part_is_fetched(serve):
     ]
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert file.metadata()["commit"] == COMMIT
+
+
+def test_of_a_lerobot_policy_tower_and_connector_are_fetched(serve, tmp_path):
+    """Beside statistics of states and actions, which LeRobot keeps in safetensors files of their own."""
+    folder = lerobot_checkpoints.write(tmp_path / "policy", "smolvla", tiny_smolvla(), 32)
+    expert = {"model.vlm_with_expert.lm_expert.norm.weight": torch.zeros(MIB)}
+    tensors = load_file(folder / "model.safetensors") | expert
+    files = {path.name: path.read_bytes() for path in folder.iterdir()} | {"model.safetensors": save(tensors)}
+    server = serve(files)
+    fetched = hub.fetch(ID)
+    vision = tiny_smolvla()
+    assert set(load_file(fetched / "model.safetensors")) == set(vision)
+    assert server.sent() < sum(value.nbytes for value in vision.values()) + BESIDE
+    assert VisualTokenizer.load(ID, device="cpu").config.pixel_shuffle == 2
+    assert read_config(ID).output_channels == 8  # what was fetched has the shapes
+
+
+def test_a_policy_that_cannot_be_served_is_refused_before_weights_are_fetched(serve):
+    config = {"type": "pi05", "use_visual_memory": True}
+    server = serve({"config.json": json.dumps(config).encode(), "model.safetensors": save({"a": torch.zeros(MIB)})})
+    with pytest.raises(CheckpointError, match="use_visual_memory"):
+        hub.fetch(ID)
+    assert server.sent() < BESIDE
+
+
+def test_the_configuration_of_a_policy_of_which_only_that_is_fetched(serve):
+    serve({"config.json": b'{"type": "pi05"}', "model.safetensors": save({"a": torch.zeros(MIB)})})
+    assert read_config(ID).output_channels == 2048  # π0's published tower: of the weights nothing is read
+
+
+def tiny_smolvla() -> dict[str, torch.Tensor]:
+    root, width = "model.vlm_with_expert.vlm.model.", 64
+    tensors = {
+        f"{root}connector.modality_projection.proj.weight": noise(1, 8 * 4 * width).view(8, 4 * width),
+        f"{root}vision_model.embeddings.patch_embedding.weight": noise(2, width * 768).view(width, 3, 16, 16),
+        f"{root}vision_model.embeddings.patch_embedding.bias": noise(3, width),
+        f"{root}vision_model.embeddings.position_embedding.weight": noise(4, 4 * width).view(4, width),
+        f"{root}vision_model.post_layernorm.weight": noise(5, width),
+        f"{root}vision_model.post_layernorm.bias": noise(6, width),
+    }
+    layer = f"{root}vision_model.encoder.layers.0."
+    for name in (*(f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2"):
+        tensors |= {
+            f"{layer}{name}.weight": noise(7, width**2).view(width, width),
+            f"{layer}{name}.bias": noise(8, width),
+        }
+    for name in ("layer_norm1", "layer_norm2"):
+        tensors |= {f"{layer}{name}.weight": noise(9, width), f"{layer}{name}.bias": noise(10, width)}
+    return tensors
 
 
 def test_progress_is_told(serve, caplog, monkeypatch):
