@@ -234,13 +234,13 @@ def _tokenize(given: argparse.Namespace) -> int:
         print(f"note: {note}", file=sys.stderr)
     if tokenizer.weights == "random":
         print(f"note: {tokenizer.model} is a preset with random weights; its tokens mean nothing", file=sys.stderr)
-    result = None
+    result = torch.empty(0)
     with startup.Progress() as progress:
         for index, path in enumerate(given.images):  # one at a time: however many there are, only their tokens add up
             progress(f"encoding image {index + 1} of {len(given.images)}", begins=index == 0)
             output = tokenizer(image_files.read(path, given.max_image_pixels), features=given.output == "features")
-            row = (output.features if given.output == "features" else output.tokens)[0]
-            if result is None:
+            row = getattr(output, given.output)[0]
+            if index == 0:
                 result = torch.empty(len(given.images), *row.shape, dtype=row.dtype)
             result[index] = row
     metadata = tokenizer.metadata() | {"images": [str(path) for path in given.images]}
