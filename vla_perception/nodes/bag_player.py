@@ -136,7 +136,7 @@ class BagPlayer(Node):
         self._topics = list(self._outlets)
         if not self._topics:
             raise ValueError(f"nothing to play: {given.bag} has no topic with a name that can be published")
-        self._clock = self.create_publisher(Clock, "/clock", 10) if given.clock else None
+        self._clock_publisher = self.create_publisher(Clock, "/clock", 10) if given.clock else None
         self._clock_due = 0.0
         self._clock_reported = False
         self._gaps = 0
@@ -301,12 +301,12 @@ class BagPlayer(Node):
         """Waits until `due` (monotonic seconds), when the bag's time is `time_ns`. False if the process ends."""
         while not self._ending.is_set():
             now = time.monotonic()
-            if self._clock is not None and (now >= self._clock_due or now >= due):
+            if self._clock_publisher is not None and (now >= self._clock_due or now >= due):
                 self._publish_clock(time_ns - round(max(0.0, due - now) * self._given.rate * 1e9))
                 self._clock_due = now + 1 / CLOCK_HZ
             if now >= due:
                 return True
-            wait = due - now if self._clock is None else min(due, self._clock_due) - now
+            wait = due - now if self._clock_publisher is None else min(due, self._clock_due) - now
             self._ending.wait(min(wait, threading.TIMEOUT_MAX))
         return False
 
@@ -315,7 +315,7 @@ class BagPlayer(Node):
         if -(2**31) <= seconds < 2**31:
             message = Clock()
             message.clock.sec, message.clock.nanosec = seconds, nanoseconds
-            self._clock.publish(message)
+            self._clock_publisher.publish(message)
         elif not self._clock_reported:
             self._clock_reported = True
             self.get_logger().warning(f"/clock cannot tell {seconds} s, when a message was recorded: it stands still")

@@ -21,7 +21,7 @@ from vla_perception.images.camera_info import read_calibration, uncalibrated
 from vla_perception.nodes.camera_publisher import CameraPublisher
 from vla_perception.nodes.node_runner import GRACE_SEC, Stop, run_node
 from vla_perception.nodes.parameters import Changes, NodeParameters, parameter
-from vla_perception.sources.video import SourceError, VideoSource
+from vla_perception.sources.video import Frame, SourceError, VideoSource
 
 FIRST_RETRY_SEC = 0.5
 
@@ -59,7 +59,7 @@ class OpencvCamera(Node):
         given = self.parameters.values
 
         self._calibration = read_calibration(given.camera_info_url) if given.camera_info_url else None
-        self._size_complained = False
+        self._size_reported = False
         self._source = VideoSource(
             given.source,
             width=given.width,
@@ -76,7 +76,7 @@ class OpencvCamera(Node):
 
         self._closing = threading.Event()
         self._slot = threading.Condition()
-        self._latest = None  # (Frame, stamp in ns), until it is published
+        self._latest: tuple[Frame, int] | None = None  # (Frame, stamp in ns), until it is published
         self._ended = False
         self._threads = [
             threading.Thread(target=target, name=target.__name__, daemon=True)
@@ -156,8 +156,8 @@ class OpencvCamera(Node):
             return uncalibrated(width, height)
         if (calibration.width, calibration.height) == (width, height):
             return calibration
-        if not self._size_complained:
-            self._size_complained = True
+        if not self._size_reported:
+            self._size_reported = True
             self.get_logger().error(
                 f"the calibration is for {calibration.width} x {calibration.height} pixels, but the images have "
                 f"{width} x {height}: camera_info says uncalibrated. Calibrate at this size, or set width and height"
