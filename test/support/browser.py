@@ -75,10 +75,10 @@ def tokenizer(domain: int, **parameters: object) -> RosProcess:
     return RosProcess(command, domain, fast_dds_profile() | {"OMP_NUM_THREADS": "1"})
 
 
-def player(domain: int) -> RosProcess:
-    """The sample bag in a loop, stamped anew."""
+def player(domain: int, rate: float = 1.0) -> RosProcess:
+    """The sample bag in a loop, stamped anew; at rate 1 its cameras send 5 images a second."""
     bag = ROOT / "examples" / "sample_bag"
-    parameters = ["-p", f"bag:={bag}", "-p", "loop:=true", "-p", "restamp:=true"]
+    parameters = ["-p", f"bag:={bag}", "-p", "loop:=true", "-p", "restamp:=true", "-p", f"rate:={rate}"]
     return RosProcess(["-m", "vla_perception.nodes.bag_player", "--ros-args", *parameters], domain, fast_dds_profile())
 
 

@@ -35,8 +35,8 @@ from vla_perception.tokens import TokenSubscriber, VisualTokens
 from vla_perception.view.health import LogBook, Reception, Status, TokenizerHealth
 from vla_perception.view.snapshot import ImageHistory, LazyImage, PageImage, Snapshot, encode_rgb, stream_kind
 
-#: Seconds between two looks at what nodes and topics there are.
-LOOK_SEC = 0.5
+#: Seconds between two looks at what nodes and topics there are, and before a first tokenizer is found.
+LOOK_SEC, FIRST_LOOK_SEC = 0.5, 0.05
 SAMPLE_SEC = 1.0
 #: More tokenizers, cameras of one or statuses of a message are not kept.
 MAX_TOKENIZERS, MAX_IMAGE_TOPICS, MAX_STATUSES = 64, 16, 1000
@@ -101,7 +101,8 @@ class LiveFeed:
         )
         self._node.create_subscription(Log, "/rosout", self._on_log, rosout)
         steady = Clock(clock_type=ClockType.STEADY_TIME)
-        self._node.create_timer(LOOK_SEC, self._look, clock=steady)
+        self._looked = 0.0
+        self._node.create_timer(FIRST_LOOK_SEC, self._look_if_due, clock=steady)
         self._node.create_timer(SAMPLE_SEC, self._sample, clock=steady)
         self._look_now = self._node.create_guard_condition(self._look)
         self._executor = SingleThreadedExecutor(context=self._context)
@@ -257,9 +258,13 @@ class LiveFeed:
             counts = ("transport", "received", "lost", "gaps", "restarts", "rejected")
             tokenizer.health.on_reception(Reception(**{name: getattr(subscriber, name) for name in counts}), now)
 
+    def _look_if_due(self) -> None:
+        if not self._tokenizers or time.monotonic() - self._looked >= LOOK_SEC:
+            self._look()
+
     def _look(self) -> None:
         """Finds tokenizers, and subscribes to what pages show and to nothing else."""
-        now = time.monotonic()
+        self._looked = now = time.monotonic()
         topics = self._token_topics()
         with self._lock:
             for topic, publishers in topics.items():
