@@ -5,9 +5,7 @@ PYTHON ?= >=3.10,<3.13
 PYTEST_ARGS ?=
 
 # Pages in one wrapping style.
-MARKDOWN := $(wildcard *.md examples/*.md examples/*/*.md test/*/*.md) \
-  $(filter-out docs/models.md docs/performance.md docs/nodes%.md docs/deployment.md docs/reliability.md, \
-  $(wildcard docs/*.md))
+MARKDOWN := $(wildcard *.md docs/*.md examples/*.md examples/*/*.md test/*/*.md)
 
 UV := .bootstrap/bin/uv
 KILTED := .venv/.installed

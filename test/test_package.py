@@ -240,6 +240,23 @@ def test_a_policy_needs_rclpy_and_numpy_only():
     run_without(HEAVY, "import demo.policy")
 
 
+# --- how long its parts are
+
+
+def test_files_and_functions_are_short():
+    """Files of at most 500 lines, functions of at most 60: longer ones hold two ideas."""
+    long_files, long_functions = {}, {}
+    for path in sources():
+        text = path.read_text(encoding="utf-8")
+        lines = len(text.splitlines())
+        if lines > 500:
+            long_files[str(path.relative_to(PACKAGE))] = lines
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 60:
+                long_functions[f"{path.relative_to(PACKAGE)}: {node.name}"] = node.end_lineno - node.lineno + 1
+    assert not long_files and not long_functions
+
+
 # --- what it installs
 
 

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What `tokenize` takes for runs, beside the model's options."""
+    _add_selection(parser)
+    _add_execution(parser)
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
     which = parser.add_argument_group("which part of the sources, for --out FOLDER")
     which.add_argument(
         "--cameras",
@@ -48,6 +53,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--sync-policy", default="approximate", choices=options.SYNC_POLICIES, help="as the node's")
     which.add_argument("--sync-slop-sec", type=float, default=0.05, metavar="SEC", help="as the node's (default: 0.05)")
     which.add_argument("--max-age-sec", type=float, default=0.5, metavar="SEC", help="as the node's (default: 0.5)")
+
+
+def _add_execution(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how, for --out FOLDER")
     how.add_argument(
         "--dtype",
