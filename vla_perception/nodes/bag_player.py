@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rclpy.duration import Duration
 from rclpy.exceptions import NameValidationException
@@ -172,8 +172,9 @@ class BagPlayer(Node):
                 ": name some in `topics`"
             )
         self._bag.messages(topics)  # raises if one is absent
-        self._types = {topic: message_class(self._bag.topics[topic].type) for topic in topics}
-        unknown = {topic: self._bag.topics[topic].type for topic in topics if self._types[topic] is None}
+        classes = {topic: message_class(self._bag.topics[topic].type) for topic in topics}
+        self._types = {topic: found for topic, found in classes.items() if found is not None}
+        unknown = {topic: self._bag.topics[topic].type for topic in topics if topic not in self._types}
         playable = [topic for topic in topics if topic not in unknown]
         listing = ", ".join(f"{topic} ({kind})" for topic, kind in unknown.items())
         if not playable:
@@ -302,7 +303,9 @@ class BagPlayer(Node):
         while not self._ending.is_set():
             now = time.monotonic()
             if self._clock_publisher is not None and (now >= self._clock_due or now >= due):
-                self._publish_clock(time_ns - round(max(0.0, due - now) * self._given.rate * 1e9))
+                self._publish_clock(
+                    self._clock_publisher, time_ns - round(max(0.0, due - now) * self._given.rate * 1e9)
+                )
                 self._clock_due = now + 1 / CLOCK_HZ
             if now >= due:
                 return True
@@ -310,12 +313,12 @@ class BagPlayer(Node):
             self._ending.wait(min(wait, threading.TIMEOUT_MAX))
         return False
 
-    def _publish_clock(self, bag_ns: int) -> None:
+    def _publish_clock(self, publisher: Publisher, bag_ns: int) -> None:
         seconds, nanoseconds = divmod(bag_ns, 1_000_000_000)
         if -(2**31) <= seconds < 2**31:
             message = Clock()
             message.clock.sec, message.clock.nanosec = seconds, nanoseconds
-            self._clock_publisher.publish(message)
+            publisher.publish(message)
         elif not self._clock_reported:
             self._clock_reported = True
             self.get_logger().warning(f"/clock cannot tell {seconds} s, when a message was recorded: it stands still")
@@ -386,7 +389,7 @@ class Pace:
         return self.elapsed_sec
 
 
-def message_class(name: str) -> type | None:
+def message_class(name: str) -> Any | None:
     """The Python class of a message type ("sensor_msgs/msg/Image"), None if its package is not installed.
 
     The name comes from a file, so only what rosidl has generated is imported, and no other module of that name.

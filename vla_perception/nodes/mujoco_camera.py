@@ -67,7 +67,7 @@ class MujocoCamera(Node):
         given = self.parameters.values
 
         self._closing = threading.Event()
-        self._cameras: dict[str, CameraPublisher] | None = None
+        self._cameras: dict[str, CameraPublisher] = {}
         self._cameras_made = threading.Event()
         self._opened: queue.Queue[Simulation | Exception] = queue.Queue()
         arguments = (given.scene, list(given.cameras), given.width, given.height, given.gl, given.motion)

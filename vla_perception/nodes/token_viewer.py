@@ -18,6 +18,7 @@ import numpy as np
 from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rclpy.subscription import Subscription
 from sensor_msgs.msg import CompressedImage, Image
 from std_srvs.srv import Trigger
 
@@ -95,9 +96,9 @@ class TokenViewer(Node):
             warm_up()  # ImportError says what is missing
 
         self._basis: ColorBasis | None = None
-        self._basis_of = None  # what model the basis belongs to
+        self._basis_of: tuple | None = None  # what model the basis belongs to
         self._images: dict[str, _History] = {}  # of each camera that is subscribed to, or cannot be
-        self._image_subscriptions: dict[str, object] = {}
+        self._image_subscriptions: dict[str, Subscription] = {}
         self._best_effort: set[str] = set()  # cameras to subscribe to anew, because they offer no more
         self._resubscribe = self.create_guard_condition(self._subscribe_anew)
         self._last_logged: dict[str, float] = {}  # text -> when (steady clock)
@@ -161,7 +162,7 @@ class TokenViewer(Node):
         views, rows, columns, channels = grids.shape
         valid = np.array([view.valid for view in tokens.views])
         model = (tokens.fingerprint, self.parameters.values.show, rows, columns, channels)
-        if model != self._basis_of:
+        if self._basis is None or model != self._basis_of:
             self._basis, self._basis_of = ColorBasis(self.parameters.values.fit_messages), model
         colors = np.zeros((views, rows, columns, 3), np.uint8)
         if valid.any():

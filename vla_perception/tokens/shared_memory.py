@@ -57,7 +57,7 @@ def unavailable_reason() -> str:
     try:
         import iceoryx2  # noqa: F401
     except ImportError as error:
-        return f"{error}; `pip install 'vla_perception[shm]'`"
+        return f"{error}; run `pip install '.[shm]'` in vla_perception's sources"
     return ""
 
 
