@@ -213,7 +213,7 @@ def _pixels(data, height, width, step, sample, channels) -> np.ndarray:
     sample = np.dtype(sample)
     rows = _rows(data, height, width * channels * sample.itemsize, step)
     strides = (rows.strides[0], channels * sample.itemsize, sample.itemsize)
-    pixels = np.ndarray((height, width, channels), sample, data, 0, strides)
+    pixels: np.ndarray = np.ndarray((height, width, channels), sample, data, 0, strides)
     return pixels if channels > 1 else pixels[:, :, 0]
 
 
@@ -230,7 +230,7 @@ def _yuv_planes_to_rgb(data, height, width, step, encoding) -> np.ndarray:
     after = height * step
     if encoding == "nv24":  # one U, V pair per pixel: rows twice as long
         _rows(data, height, 2 * width, 2 * step, after)
-        chroma = np.ndarray((height, width, 2), np.uint8, data, after, (2 * step, 2, 1))
+        chroma: np.ndarray = np.ndarray((height, width, 2), np.uint8, data, after, (2 * step, 2, 1))
         # OpenCV has no 4:4:4 conversion: as 4:2:2 with every pixel twice, the arithmetic is the same for all.
         doubled = np.empty((height, width, 2, 2), np.uint8)
         doubled[..., 0] = luma[:, :, None]
