@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(
             f"vla-perception: {error}; install what it needs with pip install '.[tokenizer]' in this package's sources, "
-            "or on a ROS 2 machine as README.md says",
+            "or on a ROS 2 machine as docs/install.md says",
             file=sys.stderr,
         )
         return 1
