@@ -19,7 +19,7 @@ unexport AMENT_PREFIX_PATH COLCON_PREFIX_PATH CMAKE_PREFIX_PATH ROS_DISTRO RMW_I
 export UV_HTTP_TIMEOUT ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check format test test-ros test-jazzy test-rest environments clean
+.PHONY: help demo check format test test-ros test-jazzy test-rest soak environments clean
 
 help:
 	@echo "make demo    replay the sample bag through the node, print a table, write out/demo/"
@@ -27,6 +27,7 @@ help:
 	@echo "make check   formatters, linter, types, spelling; seconds"
 	@echo "make format  what of these can be mended by itself"
 	@echo "make test    run the tests, and those that touch ROS again under Jazzy's rclpy"
+	@echo "make soak    MINUTES=60: the node for an hour among policies that come, go, stop and die; a table of what grows"
 	@echo "make clean   remove environments, build outputs and out/"
 
 demo: $(KILTED)
@@ -51,6 +52,12 @@ test-jazzy: $(JAZZY)
 
 test-rest: $(KILTED)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not ros" --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
+
+# Not part of `make test`: an error if memory, threads or files grow beyond what the file states.
+MINUTES ?= 60
+soak: $(KILTED)
+	@mkdir -p out
+	.venv/bin/python benchmarks/soak.py --minutes $(MINUTES) --json out/soak.json
 
 # Every tool runs, also after one has failed.
 check: $(KILTED)
