@@ -47,6 +47,7 @@ OFFLINE = [
     "pyarrow>=14",  # LeRobot datasets are parquet files
     "tqdm>=4.60",
 ]
+RAY = ["ray>=2.30"]  # the same on a cluster: 70 MB
 OPENVLA = ["torch>=2.4", "transformers>=4.46"]  # a policy that runs OpenVLA's language model on the tokens
 # The page of `vla-perception view`: 5 MB, most of which huggingface_hub brings along anyway. aiohttp takes 12 MB, and
 # what draws by itself (NiceGUI, viser, rerun-sdk) 100 to 760. simplejpeg makes JPEGs of raw images.
@@ -106,11 +107,12 @@ setup(
         "bags": BAGS,
         "view": VIEW,
         "offline": OFFLINE,
+        "ray": RAY,
         "sim": SIM,
         "openvla": OPENVLA,
         "test": TEST,
         "dev": DEV,
-        "all": TOKENIZER + ROS + SHM + OFFLINE + VIEW + SIM + OPENVLA + TEST + DEV,
+        "all": TOKENIZER + ROS + SHM + OFFLINE + RAY + VIEW + SIM + OPENVLA + TEST + DEV,
     },
     entry_points={
         "console_scripts": [

@@ -75,7 +75,20 @@ def test_extras():
     base = {requirement.name for requirement in declared if requirement.marker is None}
     assert base == {"numpy", "safetensors", "ml_dtypes"}
     extras = set(metadata.metadata("vla_perception").get_all("Provides-Extra"))
-    assert extras == {"tokenizer", "ros", "shm", "bags", "offline", "view", "sim", "openvla", "test", "dev", "all"}
+    assert extras == {
+        "tokenizer",
+        "ros",
+        "shm",
+        "bags",
+        "offline",
+        "ray",
+        "view",
+        "sim",
+        "openvla",
+        "test",
+        "dev",
+        "all",
+    }
     for requirement in declared:
         if requirement.marker is not None and requirement.marker.evaluate({"extra": "all"}):
             assert requirement.specifier.contains(metadata.version(requirement.name)), requirement

@@ -51,6 +51,8 @@ TRIGGERS = ("continuous", "on_request")
 ON_ERROR = ("skip", "stop")
 #: What a run consists of: token files, or bags of token messages.
 RUN_FORMATS = ("safetensors", "mcap")
+#: What computes a run: this process, or the actors of a Ray cluster.
+ENGINES = ("local", "ray")
 
 # Simulated cameras
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from types import SimpleNamespace
+
 import numpy as np
 import torch
-
-from vla_perception.tokenizer.tokenizer import TokenizerOutput
 
 GRID, CHANNELS = (2, 3), 6
 
@@ -49,7 +51,7 @@ class PixelTokenizer:
     def encode(self, pixel_values, features=False):
         self._on_encode()
         self.batches.append(len(pixel_values[0]))
-        return TokenizerOutput(pixel_values[0], None)
+        return SimpleNamespace(tokens=pixel_values[0], features=None)
 
 
 def cells(image):
@@ -58,3 +60,27 @@ def cells(image):
         part.mean((0, 1)) for line in np.array_split(image, GRID[0]) for part in np.array_split(line, GRID[1], axis=1)
     ]
     return np.concatenate([np.array(rows), -np.array(rows)], axis=1).astype(np.float32) / 255
+
+
+def killed_once(marker):
+    """A tokenizer whose process is killed at its fifth encoding, the first time that any gets there."""
+    torch.set_num_threads(1)
+    left = [5]
+
+    def on_encode():
+        left[0] -= 1
+        if not left[0] and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return PixelTokenizer(on_encode)
+
+
+def differing(path):
+    """The second worker that is made has other settings."""
+    tokenizer = PixelTokenizer()
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        tokenizer.compute_dtype = "bfloat16"
+    return tokenizer

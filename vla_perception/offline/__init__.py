@@ -17,6 +17,7 @@ Modules, in the order of the data
     run_index.py            the index of a run, and what must not change between two parts of it
     run.py                  decode → encode → write, side by side
     bag_output.py           a token file → a bag of token messages
+    ray_engine.py           the same run on a Ray cluster
     verify.py, live.py      token files against each other, and against a running tokenizer
     token_dataset.py        a run as a dataset to train on
     command.py              `vla-perception tokenize` and `verify`

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import json
@@ -15,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from vla_perception import options, startup
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from vla_perception.offline.recordings import Recording
-    from vla_perception.offline.run import RunSettings
+    from vla_perception.offline.run import RunSettings, Statistics
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +92,19 @@ def _add_execution(parser: argparse.ArgumentParser) -> None:
         help="with --format mcap: copy these topics of a bag, too; none named: all but those of its cameras",
     )
     how.add_argument(
+        "--engine",
+        default="local",
+        choices=options.ENGINES,
+        help="ray: recordings are shared out among the workers of a Ray cluster, that of RAY_ADDRESS or one on this "
+        "machine (default: %(default)s)",
+    )
+    how.add_argument(
+        "--workers", type=_at_least(1), default=0, metavar="N", help="of Ray; default: one per GPU, or core"
+    )
+    how.add_argument(
+        "--worker-cpus", type=_at_least(1), default=1, metavar="N", help="cores and threads of each worker (default: 1)"
+    )
+    how.add_argument(
         "--on-error",
         default="skip",
         choices=options.ON_ERROR,
@@ -146,19 +160,24 @@ def run(given: argparse.Namespace, choices: dict[str, Any]) -> int:
         raise ValueError(f"--out {given.out} is a file: name a folder, or a FILE.safetensors for image files alone")
     check_model(given.model, **choices)
     recordings = sources.open_recordings(given.images, selection)
-    return _tokenize(given, choices, settings, recordings)
+    _allow_large_images()
+    tokenize = _tokenize if given.engine == "local" else _tokenize_on_ray
+    return tokenize(given, choices, settings, recordings)
+
+
+def _allow_large_images() -> None:
+    """image_files has the bound that the user gave; Pillow's own would refuse what lies below it."""
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None
 
 
 def _tokenize(
     given: argparse.Namespace, choices: dict[str, Any], settings: RunSettings, recordings: Sequence[Recording]
 ) -> int:
-    from PIL import Image
-    from tqdm import tqdm
-
     from vla_perception.offline import run as runs
     from vla_perception.offline.recordings import expected_sets
 
-    Image.MAX_IMAGE_PIXELS = None  # image_files has the bound that the user gave
     tokenizer = load(given, choices)
     expected = sum(expected_sets(recording, settings.selection) for recording in recordings)
     layouts = (runs.layout_of(recording, tokenizer, settings).frame_bytes for recording in recordings)
@@ -166,39 +185,80 @@ def _tokenize(
     settings.out.mkdir(parents=True, exist_ok=True)
     _say_disk_need(settings.out, len(recordings), expected, size)
     index = runs.begin(settings, tokenizer, recordings)
+    with _continuing(settings.out), _bar(expected) as bar:
+        failed, statistics = runs.encode_recordings(
+            recordings, tokenizer, settings, report=lambda text: bar.write(text, file=sys.stderr), advance=bar.update
+        )
+    _say_result(settings.out, runs.end(settings, index, recordings, failed), statistics)
+    return int(bool(failed))
+
+
+def _tokenize_on_ray(
+    given: argparse.Namespace, choices: dict[str, Any], settings: RunSettings, recordings: Sequence[Recording]
+) -> int:
+    from functools import partial
+
+    from vla_perception.offline import ray_engine
+    from vla_perception.offline.recordings import expected_sets
+
+    expected = sum(expected_sets(recording, settings.selection) for recording in recordings)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    placement = {"device": given.device, "compute_dtype": given.compute_dtype, "runtime": given.runtime}
+    with _continuing(settings.out), _bar(expected) as bar:
+        index, failed, statistics = ray_engine.tokenize(
+            partial(_load_in_worker, given.model, **placement, **choices),
+            given.images,
+            recordings,
+            settings,
+            workers=given.workers,
+            cpus=given.worker_cpus,
+            report=lambda text: bar.write(text, file=sys.stderr),
+            advance=bar.update,
+        )
+    _say_result(settings.out, index, statistics)
+    return int(bool(failed))
+
+
+def _load_in_worker(model: str, **arguments: Any) -> Any:
+    _allow_large_images()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from vla_perception.tokenizer.tokenizer import VisualTokenizer
+
+    return VisualTokenizer.load(model, **arguments)
+
+
+def _bar(expected: int) -> Any:
+    """A progress bar with rate and time left; without a terminal, a line every half a minute."""
+    from tqdm import tqdm
+
+    interval = 0.2 if sys.stderr.isatty() else 30
+    return tqdm(total=expected, unit=" frame sets", smoothing=0.05, dynamic_ncols=True, mininterval=interval)
+
+
+@contextlib.contextmanager
+def _continuing(out: Path) -> Iterator[None]:
+    """Says how to go on after what interrupts a run."""
     try:
-        with tqdm(
-            total=expected, unit=" frame sets", smoothing=0.05, dynamic_ncols=True,
-            mininterval=0.2 if sys.stderr.isatty() else 30,
-        ) as bar:  # fmt: skip
-            failed, statistics = runs.encode_recordings(
-                recordings,
-                tokenizer,
-                settings,
-                report=lambda text: bar.write(text, file=sys.stderr),
-                advance=bar.update,
-            )
+        yield
     except KeyboardInterrupt:
         print("vla-perception: the same command goes on from here", file=sys.stderr)
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(
-                f"{settings.out}: no space left; with more of it the same command goes on from here"
-            ) from error
+            raise OSError(f"{out}: no space left; with more of it the same command goes on from here") from error
         raise
-    index = runs.end(settings, index, recordings, failed)
-    totals = index["totals"]
+
+
+def _say_result(out: Path, index: dict, statistics: Statistics) -> None:
+    totals, model = index["totals"], index["model"]
     damaged = totals["frames_skipped"] + totals["frames_damaged"]
     print(
-        f"{settings.out}: {totals['frames']} frame sets in {len(index['recordings'])} recordings, "
-        f"{totals['bytes'] / 1e9:.2f} GB, {tokenizer.model} ({tokenizer.weights} weights), fingerprint "
-        f"{tokenizer.fingerprint[:12]}"
+        f"{out}: {totals['frames']} frame sets in {len(index['recordings'])} recordings, {totals['bytes'] / 1e9:.2f} GB, "
+        f"{model['model']} ({model['weights']} weights), fingerprint {model['fingerprint'][:12]}"
         + (f"; {damaged} frames were damaged" if damaged else "")
-        + (f"; {len(failed)} recordings could not be read" if failed else "")
+        + (f"; {len(index['failed'])} recordings could not be read" if index["failed"] else "")
         + f". {statistics.frame_sets / max(statistics.seconds, 1e-9):.1f} frame sets per second"
     )
-    return int(bool(failed))
 
 
 def add_verify(commands: Any) -> None:

@@ -70,6 +70,25 @@ class Simulation:
         """Simulated time since the start; exact, does not drift."""
         return round(self.steps * round(self.timestep * 1e12) / 1000)
 
+    @property
+    def targets(self) -> np.ndarray:
+        """float64 [actuators]: what each is told, to be written into. ``motion`` "none" leaves it to the caller."""
+        return self._data.ctrl
+
+    @property
+    def target_ranges(self) -> dict[str, tuple[float, float]]:
+        """Lowest and highest target of each actuator, by its name, in the order of `targets`."""
+        model = self._model
+        ranges = model.actuator_ctrlrange.tolist()
+        return {model.actuator(index).name: (low, high) for index, (low, high) in enumerate(ranges)}
+
+    def place(self, body: str, x: float, y: float) -> None:
+        """Puts a free body elsewhere, in metres of the scene; its height and attitude stay."""
+        joint = self._model.body(body).jntadr[0]
+        start = self._model.jnt_qposadr[joint]
+        self._data.qpos[start : start + 2] = x, y
+        self._mujoco.mj_forward(self._model, self._data)
+
     def step(self, count: int = 1):
         for _ in range(count):
             if self._moves:

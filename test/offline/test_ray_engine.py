@@ -1,0 +1,60 @@
+"""A run on a local Ray of two workers, of which one is killed while it works."""
+
+import os
+from functools import partial
+
+import pytest
+
+ray = pytest.importorskip("ray")
+for package in ("torch", "av", "pyarrow", "rosbags", "mcap"):
+    pytest.importorskip(package)
+from offline_runs import DATASET, ROOT, contents, tokenize  # noqa: E402
+from pixel_tokenizer import differing, killed_once  # noqa: E402
+from recorded import write_images  # noqa: E402
+
+from vla_perception.offline import ray_engine, run, run_index  # noqa: E402
+from vla_perception.offline.recordings import Selection, open_recordings  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    paths = os.pathsep.join([str(ROOT / "test/support"), str(ROOT)])
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=80 << 20,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": paths}},
+    )
+    yield
+    ray.shutdown()
+
+
+def on_ray(load, sources, out):
+    settings = run.RunSettings(out, Selection())
+    recordings = open_recordings(sources, settings.selection)
+    return ray_engine.tokenize(load, sources, recordings, settings, workers=2)
+
+
+def test_the_result_is_that_of_one_process_although_a_worker_was_killed(tmp_path, local_ray):
+    import torch
+
+    sources = [DATASET, write_images(tmp_path / "shots", 12)]
+    (tmp_path / "shots/image_3.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a worker of one core has
+    try:
+        tokenize(tmp_path / "alone", sources)
+    finally:
+        torch.set_num_threads(before)
+    marker = tmp_path / "killed"
+    index, failed, statistics = on_ray(partial(killed_once, marker), sources, tmp_path / "shared")
+    assert marker.exists(), "no worker was killed"
+    assert index["complete"] and not failed and index["totals"]["frames"] == 25 + 18 + 31 + 11
+    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
+    assert statistics.frame_sets >= 25 + 18 + 31 + 11 - 5, "all but what the killed one had done"
+
+
+def test_workers_that_differ_are_refused(tmp_path, local_ray):
+    with pytest.raises(run_index.RunIndexError, match="not compute the same bits: .*compute_dtype"):
+        on_ray(partial(differing, tmp_path / "first"), [DATASET], tmp_path / "out")

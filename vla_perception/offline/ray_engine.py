@@ -1,0 +1,150 @@
+"""The same run on a Ray cluster: actors with a model each, and the recordings shared out among them.
+
+Scheduling, restarts and retries are Ray's (https://docs.ray.io). An actor whose process dies is started again, and its
+recording goes on where it was, as after any interruption (token_file_writer.py); a recording is locked while it is
+written, so none is written twice. All machines see the sources and the run's folder under the same paths.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vla_perception.offline import run, run_index
+from vla_perception.offline.recordings import Recording, open_recordings
+
+if TYPE_CHECKING:
+    from vla_perception.tokenizer import VisualTokenizer
+
+#: How often an actor that died is started again, and how often its recording is tried again.
+RESTARTS, RETRIES = 10, 3
+#: Bytes of shared memory that a local Ray is given: nothing but names and counts goes through it.
+_OBJECT_STORE = 80 << 20
+
+
+class _Worker:
+    """Lives in a process of its own, with one model."""
+
+    def __init__(
+        self, load: Callable[[], VisualTokenizer], sources: Sequence[str | Path], settings: run.RunSettings
+    ) -> None:
+        self._recordings = {each.name: each for each in open_recordings(sources, settings.selection)}
+        self._tokenizer, self._settings = load(), settings
+
+    def begin(self) -> dict:
+        """The index of the run; written by the first worker that is asked."""
+        return run.begin(self._settings, self._tokenizer, list(self._recordings.values()))
+
+    def built(self) -> dict:
+        """What a run by this worker alone would say of itself."""
+        settings = self._settings.as_index(self._tokenizer)
+        return run_index.build(self._tokenizer.metadata(), settings, run_index.environment())
+
+    def encode(self, name: str) -> tuple[list[dict[str, str]], int, list[str]]:
+        """One recording: what was left out, its frame sets, and what was reported."""
+        reported: list[str] = []
+        failed, statistics = run.encode_recordings(
+            [self._recordings[name]], self._tokenizer, self._settings, report=reported.append
+        )
+        return failed, statistics.frame_sets, reported[:100]
+
+
+def tokenize(
+    load: Callable[[], VisualTokenizer],
+    sources: Sequence[str | Path],
+    recordings: Sequence[Recording],
+    settings: run.RunSettings,
+    *,
+    workers: int = 0,
+    cpus: int = 1,
+    report: Callable[[str], None] = lambda _: None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> tuple[dict, list[dict[str, str]], run.Statistics]:
+    """Runs it all, and writes the index.
+
+    Args:
+        load: makes a worker's tokenizer, in the worker.
+        sources: as `recordings` were opened from them: each worker opens them for itself.
+        workers: how many; 0: one per GPU of the cluster, or as many as its CPUs allow.
+        cpus: cores of each, which is also its number of threads.
+
+    Returns:
+        The index, what was left out, and what it took.
+
+    Raises:
+        run_index.RunIndexError: workers that would not compute the same bits, or a folder of other settings.
+        RuntimeError: a recording whose worker died again and again.
+    """
+    ray = _started(workers, cpus)
+    from ray.util import ActorPool
+
+    began = time.perf_counter()
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    count = workers or gpus or max(1, int(ray.cluster_resources().get("CPU", 1)) // cpus)
+    count = min(count, len(recordings))
+    worker = ray.remote(_Worker).options(
+        num_cpus=cpus, num_gpus=1 if gpus else 0, max_restarts=RESTARTS, max_task_retries=RETRIES
+    )
+    # Absolute: a worker has another working directory.
+    paths = [str(Path(source).expanduser().resolve()) for source in sources]
+    actors = [worker.remote(load, paths, _absolute(settings)) for _ in range(count)]
+    statistics, failed = run.Statistics(), []
+    try:
+        index = _begun(ray, actors)
+        pool = ActorPool(actors)
+        names = [recording.name for recording in recordings]
+        for left_out, frame_sets, reported in pool.map_unordered(lambda actor, name: actor.encode.remote(name), names):
+            failed += left_out
+            statistics.frame_sets += frame_sets
+            for text in reported:
+                report(text)
+            advance(frame_sets)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error if isinstance(error.cause, Exception) else error
+    except ray.exceptions.RayActorError as error:
+        raise RuntimeError(f"a worker died again and again: {error}; the same command goes on from here") from error
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+    statistics.seconds = time.perf_counter() - began
+    failed.sort(key=lambda entry: entry["name"])
+    return run.end(settings, index, recordings, failed), failed, statistics
+
+
+def _begun(ray: Any, actors: Sequence[Any]) -> dict:
+    """The run's index, in its folder; RunIndexError where the workers do not agree with it."""
+    index = ray.get(actors[0].begin.remote())
+    for built in ray.get([actor.built.remote() for actor in actors]):
+        changed = run_index.differences(index, built)
+        if changed:
+            raise run_index.RunIndexError(f"the workers would not compute the same bits: {'; '.join(changed[:5])}")
+    return index
+
+
+def _absolute(settings: run.RunSettings) -> run.RunSettings:
+    import dataclasses
+
+    return dataclasses.replace(settings, out=settings.out.expanduser().resolve())
+
+
+def _started(workers: int, cpus: int) -> Any:
+    """Ray, connected to the cluster that RAY_ADDRESS names, or to one on this machine alone."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError(f"{error}: --engine ray needs Ray: pip install '.[ray]'") from error
+    if not ray.is_initialized():
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**quiet)
+        else:
+            ray.init(
+                num_cpus=workers * cpus or None,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE,
+                **quiet,
+            )
+    return ray
