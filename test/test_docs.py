@@ -140,3 +140,36 @@ def test_the_tutorial(tmp_path):
         assert moves and all(abs(float(value)) <= 1.0 for value in moves.groups()), policy.output
         assert policy.stop() == 0, policy.output
         assert "Traceback" not in policy.output
+
+
+@pytest.mark.ros
+def test_the_tutorial_of_training(tmp_path):
+    """Record, tokenize, train, deploy with the page's commands, over fewer and shorter episodes and a few steps."""
+    for package in ("timm", "mujoco", "av", "rosbags"):
+        pytest.importorskip(package)
+    commands = [line for block in blocks("tutorial_training.md", "bash") for line in block.splitlines()]
+    find = {part: next(line for line in commands if part in line) for part in (
+        "record_episodes.py", " tokenize ", "verify tokens", "policy.py train", "visual_tokenizer ", "policy.py run", "bag_player "
+    )}  # fmt: skip
+    find["record_episodes.py"] = find["record_episodes.py"].replace("--episodes 30", "--episodes 5 --frames 6")
+    find["policy.py train"] += " --steps 2 --batch 4"
+    domain, folder = free_domain(), Path(sys.executable).parent
+
+    def start(part: str, extra: str = "") -> RosProcess:
+        name, *arguments = shlex.split(f"{find[part]} {extra}".replace("examples/", f"{ROOT}/examples/"))
+        if "episodes/*" in arguments:
+            place = arguments.index("episodes/*")
+            arguments[place : place + 1] = map(str, sorted((tmp_path / "episodes").iterdir()))
+        return RosProcess([str(folder / name), *arguments] if name != "python" else arguments, domain, cwd=tmp_path)
+
+    for part in ("record_episodes.py", " tokenize ", "verify tokens", "policy.py train"):
+        with start(part) as process:
+            assert process.wait(300) == 0, process.output
+            said = process.output
+            assert part != "verify tokens" or "30 of 30 frames are sound" in said
+    assert re.search(r"held-out episodes.*\n +this head +\d+\.\d+\n +last action +\d+\.\d+\n +mean action", said), said
+    with start("visual_tokenizer ") as tokenizer, start("policy.py run", "--count 2") as policy:
+        tokenizer.wait_for("ready", 120.0)
+        with start("bag_player ", "-p loop:=true"):
+            assert policy.wait(120) == 0, policy.output
+    assert len(re.findall(r"message \d+: [+-]\d\.\d+, [+-]\d\.\d+, [+-]\d\.\d+, [+-]\d\.\d+\n", policy.output)) == 2

@@ -31,37 +31,46 @@ def write_images(folder: Path, count: int, first: int = 0) -> Path:
     return folder
 
 
-def write_bag(path: Path, frames, *, plugin="mcap", values=(), types="sensor_msgs/msg/Image") -> Path:
+def write_bag(path: Path, frames, *, plugin="mcap", values=(), types="sensor_msgs/msg/Image", sort=True) -> Path:
     """A bag of (topic, stamp ns, image or None for a damaged one) messages, recorded 5 ms after their stamps; and of
-    (topic, time ns, numbers) `values`, as std_msgs/Float64MultiArray."""
+    (topic, time ns, numbers) `values`, as std_msgs/Float64MultiArray. Not `sort`: written as they come, one at a time."""
     from rosbags.rosbag2 import StoragePlugin, Writer
     from rosbags.typesys import Stores, get_typestore
 
     store = get_typestore(Stores.ROS2_JAZZY)
     new = store.types
-    messages = []
-    for topic, stamp_ns, image in frames:
-        header = new["std_msgs/msg/Header"](
-            stamp=new["builtin_interfaces/msg/Time"](*divmod(stamp_ns, 10**9)),
-            frame_id=f"{topic.split('/')[1]}_optical",
-        )
-        if types.endswith("CompressedImage"):
-            data = np.frombuffer(png(image) if image is not None else b"\x89PNG damaged", np.uint8)
-            message = new[types](header=header, format="png", data=data)
-        else:
-            height, width = (24, 36) if image is None else image.shape[:2]
-            data = np.zeros(5, np.uint8) if image is None else image.reshape(-1)
-            message = new[types](
-                header=header, height=height, width=width, encoding="rgb8", is_bigendian=0, step=width * 3, data=data
+
+    def messages():
+        for topic, stamp_ns, image in frames:
+            header = new["std_msgs/msg/Header"](
+                stamp=new["builtin_interfaces/msg/Time"](*divmod(stamp_ns, 10**9)),
+                frame_id=f"{topic.split('/')[1]}_optical",
             )
-        messages.append((stamp_ns + 5_000_000, topic, types, message))
-    for topic, time_ns, numbers in values:
-        layout = new["std_msgs/msg/MultiArrayLayout"](dim=[], data_offset=0)
-        kind = "std_msgs/msg/Float64MultiArray"
-        messages.append((time_ns, topic, kind, new[kind](layout=layout, data=np.array(numbers, np.float64))))
+            if types.endswith("CompressedImage"):
+                data = np.frombuffer(png(image) if image is not None else b"\x89PNG damaged", np.uint8)
+                message = new[types](header=header, format="png", data=data)
+            else:
+                height, width = (24, 36) if image is None else image.shape[:2]
+                data = np.zeros(5, np.uint8) if image is None else image.reshape(-1)
+                message = new[types](
+                    header=header,
+                    height=height,
+                    width=width,
+                    encoding="rgb8",
+                    is_bigendian=0,
+                    step=width * 3,
+                    data=data,
+                )
+            yield stamp_ns + 5_000_000, topic, types, message
+        for topic, time_ns, numbers in values:
+            layout = new["std_msgs/msg/MultiArrayLayout"](dim=[], data_offset=0)
+            kind = "std_msgs/msg/Float64MultiArray"
+            yield time_ns, topic, kind, new[kind](layout=layout, data=np.array(numbers, np.float64))
+
+    in_order = sorted(messages(), key=lambda entry: entry[:2]) if sort else messages()
     with Writer(path, version=9, storage_plugin=StoragePlugin[plugin.upper()]) as bag:
         connections = {}
-        for time_ns, topic, kind, message in sorted(messages, key=lambda entry: entry[:2]):
+        for time_ns, topic, kind, message in in_order:
             if topic not in connections:
                 connections[topic] = bag.add_connection(topic, kind, typestore=store)
             bag.write(connections[topic], time_ns, store.serialize_cdr(message, kind))

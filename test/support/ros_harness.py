@@ -130,13 +130,16 @@ class RosProcess:
         command: what follows the Python executable, e.g. ``["-m", "vla_perception.nodes.bag_player", …]``.
     """
 
-    def __init__(self, command: Sequence[str], domain: int, extra: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, command: Sequence[str], domain: int, extra: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> None:
         self.process = subprocess.Popen(
             [sys.executable, *command],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             text=True,
+            cwd=cwd,
             # What leaves the device open computes on the CPU in a test, also where there is a GPU (conftest.py).
             env=ros_environment(domain, {"CUDA_VISIBLE_DEVICES": "", **(extra or {})}),
         )
