@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fake_feed import GRID, HEIGHT, WIDTH, random_tokens
 
-from vla_perception.view.analysis import TOKENS, Palette, Patches, Pin, patch_middles, patch_vectors, spaces
+from vla_perception.view.analysis import JOINED, TOKENS, Palette, Patches, Pin, patch_middles, patch_vectors, spaces
 
 
 def cosine(one, other):
@@ -14,16 +14,18 @@ def cosine(one, other):
 
 
 def test_spaces_are_the_encoders_and_what_they_became():
-    assert spaces(random_tokens()) == ("dinov2", "siglip", TOKENS)
+    assert spaces(random_tokens()) == ("dinov2", "siglip", JOINED, TOKENS)
     assert spaces(random_tokens(features=False)) == (TOKENS,)
     one = ({"name": "dinov2", "channels": [0, 16]},)
     assert spaces(random_tokens(features=False, projector="none", encoders=one)) == ("dinov2",)
     both = ({"name": "dinov2", "channels": [0, 10]}, {"name": "siglip", "channels": [10, 16]})
     unprojected = random_tokens(features=False, projector="none", encoders=both)
-    assert spaces(unprojected) == ("dinov2", "siglip", TOKENS)
+    assert spaces(unprojected) == ("dinov2", "siglip", JOINED)
+    assert np.array_equal(patch_vectors(unprojected, JOINED), unprojected.data)
     assert np.array_equal(patch_vectors(unprojected, "siglip"), unprojected.data[..., 10:])
     tokens = random_tokens()
     assert np.array_equal(patch_vectors(tokens, "siglip"), tokens.features[..., 12:])
+    assert np.array_equal(patch_vectors(tokens, JOINED), tokens.features)
     assert np.array_equal(patch_vectors(tokens, TOKENS), tokens.data)
     with pytest.raises(KeyError, match="publish_features"):
         patch_vectors(random_tokens(features=False), "dinov2")

@@ -42,7 +42,7 @@ def test_images_colors_curves_and_log_go_to_rerun(rerun, tmp_path):
     logged = rerun.logged
     assert logged["tokens/front/image"][0][0] == "image/jpeg"
     assert len(logged["tokens/front/image"]) == 1, "what was sent is not sent again"
-    for space in ("dinov2", "siglip", "projected tokens"):
+    for space in ("dinov2", "siglip", "encoders joined", "projected tokens"):
         (painted,) = logged[f"tokens/a\\/b/{space}"]
         assert painted.shape == (HEIGHT, WIDTH, 3) and len(np.unique(painted.reshape(-1, 3), axis=0)) > 20
     assert logged["log"] == [("ERROR", "node: something")]

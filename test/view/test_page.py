@@ -126,6 +126,32 @@ def test_a_click_gives_numpys_similarity_value_by_value(seen):
     assert float(re.search(r"projected tokens ([\d.]+)", told)[1]) == pytest.approx(norm, rel=1e-3)
 
 
+def test_under_the_pointer_it_is_compared_too_and_columns_can_be_chosen(seen):
+    from selenium.webdriver import ActionChains
+
+    seen.click("#unpin")
+    wait_until(lambda: not value(seen.driver, "view.tiles.shown.pin"), 10, "released")
+    names = [label.text for label in seen.driver.find_elements("css selector", "#spaces label")]
+    assert names == ["dinov2", "siglip", "encoders joined", "projected tokens"]
+    for box in seen.driver.find_elements("css selector", "#spaces input")[:3]:  # leaves the last two
+        seen.driver.execute_script("arguments[0].click()", box)
+    columns = "view.tiles.shown.spaces.map(space => space.space)"
+    wait_until(lambda: value(seen.driver, columns) == names[2:], 10, "two columns")
+    canvas = seen.driver.find_elements("css selector", "figure canvas")[0]
+    ActionChains(seen.driver, duration=0).move_to_element(canvas).perform()
+    wait_until(lambda: value(seen.driver, "view.tiles.shown.pin?.hold") is False, 10, "the patch under the pointer")
+    tokens = seen.messages[value(seen.driver, "view.frame.sequence")]
+    (patch,) = value(seen.driver, "view.tiles.shown.pin.patches")
+    joined = tokens.features_float32().astype(np.float64)
+    expected = joined @ joined[0, patch] / np.linalg.norm(joined, axis=-1) / np.linalg.norm(joined[0, patch])
+    shown = value(seen.driver, "[view.tiles.shown.spaces[0].space, Array.from(view.tiles.shown.spaces[0].values)]")
+    assert shown[0] == "encoders joined" and np.allclose(np.reshape(shown[1], (2, -1)), expected, atol=1e-5)
+    for box in seen.driver.find_elements("css selector", "#spaces input")[:3]:
+        seen.driver.execute_script("arguments[0].click()", box)
+    wait_until(lambda: value(seen.driver, columns) == [names[0], names[1], names[3]], 10, "three columns")
+    pin(seen.driver, 4, 0.4, 0.7)
+
+
 def test_the_copied_python_computes_what_the_page_shows(seen, tmp_path):
     seen.click("#copy")
     code = wait_until(lambda: value(seen.driver, "view.copied"), 5, "the copied Python")
@@ -311,9 +337,9 @@ def test_a_recording_has_a_time_line(seen):
         pin(seen.driver, 0, 0.5, 0.5)
         seen.click("#play")
         wait_until(lambda: value(seen.driver, "view.frame.index") > 22, 30, "it plays")
+        seen.driver.close()
+        seen.driver.switch_to.window(first)
         assert view.stop(signal.SIGTERM) == 0
-    seen.driver.close()
-    seen.driver.switch_to.window(first)
 
 
 def test_nothing_went_wrong_in_the_page(seen):

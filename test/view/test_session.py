@@ -9,7 +9,7 @@ from fake_feed import FakeFeed, random_tokens, snapshot_of
 
 pytest.importorskip("simplejpeg")
 
-from vla_perception.view.analysis import TOKENS, Palette
+from vla_perception.view.analysis import JOINED, TOKENS, Palette
 from vla_perception.view.session import MAX_MESSAGE, Session
 from vla_perception.view.wire import unpack
 
@@ -66,6 +66,15 @@ def test_touch_gives_cosine_similarity_in_every_view_and_space(box, patches):
     for layer in header["layers"]:
         expected = expected_similarity(tokens, layer["space"], 1, patches)
         assert np.allclose(floats(blobs, layer["similarity"]), expected, atol=1e-6)
+
+
+def test_spaces_that_are_hidden_are_not_computed():
+    page = Page()
+    header, _ = page.show(random_tokens(1))
+    assert header["spaces"] == ["dinov2", "siglip", JOINED, TOKENS]
+    header, blobs = page.say(type="hide", spaces=["dinov2", TOKENS])
+    assert [layer["space"] for layer in header["layers"]] == ["siglip", JOINED] and len(blobs) == 4
+    assert page.say(type="hide", spaces=header["spaces"])[0]["layers"] == []
 
 
 def test_a_pin_holds_its_vector_until_the_model_changes():
@@ -168,6 +177,8 @@ def test_tokens_are_wanted_only_by_a_page_that_is_seen():
         '{"type": "touch", "camera": "front", "box": [1, 2, 3, NaN], "hold": true}',
         '{"type": "mode", "mode": "__class__"}',
         '{"type": "hz", "hz": "fast"}',
+        '{"type": "hide", "spaces": "siglip"}',
+        '{"type": "hide", "spaces": [["siglip"]]}',
         '{"type": "seek", "index": 1}',
         '{"type": "select", "topic": "' + "x" * 2000 + '"}',
         '{"type": "' + "x" * MAX_MESSAGE + '"}',

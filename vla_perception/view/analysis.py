@@ -1,7 +1,8 @@
 """Token messages → what is painted: colors, norms, changes and similarities of patches. NumPy only.
 
-A *space* is one kind of vector per patch: `TOKENS`, what a policy gets, or an encoder's name, what that encoder gave
-before the projector (where the message carries features, or there is no projector).
+A *space* is one kind of vector per patch: an encoder's name, what that encoder gave before the projector; `JOINED`, what
+all of them gave, one behind the other; `TOKENS`, what the projector made of it. Encoders are known where the message
+carries features, or there is no projector.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import numpy as np
 from vla_perception.tokens import VisualTokens
 from vla_perception.visualization.color_basis import ColorBasis
 
-#: The space of what the message's consumer gets. No encoder has this name: it holds a space.
-TOKENS = "projected tokens"
+#: No encoder has these names: they hold a space.
+JOINED, TOKENS = "encoders joined", "projected tokens"
 #: Messages over which the meaning of colors settles. A page's first colors are there with the first message.
 FIT_MESSAGES = 5
 #: Patches that they are fitted to: the robot may have no core to spare for more.
@@ -24,13 +25,12 @@ FIT_PATCHES = 256
 
 
 def spaces(tokens: VisualTokens) -> tuple[str, ...]:
-    """The spaces of a message, encoders first, in the order in which a token goes through them."""
+    """The spaces of a message, in the order in which a token goes through them."""
+    projected = tokens.projector != "none"
+    if projected and tokens.features is None:
+        return (TOKENS,)
     names = tuple(str(encoder["name"]) for encoder in tokens.encoders)
-    if tokens.features is not None:
-        return (*names, TOKENS)
-    if tokens.projector == "none":
-        return names if len(names) == 1 else (*names, TOKENS)
-    return (TOKENS,)
+    return (*names, *[JOINED] * (len(names) > 1), *[TOKENS] * projected)
 
 
 def patch_vectors(tokens: VisualTokens, space: str) -> np.ndarray:
@@ -40,14 +40,14 @@ def patch_vectors(tokens: VisualTokens, space: str) -> np.ndarray:
         KeyError: the message has no such space.
         ValueError: it has no patch tokens (token_strategy cls).
     """
+    if space not in spaces(tokens):
+        raise KeyError(f"the message has no {space}: set the tokenizer's publish_features parameter for its encoders")
     if space == TOKENS:
         values = tokens.float32()
-    elif tokens.features is not None:
-        values = tokens.features_float32()[..., tokens.encoder_channels(space)]
-    elif tokens.projector == "none":
-        values = tokens.float32()[..., tokens.encoder_channels(space)]
     else:
-        raise KeyError(f"the message carries no features of {space}: set the tokenizer's publish_features parameter")
+        values = tokens.float32() if tokens.features is None else tokens.features_float32()
+        if space != JOINED:
+            values = values[..., tokens.encoder_channels(space)]
     grid = tokens.as_grid(values)
     return grid.reshape(grid.shape[0], -1, grid.shape[-1])
 

@@ -26,6 +26,7 @@ from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.serialization import deserialize_message
 from rclpy.signals import SignalHandlerOptions
 from rclpy.subscription import Subscription
+from rclpy.topic_endpoint_info import TopicEndpointInfo
 from sensor_msgs.msg import CompressedImage, Image
 from std_srvs.srv import Trigger
 
@@ -42,6 +43,7 @@ SAMPLE_SEC = 1.0
 MAX_TOKENIZERS, MAX_IMAGE_TOPICS, MAX_STATUSES = 64, 16, 1000
 #: Seconds for a service to answer.
 ANSWER_SEC = 5.0
+_UNKNOWN = "_NODE_NAME_UNKNOWN_"  # rmw_dds_common's
 _IMAGE_TYPES: dict[str, type] = {
     "sensor_msgs/msg/Image": Image,
     "sensor_msgs/msg/CompressedImage": CompressedImage,
@@ -294,13 +296,9 @@ class LiveFeed:
             named = topic.endswith("/tokens")
             if not named and not self._statuses:
                 continue
-            publishers = tuple(
-                sorted(
-                    f"{info.node_namespace.rstrip('/')}/{info.node_name}"
-                    for info in self._node.get_publishers_info_by_topic(topic)
-                )
-            )
-            if publishers and (named or any(node in self._statuses for node in publishers)):
+            infos = self._node.get_publishers_info_by_topic(topic)
+            publishers = tuple(sorted(name for info in infos if (name := _full_name(info))))
+            if infos and (named or any(node in self._statuses for node in publishers)):
                 found[topic] = publishers
         return found
 
@@ -308,8 +306,9 @@ class LiveFeed:
         """Whether somebody who is not this feed reads a topic, as ROS's graph and the tokenizer's diagnostics say."""
         if tokenizer.health.shared_memory_readers:
             return True
-        own = f"_{self._node.get_name()}_tokens"
-        return any(not info.node_name.startswith(own) for info in self._node.get_subscriptions_info_by_topic(topic))
+        own = f"/_{self._node.get_name()}_tokens"
+        names = map(_full_name, self._node.get_subscriptions_info_by_topic(topic))
+        return any(name and not name.startswith(own) for name in names)
 
     def _follow(self, topic: str, tokenizer: _Tokenizer, wanted: bool) -> None:
         if wanted and tokenizer.subscriber is None:
@@ -390,6 +389,13 @@ class LiveFeed:
 
         qos = QoSProfile(depth=5, reliability=reliability)
         return self._node.create_subscription(self._image_types[topic], topic, keep, qos, raw=True)
+
+
+def _full_name(info: TopicEndpointInfo) -> str:
+    """Of an endpoint's node; empty while ROS has found the endpoint and not yet its node."""
+    if info.node_name == _UNKNOWN:
+        return ""
+    return f"{info.node_namespace.rstrip('/')}/{info.node_name}"
 
 
 def _page_image(kind: type, data: bytes) -> PageImage:

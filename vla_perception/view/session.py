@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from vla_perception.tokens import VisualTokens
-from vla_perception.view.analysis import Palette, Patches, Pin, has_patches, spaces
+from vla_perception.view.analysis import JOINED, Palette, Patches, Pin, has_patches, spaces
 from vla_perception.view.snapshot import Snapshot
 from vla_perception.view.wire import Blobs
 
@@ -20,6 +20,8 @@ MODES = ("colors", "similarity", "norm", "change", "image")
 MAX_HZ = 60.0
 #: Characters of a message from the page, and of a name in one.
 MAX_MESSAGE, MAX_NAME = 1 << 14, 1000
+#: Spaces of a message that are shown.
+MAX_SPACES = 16
 
 
 class Feed(Protocol):
@@ -89,6 +91,7 @@ class Session:
         visible: whether somebody can see it.
         hz: as the page has set it.
         index: of a recording.
+        hidden: spaces that are not computed for it.
     """
 
     def __init__(self, feed: Feed, palette: Palette, hz: float) -> None:
@@ -101,6 +104,7 @@ class Session:
         self._wants = False
         self.hz = hz
         self.index = 0
+        self.hidden = frozenset({JOINED})
         self._shown: _Shown | None = None
         self._pin: Pin | None = None
         self._hold = False
@@ -122,6 +126,7 @@ class Session:
             "mode": self._on_mode,
             "pause": self._on_pause,
             "hz": self._on_hz,
+            "hide": self._on_hide,
             "touch": self._on_touch,
             "untouch": self._on_untouch,
             "refit": self._on_refit,
@@ -173,6 +178,13 @@ class Session:
     def _on_hz(self, message: Mapping[str, object]) -> list[bytes]:
         self.hz = min(max(_finite(message["hz"]), 0.1), MAX_HZ)
         return []
+
+    def _on_hide(self, message: Mapping[str, object]) -> list[bytes]:
+        names = message["spaces"]
+        if not isinstance(names, list) or len(names) > MAX_SPACES:
+            raise ValueError("spaces must be a short list of names")
+        self.hidden = frozenset(map(_name, names))
+        return self._layers_again()
 
     def _on_touch(self, message: Mapping[str, object]) -> list[bytes]:
         box = message["box"]
@@ -274,7 +286,10 @@ class Session:
         pinned = self._pin.patches(tokens) if self._pin is not None else []
         view = tokens.cameras.index(self._pin.camera) if self._pin is not None and pinned else 0
         layers = []
-        for space in spaces(tokens) if has_patches(tokens) else ():
+        there = spaces(tokens)[:MAX_SPACES] if has_patches(tokens) else ()
+        for space in there:
+            if space in self.hidden:
+                continue
             patches = shown.of(space)
             layer: dict[str, object] = {
                 "space": space,
@@ -291,7 +306,7 @@ class Session:
                 if reference is not None:
                     layer["similarity"] = blobs.add(patches.similarity(reference).astype(np.float32))
             layers.append(layer)
-        return {"mode": self.mode, "layers": layers, "pin": self._pin_told(tokens, pinned)}
+        return {"mode": self.mode, "spaces": there, "layers": layers, "pin": self._pin_told(tokens, pinned)}
 
     @staticmethod
     def _before(shown: _Shown, space: str) -> Patches | None:

@@ -65,6 +65,7 @@ const handlers = {
     $("save").href = `message?page=${encodeURIComponent(message.page)}`;
     setRecording(message.is_recording);
     connection.send({ type: "mode", mode: mode() });
+    connection.send({ type: "hide", spaces: [...hidden] });
     connection.send({ type: "visible", visible: !document.hidden });
     connection.send({ type: "pause", paused: $("pause").getAttribute("aria-pressed") === "true" });
     if (selected) connection.send({ type: "select", topic: selected });
@@ -72,11 +73,13 @@ const handlers = {
   async frame(message) {
     await tiles.show(message);
     view.frame = message;
+    showSpaces(message.spaces);
     painted(message);
     requestAnimationFrame(() => connection.send({ type: "painted" }));
   },
   layers(message) {
     tiles.layers(message);
+    showSpaces(message.spaces);
     tellPin();
   },
   health(message) {
@@ -145,6 +148,28 @@ function waiting(message, shown) {
   return "Waiting for tokens: do the cameras send, and do the warnings on this page say something?";
 }
 const gone = (tokenizer) => tokenizer.gone;
+
+/** A box to tick for each space, where there are several; those that are not ticked are not computed. */
+const hidden = new Set(["encoders joined"]);
+function showSpaces(spaces) {
+  const wanted = JSON.stringify(spaces);
+  if ($("spaces").dataset.spaces === wanted) return;
+  $("spaces").dataset.spaces = wanted;
+  $("spaces").hidden = spaces.length < 2;
+  const boxes = spaces.map((space) => {
+    const label = document.createElement("label");
+    const box = document.createElement("input");
+    box.type = "checkbox";
+    box.checked = !hidden.has(space);
+    box.addEventListener("change", () => {
+      box.checked ? hidden.delete(space) : hidden.add(space);
+      connection.send({ type: "hide", spaces: [...hidden] });
+    });
+    label.append(box, space);
+    return label;
+  });
+  $("spaces").replaceChildren($("spaces").firstElementChild, ...boxes);
+}
 
 // The patch under the pointer, and the one that is pinned
 
@@ -237,7 +262,8 @@ $("control").addEventListener("click", (event) => {
   if (action) connection.send({ type: "control", action });
 });
 $("copy").addEventListener("click", async () => {
-  const space = tiles.shown.spaces.at(-1).space;
+  const space = tiles.shown.spaces.at(-1)?.space;
+  if (space === undefined) return;
   view.copied = asPython(tiles.frame, tiles.shown.pin, space);
   try {
     await navigator.clipboard.writeText(view.copied);

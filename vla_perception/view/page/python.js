@@ -6,12 +6,9 @@ const quote = (text) => JSON.stringify(text); // a JSON string is one of Python'
 export function asPython(frame, pin, space) {
   const view = frame.views.findIndex((one) => one.camera === pin.camera);
   const tokens = pin.patches.map((patch) => patch + frame.first);
-  const vectors = {
-    projected: "tokens.float32()",
-    none: `tokens.float32()[..., tokens.encoder_channels(${quote(space)})]`,
-    features: `tokens.features_float32()[..., tokens.encoder_channels(${quote(space)})]`,
-  };
-  const values = space === "projected tokens" ? vectors.projected : frame.projector === "none" ? vectors.none : vectors.features;
+  const all = frame.projector === "none" || space === "projected tokens" ? "tokens.float32()" : "tokens.features_float32()";
+  const whole = space === "projected tokens" || space === "encoders joined";
+  const values = whole ? all : `${all}[..., tokens.encoder_channels(${quote(space)})]`;
   return `import numpy as np
 
 from vla_perception.tokens import VisualTokens

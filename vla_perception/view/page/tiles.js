@@ -55,13 +55,13 @@ export class Tiles {
     for (const bitmap of this.bitmaps) bitmap?.close();
     this.bitmaps = bitmaps;
     this.frame = frame;
-    this.arrange();
     this.layers(frame);
   }
 
   /** What is painted over the images of the message that is shown. */
   layers(message) {
     if (this.frame === null || message.sequence !== this.frame.sequence || message.topic !== this.frame.topic) return;
+    this.arrange(message.layers);
     this.shown = {
       mode: message.mode,
       pin: message.pin,
@@ -102,8 +102,8 @@ export class Tiles {
   }
 
   /** Makes the tiles that this message needs, if they are not there. */
-  arrange() {
-    const { views, layers } = this.frame;
+  arrange(layers) {
+    const { views } = this.frame;
     const spaces = layers.length ? layers.map((layer) => layer.space) : [""];
     const wanted = JSON.stringify([views.map((view) => [view.camera, view.width, view.height]), spaces]);
     const narrow = this.element.clientWidth < 560;
