@@ -7,6 +7,7 @@ written, so none is written twice. All machines see the sources and the run's fo
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -68,7 +69,7 @@ def tokenize(
     Args:
         load: makes a worker's tokenizer, in the worker.
         sources: as `recordings` were opened from them: each worker opens them for itself.
-        workers: how many; 0: one per GPU of the cluster, or as many as its CPUs allow.
+        workers: how many at most; 0: one per GPU of the cluster, or as many as its CPUs allow.
         cpus: cores of each, which is also its number of threads.
 
     Returns:
@@ -82,15 +83,7 @@ def tokenize(
     from ray.util import ActorPool
 
     began = time.perf_counter()
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    count = workers or gpus or max(1, int(ray.cluster_resources().get("CPU", 1)) // cpus)
-    count = min(count, len(recordings))
-    worker = ray.remote(_Worker).options(
-        num_cpus=cpus, num_gpus=1 if gpus else 0, max_restarts=RESTARTS, max_task_retries=RETRIES
-    )
-    # Absolute: a worker has another working directory.
-    paths = [str(Path(source).expanduser().resolve()) for source in sources]
-    actors = [worker.remote(load, paths, _absolute(settings)) for _ in range(count)]
+    actors = _actors(ray, load, sources, settings, min(workers or len(recordings), len(recordings)), cpus)
     statistics, failed = run.Statistics(), []
     try:
         index = _begun(ray, actors)
@@ -116,6 +109,19 @@ def tokenize(
     return run.end(settings, index, recordings, failed), failed, statistics
 
 
+def _actors(ray: Any, load: Callable, sources: Sequence, settings: run.RunSettings, most: int, cpus: int) -> list:
+    """At most so many workers: one per GPU of the cluster, or where it has none, as many as its CPUs allow."""
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    count = min(most, gpus or max(1, int(ray.cluster_resources().get("CPU", 1)) // cpus))
+    worker = ray.remote(_Worker).options(
+        num_cpus=cpus, num_gpus=1 if gpus else 0, max_restarts=RESTARTS, max_task_retries=RETRIES
+    )
+    # Absolute: a worker has another working directory.
+    paths = [str(Path(source).expanduser().resolve()) for source in sources]
+    settings = dataclasses.replace(settings, out=settings.out.expanduser().resolve())
+    return [worker.remote(load, paths, settings) for _ in range(count)]
+
+
 def _begun(ray: Any, actors: Sequence[Any]) -> dict:
     """The run's index, in its folder; RunIndexError where the workers do not agree with it."""
     index = ray.get(actors[0].begin.remote())
@@ -124,12 +130,6 @@ def _begun(ray: Any, actors: Sequence[Any]) -> dict:
         if changed:
             raise run_index.RunIndexError(f"the workers would not compute the same bits: {'; '.join(changed[:5])}")
     return index
-
-
-def _absolute(settings: run.RunSettings) -> run.RunSettings:
-    import dataclasses
-
-    return dataclasses.replace(settings, out=settings.out.expanduser().resolve())
 
 
 def _started(workers: int, cpus: int) -> Any:
