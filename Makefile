@@ -3,6 +3,9 @@
 # Any Python that ROS 2's wheels exist for; a path works too: `make PYTHON=/usr/bin/python3.10 test`.
 PYTHON ?= >=3.10,<3.13
 PYTEST_ARGS ?=
+# Of `make fuzz` (for each target; 1) and `make soak` (60); and the targets of `make fuzz`, all if none is named.
+MINUTES ?=
+TARGETS ?=
 
 # Pages in one wrapping style.
 MARKDOWN := $(wildcard *.md docs/*.md examples/*.md examples/*/*.md test/*/*.md)
@@ -19,7 +22,7 @@ unexport AMENT_PREFIX_PATH COLCON_PREFIX_PATH CMAKE_PREFIX_PATH ROS_DISTRO RMW_I
 export UV_HTTP_TIMEOUT ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check format test test-ros test-jazzy test-rest soak environments clean
+.PHONY: help demo check format test test-ros test-jazzy test-rest fuzz soak environments clean
 
 help:
 	@echo "make demo    replay the sample bag through the node, print a table, write out/demo/"
@@ -27,6 +30,7 @@ help:
 	@echo "make check   formatters, linter, types, spelling; seconds"
 	@echo "make format  what of these can be mended by itself"
 	@echo "make test    run the tests, and those that touch ROS again under Jazzy's rclpy"
+	@echo "make fuzz    damaged input for everything that reads any; MINUTES=1 for each of 20 targets"
 	@echo "make soak    MINUTES=60: the node for an hour among policies that come, go, stop and die; a table of what grows"
 	@echo "make clean   remove environments, build outputs and out/"
 
@@ -53,11 +57,15 @@ test-jazzy: $(JAZZY)
 test-rest: $(KILTED)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not ros" --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
 
+# atheris has wheels for some Pythons only; without it inputs are not led by coverage, and the program says so.
+fuzz: $(KILTED)
+	-@$(UV) pip install --quiet --python .venv/bin/python --only-binary atheris 'atheris>=3'
+	nice .venv/bin/python test/fuzz --minutes $(or $(MINUTES),1) $(if $(TARGETS),--target $(TARGETS))
+
 # Not part of `make test`: an error if memory, threads or files grow beyond what the file states.
-MINUTES ?= 60
 soak: $(KILTED)
 	@mkdir -p out
-	.venv/bin/python benchmarks/soak.py --minutes $(MINUTES) --json out/soak.json
+	.venv/bin/python benchmarks/soak.py --minutes $(or $(MINUTES),60) --json out/soak.json
 
 # Every tool runs, also after one has failed.
 check: $(KILTED)

@@ -1,5 +1,6 @@
 """TokenDataset: which frames an item has, and that it reads no others."""
 
+import json
 import pickle
 import shutil
 
@@ -116,6 +117,16 @@ def test_numpy_without_torch(folder):
         assert item["tokens"].shape == (2, 1, 6, 6) and item["tokens"].dtype.name == "bfloat16"
         """,
     )
+
+
+@pytest.mark.parametrize("entry", [["a"], {"name": 3}, {"file": "../a.safetensors"}, {"file": "/a.safetensors"}])
+def test_an_index_leads_to_files_of_its_folder_alone(folder, tmp_path, entry):
+    changed = shutil.copytree(folder, tmp_path / "changed")
+    index = json.loads((changed / "index.json").read_text())
+    index["recordings"][0] = index["recordings"][0] | entry if isinstance(entry, dict) else entry
+    (changed / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="has no name, or a file outside of the run's folder"):
+        TokenDataset(changed)
 
 
 def test_another_fingerprint_is_refused(folder, tmp_path):

@@ -18,6 +18,8 @@ def test_what_is_written_is_read(sequence):
         ("sequence twelve, stamp 5 ns", None),
         ("the sequence -3", None),
         ("sequence", None),
+        ("sequence ²", None),
+        ("sequence " + "9" * 5000, None),
         ("", None),
     ],
 )

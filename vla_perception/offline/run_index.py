@@ -13,7 +13,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from vla_perception import __version__
 from vla_perception.offline.token_file import TokenFile
@@ -85,9 +85,18 @@ def read(folder: Path) -> dict:
             raise ValueError(f"its schema is not {SCHEMA}")
         if not all(isinstance(index.get(key), kind) for key, kind in (("recordings", list), ("model", dict))):
             raise ValueError("it lacks recordings or model")
+        if not all(map(_is_entry, index["recordings"])):
+            raise ValueError("an entry of its recordings has no name, or a file outside of the run's folder")
     except (OSError, ValueError, RecursionError) as error:
         raise RunIndexError(f"{path} is no index of a run of `vla-perception tokenize`: {error}") from error
     return index
+
+
+def _is_entry(entry: object) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        return False
+    file = entry.get("file", "")
+    return isinstance(file, str) and not PurePosixPath(file).is_absolute() and ".." not in PurePosixPath(file).parts
 
 
 def write(folder: Path, index: Mapping[str, object]) -> None:

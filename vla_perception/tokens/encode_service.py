@@ -6,9 +6,12 @@ rejected request is repeated, unless the text says that repeating it is useless.
 
 from __future__ import annotations
 
+import re
+
 #: Begins the reason of a rejection that stands until the tokenizer's settings are changed. Any other reason may be gone
 #: a moment later: an image arrives, the node becomes active, discovery completes.
 FINAL = "refused: "
+_NUMBER = re.compile(r"\d{1,20}", re.ASCII)
 
 
 def published(sequence: int, stamp_ns: int) -> str:
@@ -20,7 +23,7 @@ def published_sequence(text: str) -> int | None:
     """The sequence number in such a text; None if it has none."""
     words = text.replace(",", " ").replace(":", " ").split()
     for word, following in zip(words, words[1:]):
-        if word == "sequence" and following.isdigit():
+        if word == "sequence" and _NUMBER.fullmatch(following):
             return int(following)
     return None
 

@@ -95,7 +95,8 @@ _TOWERS = {
 
 def is_policy(config: Mapping[str, object]) -> bool:
     """Whether ``config.json`` is that of a policy which is read here: by its ``type``, or as openpi writes it."""
-    return config.get("type") in _FAMILIES or _is_openpi(config)
+    kind = config.get("type")
+    return isinstance(kind, str) and kind in _FAMILIES or _is_openpi(config)
 
 
 def _is_openpi(config: Mapping[str, object]) -> bool:

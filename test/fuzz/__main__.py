@@ -1,0 +1,57 @@
+"""`make fuzz`: every target for some minutes, or some of them.
+
+python test/fuzz [--minutes 1] [--target image_raw …]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from engine import HERE, keep
+from fuzzing import atheris_is_installed, run_child, target_names
+
+CORPUS = HERE.parents[1] / "out" / "fuzz"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make fuzz", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=1.0, help="for each target")
+    parser.add_argument("--target", nargs="+", help="these alone")
+    options = parser.parse_args()
+    names = target_names()
+    if unknown := [name for name in options.target or () if name not in names]:
+        parser.error(f"no target {', '.join(unknown)}; there are {', '.join(names)}")
+    by_coverage = atheris_is_installed()
+    if not by_coverage:
+        print("atheris is not installed: inputs are changed blindly, not led by coverage")
+    count = 0
+    for name in options.target or names:
+        count += fuzz(name, names[name], 60.0 * options.minutes, CORPUS / name if by_coverage else None)
+    print(f"{count} found" + (f": see {HERE / 'found'}" if count else ""))
+    return 1 if count else 0
+
+
+def fuzz(name: str, module: str, seconds: float, corpus: Path | None) -> int:
+    """One target; a process that died of an input is followed by another one. How many inputs were found."""
+    end, signatures, inputs = time.monotonic() + seconds, set(), 0
+    while (left := end - time.monotonic()) > 1.0:
+        outcome = run_child(module, "fuzz", name, str(left), corpus=corpus, timeout=left + 180.0)
+        inputs += outcome.inputs.get(name, 0)
+        for found in outcome.found:
+            if found.signature not in signatures:
+                signatures.add(found.signature)
+                path = keep(found.target, found.data)
+                print(f"\n{path.relative_to(HERE)}: {found.signature}\n{found.text}\n", flush=True)
+        if outcome.returncode >= 0:
+            if outcome.returncode:
+                print(f"{name}: the process ended with {outcome.returncode}: {outcome.errors[-1000:]}", flush=True)
+            break
+    print(f"{name}: {inputs} inputs, {len(signatures)} found", flush=True)
+    return len(signatures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

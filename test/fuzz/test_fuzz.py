@@ -1,0 +1,93 @@
+"""Every fuzz target, for a moment and the same each time; and what was found before. `make fuzz` goes on for minutes.
+
+A failure here names the target and the input; `python test/fuzz --target NAME` looks for more of its kind.
+"""
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("timm")
+pytest.importorskip("rosbags")
+pytest.importorskip("pyarrow")
+from engine import FOUND
+from fuzzing import MODULES, run_child, target_names
+
+#: Mutated inputs for each target; slow ones have fewer.
+COUNT = 100
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_damaged_inputs_get_documented_errors_in_little_time_and_memory(module):
+    outcome = run_child(module, "check", str(COUNT))
+    assert not outcome.found, "\n\n".join(map(str, outcome.found))
+    assert outcome.returncode == 0, outcome.errors
+    assert sum(outcome.inputs.values()) > COUNT
+
+
+def test_what_was_found_belongs_to_a_target():
+    folders = {path.name for path in FOUND.iterdir() if path.is_dir()}
+    assert folders <= set(target_names())
+
+
+# The fuzzer itself
+
+FAULTY = """
+import ctypes, os, time
+from engine import Target
+
+def run(data):
+    if data.startswith(b"documented"):
+        raise ValueError("this is documented")
+    if data.startswith(b"undocumented"):
+        return [][0]
+    if data.startswith(b"subclass"):
+        b"\\xff".decode()
+    if data.startswith(b"memory"):
+        bytearray(100 << 20)
+    if data.startswith(b"time"):
+        end = time.process_time() + 0.6
+        while time.process_time() < end:
+            pass
+    if data.startswith(b"text"):
+        raise ValueError("\\x1b[31m")
+    if data.startswith(b"death"):
+        ctypes.string_at(0)
+    if data.startswith(b"endless"):
+        while True:
+            pass
+
+TARGETS = [Target("faulty", run, lambda: [SEED], (ValueError,), cpu_sec=0.3)]
+"""
+
+
+@pytest.mark.parametrize(
+    ("seed", "signature"),
+    [
+        (b"documented", None),
+        (b"nothing", None),
+        (b"undocumented", "IndexError in target"),
+        (b"subclass", "UnicodeDecodeError in target"),
+        (b"memory", "memory"),
+        (b"time", "time"),
+        (b"text", "text of ValueError"),
+        (b"death", "SIGSEGV"),
+        (b"endless", "too much time"),
+    ],
+)
+def test_the_engine_finds(tmp_path, seed, signature):
+    (tmp_path / "faulty_targets.py").write_text(FAULTY.replace("SEED", repr(seed)))
+    outcome = run_child("faulty_targets", "check", "0", python_path=str(tmp_path))
+    assert [(found.target, found.data, found.signature) for found in outcome.found] == (
+        [("faulty", seed, signature)] if signature else []
+    )
+
+
+def test_inputs_are_the_same_each_time(tmp_path):
+    program = "from engine import Target\nimport hashlib\nseen = hashlib.sha256()\n"
+    program += "def run(data):\n    seen.update(data)\n    if len(data) > 300: raise KeyError(seen.hexdigest())\n"
+    (tmp_path / "counting_targets.py").write_text(
+        program + "TARGETS = [Target('counting', run, lambda: [b'x' * 200, b'y' * 250], ())]\n"
+    )
+    first, second = (run_child("counting_targets", "check", "300", python_path=str(tmp_path)) for _ in range(2))
+    assert first.found and first.found[0].text.splitlines()[-1] == second.found[0].text.splitlines()[-1]
+    assert first.found[0].data == second.found[0].data
