@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from vla_perception.nodes.visual_tokenizer.pipeline import Pipeline
 
-#: Seconds without a frame after which something is wrong with a camera.
+#: Seconds over which a camera's rate is counted, and without a frame set after which stamps are looked at.
 QUIET_SEC = 5.0
 #: Seconds after which a publisher that was killed is not listed any more (Fast DDS: 20).
 LISTED_SEC = 30.0
@@ -157,12 +157,16 @@ class Cameras:
                     )
                     self._subscribe(camera, offered)
 
-    def check_health(self, now: float) -> None:
-        """Sets each camera's `health_problem`, and logs where one begins and where it ends."""
+    def check_health(self, now: float, quiet_sec: float) -> None:
+        """Sets each camera's `health_problem`, and logs where one begins and where it ends.
+
+        Args:
+            quiet_sec: seconds without a frame after which something is wrong.
+        """
         logger = self._node.get_logger()
         for camera in self.all():
             others = self._node.count_publishers(camera.other_topic)
-            problem = health_problem(camera, self._publishers(camera), others, now)
+            problem = health_problem(camera, self._publishers(camera), others, now, quiet_sec)
             if problem and not camera.health_problem:
                 logger.warning(f"camera {camera.name}: {problem}")
             elif camera.health_problem and not problem:
@@ -217,15 +221,18 @@ class Cameras:
             camera.on_frame(now, info["publication_sequence_number"])
 
 
-def health_problem(camera: Camera, publishers: Sequence[TopicEndpointInfo], other_publishers: int, now: float) -> str:
+def health_problem(
+    camera: Camera, publishers: Sequence[TopicEndpointInfo], other_publishers: int, now: float, quiet_sec: float
+) -> str:
     """What is wrong with a camera and what to do about it; empty if nothing is.
 
     Args:
         publishers: those listed on the camera's topic.
         other_publishers: how many are listed on the topic of the other `image_transport`.
+        quiet_sec: seconds without a frame after which something is wrong.
     """
     topic, other = camera.topic, camera.other_topic
-    if min(camera.age_sec(now), now - camera.since) < QUIET_SEC:
+    if min(camera.age_sec(now), now - camera.since) < quiet_sec:
         return _several_publishers(camera, publishers, now)
     if not publishers and other_publishers:
         transport = "raw" if camera.compressed else "compressed"
@@ -236,7 +243,7 @@ def health_problem(camera: Camera, publishers: Sequence[TopicEndpointInfo], othe
     if all(info.topic_type != kind for info in publishers):
         return f"{topic} carries {publishers[0].topic_type}, not {kind}: check image_transport and the remapping"
     if camera.arrivals:
-        return f"no frame for {QUIET_SEC:g} s although {topic} has a publisher: has the camera stopped?"
+        return f"no frame for {quiet_sec:g} s although {topic} has a publisher: has the camera stopped?"
     if camera.reliability == ReliabilityPolicy.BEST_EFFORT and not camera.compressed:
         return (
             f"{topic} has a publisher, but no frame arrives. Best-effort images are lost where Fast DDS's shared memory is "

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.node import Node
 
-from vla_perception.nodes.visual_tokenizer.cameras import QUIET_SEC, Cameras
+from vla_perception.nodes.visual_tokenizer.cameras import QUIET_SEC, Camera, Cameras
+from vla_perception.nodes.visual_tokenizer.levels import (
+    WINDOW_SEC,
+    CameraLevel,
+    CameraSample,
+    Finding,
+    Level,
+    ModelLevel,
+    timing_level,
+)
 from vla_perception.nodes.visual_tokenizer.parameters import TokenizerParameters
 from vla_perception.nodes.visual_tokenizer.pipeline import FAILURES, STAGES, Pipeline
 from vla_perception.nodes.visual_tokenizer.token_publisher import TokenPublisher
@@ -82,16 +92,24 @@ class FrameSetMonitor:
 
 
 class Diagnostics:
-    """Publishes /diagnostics (docs/nodes.md has the keys)."""
+    """Publishes /diagnostics (docs/nodes.md has the keys and levels).
+
+    Attributes:
+        configure_error: why the last `configure` failed; empty if it did not.
+    """
 
     def __init__(self, node: Node) -> None:
         self._node = node
         self._publisher = node.create_publisher(DiagnosticArray, "/diagnostics", 10)
-        self._failures: dict[str, int] = {}
+        self.configure_error = ""
+        self._model_level = ModelLevel()
+        self._camera_levels: dict[str, CameraLevel] = {}
 
     def restart(self) -> None:
         """Another pipeline counts from zero."""
-        self._failures = {}
+        self.configure_error = ""
+        self._model_level.restart()
+        self._camera_levels.clear()
 
     def publish(
         self,
@@ -114,16 +132,7 @@ class Diagnostics:
         counts, failures, timings = pipeline.report() if pipeline is not None else ({}, dict.fromkeys(FAILURES, 0), {})
         now = time.monotonic()
         for name, counters in counts.items():
-            camera = cameras.get(name)
-            values = {
-                **counters,
-                "rate_hz": f"{camera.rate_hz(now) if camera is not None else 0.0:.2f}",
-                "age_sec": f"{camera.age_sec(now) if camera is not None else float('inf'):.3f}",
-            }
-            problem = camera.health_problem if camera is not None else ""
-            array.status.append(self._status(f"camera {name}", problem or "ok", values, warn=bool(problem)))
-        risen = [key for key, value in failures.items() if value > self._failures.get(key, 0)]
-        self._failures = failures
+            array.status.append(self._camera_status(name, counters, cameras.get(name), parameters, now))
         values = {
             **({"model": parameters.model} if pipeline is None else _model_values(pipeline.tokenizer)),
             "token_messages": token_messages,
@@ -132,14 +141,30 @@ class Diagnostics:
             "shared_memory_readers": token_publisher.readers(),
             **failures,
         }
-        message = f"{state}, and frame sets fail ({', '.join(risen)}): see the log" if risen else state
-        array.status.append(self._status("model", message, values, warn=bool(risen)))
-        array.status.append(self._status("timing", "ok", _timing_values(timings), warn=False))
+        finding = self._model_level.of(state, self.configure_error, failures, token_messages, parameters, now)
+        array.status.append(self._status("model", finding, values))
+        ages = token_publisher.ages(WINDOW_SEC)
+        finding = timing_level(ages, parameters)
+        array.status.append(self._status("timing", finding, _timing_values(timings) | _percentiles("age", ages)))
         self._publisher.publish(array)
 
-    def _status(self, name: str, message: str, values: Mapping[str, object], *, warn: bool) -> DiagnosticStatus:
+    def _camera_status(
+        self, name: str, counters: dict[str, int], camera: Camera | None, parameters: TokenizerParameters, now: float
+    ) -> DiagnosticStatus:
+        rate, age = (camera.rate_hz(now), camera.age_sec(now)) if camera is not None else (0.0, math.inf)
+        values = {**counters, "rate_hz": f"{rate:.2f}", "age_sec": f"{age:.3f}"}
+        if camera is None:  # not active
+            self._camera_levels.pop(name, None)
+            return self._status(f"camera {name}", (Level.OK, "ok"), values)
+        subscribed = now - camera.since
+        sample = CameraSample(counters, rate, min(age, subscribed), subscribed, camera.health_problem)
+        finding = self._camera_levels.setdefault(name, CameraLevel()).of(sample, parameters, now)
+        return self._status(f"camera {name}", finding, values)
+
+    def _status(self, name: str, finding: Finding, values: Mapping[str, object]) -> DiagnosticStatus:
+        level, message = finding
         return DiagnosticStatus(
-            level=DiagnosticStatus.WARN if warn else DiagnosticStatus.OK,
+            level=bytes([level]),
             name=f"{self._node.get_name()}: {name}",
             message=message,
             hardware_id=self._node.get_fully_qualified_name(),
@@ -159,9 +184,14 @@ def _model_values(tokenizer: VisualTokenizer) -> dict[str, object]:
 
 
 def _timing_values(timings: Mapping[str, np.ndarray]) -> dict[str, str]:
-    values = {}
+    values: dict[str, str] = {}
     for stage in STAGES:
-        seconds = timings.get(stage, ())
-        for percent in (50, 95, 99):
-            values[f"{stage}_p{percent}_ms"] = f"{np.percentile(seconds, percent) * 1e3:.3f}" if len(seconds) else "nan"
+        values |= _percentiles(stage, timings.get(stage, ()))
     return values
+
+
+def _percentiles(stage: str, seconds: Sequence[float] | np.ndarray) -> dict[str, str]:
+    return {
+        f"{stage}_p{percent}_ms": f"{np.percentile(seconds, percent) * 1e3:.3f}" if len(seconds) else "nan"
+        for percent in (50, 95, 99)
+    }

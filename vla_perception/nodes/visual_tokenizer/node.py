@@ -24,12 +24,14 @@ from std_srvs.srv import Trigger
 from vla_perception.images.decode import decode_image
 from vla_perception.nodes.node_runner import GRACE_SEC, RosLogHandler, Stop, run_node
 from vla_perception.nodes.parameters import Changes, NodeParameters
+from vla_perception.nodes.visual_tokenizer.bond import ManagerBond
 from vla_perception.nodes.visual_tokenizer.cameras import Cameras
 from vla_perception.nodes.visual_tokenizer.diagnostics import Diagnostics, FailureLog, FrameSetMonitor
 from vla_perception.nodes.visual_tokenizer.loading import freeze_loaded_objects, load_tokenizer, release_memory
 from vla_perception.nodes.visual_tokenizer.parameters import PARAMETERS, TokenizerParameters
 from vla_perception.nodes.visual_tokenizer.pipeline import Pipeline
 from vla_perception.nodes.visual_tokenizer.token_publisher import TokenPublisher
+from vla_perception.printable import printable
 from vla_perception.synchronizer import SetSynchronizer
 
 #: Seconds that the `encode` service waits for an encoding at most.
@@ -50,10 +52,12 @@ def _transition(during: str, after: str) -> Callable:
             result = TransitionCallbackReturn.FAILURE if name == "configure" else TransitionCallbackReturn.ERROR
             try:
                 result = callback(self, state)
-            except ValueError as error:
-                self.get_logger().error(f"{name} failed: {error}")
             except Exception as error:
-                self.get_logger().error(f"{name} failed: {type(error).__name__}: {error}\n{traceback.format_exc()}")
+                expected = isinstance(error, ValueError)
+                text = str(error) if expected else f"{type(error).__name__}: {error}"
+                self.get_logger().error(f"{name} failed: {text}" + ("" if expected else f"\n{traceback.format_exc()}"))
+                if name == "configure":
+                    self._diagnostics.configure_error = printable(text)
             succeeded = result == TransitionCallbackReturn.SUCCESS
             if not succeeded:
                 self._stop_streaming()
@@ -98,6 +102,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         self._token_publisher = TokenPublisher(self)
         self._cameras = Cameras(self)
         self._diagnostics = Diagnostics(self)
+        self._bond = ManagerBond(self)
         self._frame_set_monitor = FrameSetMonitor(self.get_logger())
         self.create_service(Trigger, "encode", self._on_encode, callback_group=MutuallyExclusiveCallbackGroup())
         # Not the node's clock: with use_sim_time that one stops whenever the simulation or the bag does.
@@ -113,6 +118,8 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
     @_transition("configuring", "inactive")
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         parameters = self.parameters.values
+        if parameters.bond:
+            self._bond.check()
         tokenizer = load_tokenizer(parameters, self.get_logger(), self._closing)
         if tokenizer is None:
             return TransitionCallbackReturn.FAILURE
@@ -141,6 +148,8 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         pipeline.start()
         self._frame_set_monitor.restart(time.monotonic())
         self._cameras.subscribe(parameters.cameras, parameters.image_transport, pipeline)
+        if parameters.bond:
+            self._bond.start()
         return TransitionCallbackReturn.SUCCESS
 
     @_transition("deactivating", "inactive")
@@ -166,6 +175,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
     def close(self) -> None:
         """The process ends: answers what waits, and stops the threads as far as they can be."""
         self._closing.set()
+        self._bond.stop()
         if (pipeline := self._pipeline) is not None:
             pipeline.close(GRACE_SEC)
         self._token_publisher.close_shared_memory()
@@ -183,6 +193,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
                 return
 
     def _stop_streaming(self) -> None:
+        self._bond.stop()
         self._cameras.unsubscribe()
         if self._pipeline is not None:
             self._pipeline.stop()
@@ -237,7 +248,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         """Once a second: follows the publishers, notices what is missing, publishes diagnostics."""
         now, pipeline = time.monotonic(), self._pipeline
         self._cameras.follow_publishers()
-        self._cameras.check_health(now)
+        self._cameras.check_health(now, self.parameters.values.warn_age_sec)
         self._token_publisher.cleanup_dead_nodes()
         if pipeline is not None and self._cameras.all():
             self._frame_set_monitor.check(pipeline, self._cameras, now)

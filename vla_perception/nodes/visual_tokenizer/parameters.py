@@ -176,8 +176,47 @@ class TokenizerParameters:
         **_TOPICS,
     )
 
+    # When /diagnostics warns (levels.py)
+
+    warn_age_sec: float = parameter(
+        5.0, "Seconds without a frame after which a camera is a warning.", low=0.5, high=3600.0, **_LIVE
+    )
+    error_age_sec: float = parameter(
+        10.0,
+        "Seconds without a frame after which a camera is an error, and of nothing but failures, without a message, after "
+        "which the model is.",
+        low=0.5,
+        high=3600.0,
+        **_LIVE,
+    )
+    warn_rate_hz: float = parameter(
+        0.0, "A camera with fewer frames per second is a warning; 0: never.", low=0.0, high=1000.0, **_LIVE
+    )
+    warn_drop_share: float = parameter(
+        1.0,
+        "Share of a camera's frames of the last 10 s that become no tokens (replaced, unmatched, undecodable) above which "
+        "it is a warning; 1: never.",
+        low=0.0,
+        high=1.0,
+        **_LIVE,
+    )
+    warn_token_age_sec: float = parameter(
+        0.0,
+        "Age of the tokens when they are published, by the node's clock, above which the timing is a warning (95 % of the "
+        "last 10 s); 0: never.",
+        low=0.0,
+        high=3600.0,
+        **_LIVE,
+    )
+
     # The process
 
+    bond: bool = parameter(
+        False,
+        "Whether the node, while it is active, keeps a bond with a lifecycle manager such as Nav2's, which then notices "
+        "that it has died. Needs bondpy.",
+        **_TOPICS,
+    )
     model_locked: bool = parameter(
         False,
         "Whether what decides on the model (model, adapter, device, …) keeps for the life of the process the value that "

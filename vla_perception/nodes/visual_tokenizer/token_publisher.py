@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
+from collections import deque
 
 from rclpy.node import Node
 from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
@@ -45,6 +47,7 @@ class TokenPublisher:
         self._timer: threading.Timer | None = None
         self._retry_sec = _RETRY
         self.messages = self.written = 0
+        self._ages: deque[tuple[float, float]] = deque(maxlen=500)  # when, and how old the tokens were
 
     def open_shared_memory(self) -> None:
         """From here on policies on this machine may read from shared memory, if iceoryx2 is installed."""
@@ -113,9 +116,15 @@ class TokenPublisher:
             except SharedMemoryError as error:
                 self._leave_shared_memory(f"tokens go by the topic alone: {error}", self._opened)
         self.written += bool(reached)
+        self._ages.append((time.monotonic(), tokens.age(self._node.get_clock().now().nanoseconds)))
         if self._publisher.get_subscription_count() or not reached:
             self._publisher.publish(to_message(tokens))
             self.messages += 1
+
+    def ages(self, seconds: float) -> list[float]:
+        """How old the tokens of the last so many seconds were when they were published, by the node's clock: seconds."""
+        begin = time.monotonic() - seconds
+        return [age for published, age in tuple(self._ages) if published >= begin]
 
     def cleanup_dead_nodes(self) -> None:
         """Now and then: policies that were killed no longer count as readers."""
