@@ -60,6 +60,7 @@ class EncoderConfig:
         overrides: keyword arguments for ``timm.create_model`` (``depth``, ``act_layer``, …).
         layer: block whose output is taken, counted from the end: -2 in Prismatic's models, -1 where all blocks run.
         final_norm: whether the tower's final norm follows that block.
+        film: length of the condition that modulates every block (film.py); 0 without FiLM.
     """
 
     name: str
@@ -73,6 +74,7 @@ class EncoderConfig:
     overrides: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     layer: int = -2
     final_norm: bool = False
+    film: int = 0
 
     def __post_init__(self) -> None:
         if self.layer not in (-2, -1):
@@ -118,16 +120,21 @@ class EncoderConfig:
         """What changes pixel values, and what is made of them beside the weights, for the fingerprint."""
         # Only where it is not Prismatic's: the fingerprints of those models were taken before there was a choice.
         end = {} if (self.layer, self.final_norm) == (-2, False) else {"layer": [self.layer, self.final_norm]}
-        return end | {
-            "architecture": [self.timm_id.split(".")[0], dict(self.overrides)],
-            "encoder": self.name,
-            "image_size": self.image_size,
-            "interpolation": self.interpolation,
-            "letterbox_fill": list(self.fill) if self.resize_strategy == "letterbox" else None,
-            "mean": list(self.mean),
-            "resize_strategy": self.resize_strategy,
-            "std": list(self.std),
-        }
+        film = {"film": self.film} if self.film else {}
+        return (
+            end
+            | film
+            | {
+                "architecture": [self.timm_id.split(".")[0], dict(self.overrides)],
+                "encoder": self.name,
+                "image_size": self.image_size,
+                "interpolation": self.interpolation,
+                "letterbox_fill": list(self.fill) if self.resize_strategy == "letterbox" else None,
+                "mean": list(self.mean),
+                "resize_strategy": self.resize_strategy,
+                "std": list(self.std),
+            }
+        )
 
 
 def per_encoder(image_size: int | Sequence[int] | None, count: int) -> list[int]:
@@ -220,6 +227,11 @@ class TokenizerConfig:
     def cls_token(self) -> bool:
         """Whether the encoders' cls tokens are wanted."""
         return self.token_strategy != "patch"
+
+    @property
+    def film(self) -> int:
+        """Length of the condition that modulates the encoders; 0 without FiLM."""
+        return max(encoder.film for encoder in self.encoders)
 
     @property
     def patches_per_side(self) -> int:

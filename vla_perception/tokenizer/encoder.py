@@ -16,6 +16,7 @@ from torch import nn
 
 from vla_perception.tokenizer.checkpoints.model_args import check_architecture
 from vla_perception.tokenizer.config import MAX_PATCHES, EncoderConfig
+from vla_perception.tokenizer.film import FilmBlock
 from vla_perception.tokenizer.timm_import import VisionTransformer, create_model, timm
 
 
@@ -66,6 +67,9 @@ class PatchEncoder(nn.Module):
                 f"{config.timm_id!r} was trained to give no cls token: it has neither a class token that is used nor an "
                 f"attention-pooling head (its pooling is {vit.global_pool!r}); take token_strategy patch"
             )
+        if config.film:
+            blocks: Any = vit.blocks
+            vit.blocks = nn.Sequential(*(FilmBlock(block, vit.embed_dim, config.film) for block in blocks))
         self.vit: Any = vit  # whose methods say that they return one of several types
         self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
         self.channels: int = vit.embed_dim

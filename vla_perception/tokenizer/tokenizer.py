@@ -18,6 +18,7 @@ from vla_perception.tokenizer.checkpoints.checkpoint import fingerprint
 from vla_perception.tokenizer.checkpoints.open import check_model, is_preset, open_model
 from vla_perception.tokenizer.config import TokenizerConfig
 from vla_perception.tokenizer.devices import TORCH_DTYPES, Placement, place
+from vla_perception.tokenizer.film import Condition
 from vla_perception.tokenizer.image_inputs import ImageLike, as_images
 from vla_perception.tokenizer.image_transforms import ImageTransforms, Step, compose
 from vla_perception.tokenizer.network import TokenizerNetwork, empty_network
@@ -44,10 +45,12 @@ class TokenizerOutput:
         tokens: [views, tokens, channels] in the compute dtype, on the tokenizer's device. Constants to autograd: a head
             can be trained on them.
         features: [views, tokens, encoder channels], before the projector; None unless asked for.
+        condition: digest (hex) of the condition that they were computed with; None for models without FiLM.
     """
 
     tokens: torch.Tensor
     features: torch.Tensor | None
+    condition: str | None = None
 
 
 class VisualTokenizer:
@@ -94,6 +97,7 @@ class VisualTokenizer:
         self._dtype = TORCH_DTYPES[compute_dtype]
         self.network = network
         self._runtime = make_runtime(runtime, network, self.device, self._dtype, compute_dtype == "float8")
+        self._condition = Condition(network, config.film, self.device, self._dtype)
         self._transforms = ImageTransforms(config.image_transforms)
         on_device = self.device.type == "cuda" and all(encoder.interpolation in FILTERS for encoder in config.encoders)
         self._preprocessor = (
@@ -270,9 +274,44 @@ class VisualTokenizer:
 
     def encode(self, pixel_values: Sequence[torch.Tensor], features: bool = False) -> TokenizerOutput:
         """What `preprocess` gave → tokens; `features` also returns what went into the projector, pooled alike."""
-        with torch.inference_mode():
+        with self._condition.held() as condition, torch.inference_mode():
+            self._need_condition(condition)
             found = self._encoded(pixel_values, features)
-        return _output(*found)
+        return _output(*found, condition)
+
+    @property
+    def condition_channels(self) -> int:
+        """Length of the condition that `set_condition` takes; 0 for models without FiLM, which take none."""
+        return self._condition.channels
+
+    @property
+    def condition(self) -> str | None:
+        """Digest (hex) of the condition that is set; None before the first one, and for models without FiLM."""
+        return self._condition.digest
+
+    def set_condition(self, vector: np.ndarray | Sequence[float]) -> str:
+        """What modulates the encoders beside the image, for models with FiLM: the mean of an instruction's embeddings.
+
+        Scale and shift of all blocks are computed here, once. It may be called while other threads encode: what they have
+        begun is finished with the condition from before.
+
+        Args:
+            vector: [condition_channels].
+
+        Returns:
+            its digest (hex), which tokens of that condition carry.
+
+        Raises:
+            ValueError: a model without FiLM, or no such vector of finite numbers.
+        """
+        return self._condition.set(vector)
+
+    def _need_condition(self, condition: str | None) -> None:
+        if self._condition.channels and condition is None:
+            raise ValueError(
+                f"{self.model} has FiLM: its tokens depend on the instruction, too. Call set_condition with the mean of the "
+                f"instruction's embeddings ({self._condition.channels} numbers) first"
+            )
 
     def __call__(
         self,
@@ -281,9 +320,11 @@ class VisualTokenizer:
         cameras: Sequence[str] | None = None,
     ) -> TokenizerOutput:
         """`preprocess` and `encode` in one: on a GPU, one CUDA graph from the second call with such sizes on."""
-        with torch.inference_mode():
-            found = self._tokens(*self._transformed(as_images(images), cameras), features)
-        return _output(*found)
+        transformed = self._transformed(as_images(images), cameras)
+        with self._condition.held() as condition, torch.inference_mode():
+            self._need_condition(condition)
+            found = self._tokens(*transformed, features)
+        return _output(*found, condition)
 
     def _encoded(
         self, pixel_values: Sequence[torch.Tensor], features: bool
@@ -322,13 +363,14 @@ class VisualTokenizer:
             cameras: that they come from, as for `preprocess`.
         """
         images = [np.zeros((*size, 3), np.uint8)] * views
-        self.encode(self._preprocessor(images))
+        with self._condition.held(), torch.inference_mode():
+            self._encoded(self._preprocessor(images), features=False)
         if self.device.type == "cuda":
             ready: Sequence[np.ndarray] = images
             steps: Sequence[tuple[Step, ...]] | None = None
             with contextlib.suppress(ValueError):  # such images cannot be transformed: too small, or of unknown cameras
                 ready, steps = self._transformed(images, cameras)
-            with torch.inference_mode():
+            with self._condition.held(), torch.inference_mode():
                 for _ in range(2):  # a graph with preprocessing is captured at the second time
                     self._tokens(ready, steps, features=False)
             # Not the whole device: somebody else may be capturing a graph.
@@ -389,13 +431,13 @@ class VisualTokenizer:
         }
 
 
-def _output(features: torch.Tensor | None, tokens: torch.Tensor) -> TokenizerOutput:
+def _output(features: torch.Tensor | None, tokens: torch.Tensor, condition: str | None) -> TokenizerOutput:
     """Tensors that autograd may save for a backward pass, unless the caller is in inference mode too."""
 
     def usable(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
-    return TokenizerOutput(usable(tokens), None if features is None else usable(features))
+    return TokenizerOutput(usable(tokens), None if features is None else usable(features), condition)
 
 
 def _place(device: str, compute_dtype: str) -> Placement:

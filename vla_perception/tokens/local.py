@@ -114,7 +114,12 @@ def tokenize(
     # A GPU is faster at it; which view is at fault is only asked where one is.
     finite = all_finite(parts) if parts[0].is_cuda else None
     tokens = VisualTokens.from_torch(
-        parts[0], sequence=sequence, views=views, features=parts[1] if features else None, **tokenizer.metadata()
+        parts[0],
+        sequence=sequence,
+        views=views,
+        features=parts[1] if features else None,
+        condition=output.condition,
+        **tokenizer.metadata(),
     )
     if finite is None or not finite:
         tokens.check_finite()

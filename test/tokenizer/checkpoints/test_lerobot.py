@@ -243,3 +243,20 @@ def test_orbax_says_how_to_convert(tmp_path):
 def test_the_configuration_of_a_name_is_the_checkpoints(tmp_path):
     folder = written(tmp_path / "policy")
     assert read_config(str(folder)) == loaded(folder).config
+
+
+@pytest.mark.parametrize(
+    "config, match",
+    [
+        ({"type": "groot"}, "GR00T N1.7 is built on Qwen3-VL.*DeepStack"),
+        ({"model_type": "Gr00tN1d7", "architectures": ["Gr00tN1d7"]}, "DeepStack"),
+        ({"model_type": "qwen3_vl"}, "Qwen3-VL: features of three layers"),
+        ({"architectures": ["Qwen3VLForConditionalGeneration"]}, "Qwen3-VL: features of three layers"),
+        ({"type": "molmoact2"}, "overlapping crops"),
+        ({"model": {"observation_tokenizers": {}}}, "Octo has no vision part"),
+    ],
+)
+def test_models_that_are_not_cut_behind_vision_are_refused_with_the_reason(config, match, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=match):
+        loaded(tmp_path)

@@ -112,11 +112,15 @@ def test_openvla_oft_directories(parts, tmp_path):
     assert_computes(without, *parts[:2])
 
 
-def test_film_is_refused_with_the_reason(parts, tmp_path):
+def test_a_film_file_that_cannot_be_read_and_an_adapter_beside_one(parts, tmp_path):
+    """Never the encoders without it: they would be others."""
     folder = checkpoints.write(tmp_path / "film", parts[2])
     (folder / "vision_backbone--150000_checkpoint.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="FiLM .* instruction's mean embedding modulates every block"):
+    with pytest.raises(CheckpointError, match="vision_backbone--150000_checkpoint.pt is no zip archive"):
         VisualTokenizer.from_checkpoint(folder)
+    write_adapter(folder / "lora_adapter", parts[2], folder)
+    with pytest.raises(CheckpointError, match="with FiLM; give the folder above it"):
+        VisualTokenizer.from_checkpoint(folder / "lora_adapter")
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,7 @@ class _Job:
     pixel_values: list[torch.Tensor] = field(default_factory=list)
     tokens: torch.Tensor | None = None
     features: torch.Tensor | None = None
+    condition: str | None = None
     tokenizing: float = 0.0  # what preprocess and encode took
 
 
@@ -443,6 +444,7 @@ class Pipeline:
         if parts[0].is_cuda:
             torch.cuda.current_stream(parts[0].device).synchronize()
         job.tokens, job.features = on_host[0], on_host[1] if len(on_host) > 1 else None
+        job.condition = output.condition
         job.pixel_values = []  # not before the wait: what they hold may be given to the next job
         if not finite:
             text = (
@@ -468,6 +470,7 @@ class Pipeline:
                     sequence=self.sequence,  # given here: a gap in the numbers is then a lost message
                     views=job.views,
                     features=job.features,
+                    condition=job.condition,
                     **self.tokenizer.metadata(),
                 )
             )

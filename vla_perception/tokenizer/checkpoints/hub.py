@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from vla_perception.tokenizer.checkpoints import CheckpointError, lerobot, tensor_names
+from vla_perception.tokenizer.checkpoints import CheckpointError, lerobot, refused, tensor_names
 from vla_perception.tokenizer.checkpoints.files import is_statistics, read_json
 from vla_perception.tokenizer.checkpoints.http_range import LocalFile, RemoteFile, Span, transport_error
 from vla_perception.tokenizer.checkpoints.paths import cache_directory, exists
@@ -182,8 +182,8 @@ def _refuse(repository: str, files: Collection[str]) -> None:
     film = sorted(file for file in files if re.fullmatch(r"vision_backbone--.*_checkpoint\.pt", file))
     if film:
         raise CheckpointError(
-            f"{repository} is an OpenVLA-OFT checkpoint with FiLM ({film[0]}): there the instruction modulates the "
-            "encoders, so images alone do not determine the tokens; use one that was trained without --use_film"
+            f"{repository} is an OpenVLA-OFT checkpoint with FiLM, whose encoders are in {film[0]}, which cannot be fetched in "
+            f"parts. Fetch it whole, as in `hf download {repository} --local-dir FOLDER`, and give FOLDER as the model"
         )
     if any(file.endswith(".safetensors") for file in files):
         return
@@ -203,6 +203,7 @@ def _check_config(repository: str, folder: Path) -> None:
     config = read_json(folder / "config.json")
     if "architecture" in config:
         raise CheckpointError(f"{repository} is a timm encoder; write hf-hub:{repository}")
+    refused.refuse(config, f"{repository}: config.json")
     if lerobot.is_policy(config):
         lerobot.check_config(config, f"{repository}: config.json")
         return

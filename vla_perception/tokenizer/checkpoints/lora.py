@@ -84,16 +84,16 @@ def check_kind(settings: Mapping[str, object], directory: Path) -> None:
         raise CheckpointError(f"{directory}: only plain LoRA can be added, and this one has {named}; {_CURE}")
 
 
-def with_adapter(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
+def with_adapter(checkpoint: Checkpoint, directory: Path, of_film: bool = False) -> Checkpoint:
     """A checkpoint and peft's LoRA adapter for it (``adapter_config.json``, ``adapter_model.safetensors``).
 
-    What the adapter changes in the language model is left out. CheckpointError for what is not known to be plain LoRA.
+    What the adapter changes in the language model is left out, and with `of_film` in the encoders. CheckpointError for what is not known to be plain LoRA.
     """
     settings = read_json(directory / "adapter_config.json")
     check_kind(settings, directory)
     if checkpoint.adapters:
         raise CheckpointError(f"{directory}: {checkpoint.path} has an adapter already, and only one is added; {_CURE}")
-    pairs, whole = read_adapter(checkpoint, directory)
+    pairs, whole = read_adapter(checkpoint, directory, of_film)
     adapters = {}
     try:
         for name, (module, a, b) in pairs.items():
@@ -107,9 +107,13 @@ def with_adapter(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
 
 
 def read_adapter(
-    checkpoint: Checkpoint, directory: Path
+    checkpoint: Checkpoint, directory: Path, of_film: bool = False
 ) -> tuple[dict[str, tuple[str, StoredTensor, StoredTensor]], dict[str, StoredTensor]]:
-    """Canonical name → (peft's name of the module, A, B), and canonical name → tensor that is replaced as a whole."""
+    """Canonical name → (peft's name of the module, A, B), and canonical name → tensor that is replaced as a whole.
+
+    Args:
+        of_film: the encoders were wrapped for FiLM, and are in a file of their own: what is here of them is left out.
+    """
     file = directory / "adapter_model.safetensors"
     if not file.is_file():
         raise CheckpointError(f"{file} is missing; an adapter is read from safetensors, never from a pickle")
@@ -122,7 +126,7 @@ def read_adapter(
     for stored in stored_tensors.values():
         name = unwrapped(stored.name).removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
         name = re.sub(r"\.modules_to_save(\.default)?\.", ".", unwrapped(name))
-        if not is_vision(name):
+        if not is_vision(name) or (of_film and name.startswith("vision_backbone.vision_backbone.")):
             continue
         low_rank = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", name)
         module = low_rank.group(1) if low_rank else ""

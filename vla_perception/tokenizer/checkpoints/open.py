@@ -144,9 +144,9 @@ def open_checkpoint(path: str | os.PathLike, adapter: str | os.PathLike | None =
     Raises:
         CheckpointError: nothing that is known, or something is amiss with it; the message says what.
     """
-    from vla_perception.tokenizer.checkpoints import lora, openvla, prismatic
+    from vla_perception.tokenizer.checkpoints import film, lora, prismatic
 
-    directory = local_path(path)
+    directory, conditioned = local_path(path), None
     if directory.is_file():
         if directory.suffix != ".pt":
             raise CheckpointError(
@@ -159,22 +159,26 @@ def open_checkpoint(path: str | os.PathLike, adapter: str | os.PathLike | None =
             "preprocessor_config.json and the safetensors files"
         )
     else:
-        openvla.refuse_film(directory)
         if (directory / "adapter_config.json").is_file():
-            openvla.refuse_film(directory.parent)
+            if film.film_file(directory.parent):
+                raise CheckpointError(
+                    f"{directory} is the adapter of an OpenVLA-OFT checkpoint with FiLM; give the folder above it, which holds "
+                    "the encoders' own file"
+                )
             base = _open_base(directory)
             checkpoint = lora.with_adapter(base, directory)
             checkpoint = replace(checkpoint, config=replace(checkpoint.config, name=directory.resolve().name))
         else:
             checkpoint, adapter = _open_directory(directory, adapter)
+        conditioned = film.film_file(directory)
     if adapter is not None and str(adapter) != "none":
-        checkpoint = lora.with_adapter(checkpoint, local_path(adapter))
-    return checkpoint
+        checkpoint = lora.with_adapter(checkpoint, local_path(adapter), of_film=conditioned is not None)
+    return film.with_film(checkpoint, conditioned) if conditioned else checkpoint
 
 
 def _open_directory(directory: Path, adapter: str | os.PathLike | None) -> tuple[Checkpoint, str | os.PathLike | None]:
     """A directory with a ``config.json``, and the adapter that is still to be added to it."""
-    from vla_perception.tokenizer.checkpoints import lerobot, openvla, prismatic
+    from vla_perception.tokenizer.checkpoints import lerobot, openvla, prismatic, refused
     from vla_perception.tokenizer.checkpoints.files import read_json
 
     beside = directory / "lora_adapter"
@@ -186,6 +190,7 @@ def _open_directory(directory: Path, adapter: str | os.PathLike | None) -> tuple
         return replace(base, path=directory, config=replace(base.config, name=directory.resolve().name)), beside
     lerobot.refuse_orbax(directory)
     config = read_json(directory / "config.json")
+    refused.refuse(config, directory / "config.json")
     if lerobot.is_policy(config):
         return lerobot.open_policy(directory), adapter
     if "timm_model_ids" not in config and ("model" in config or "vla" in config):
@@ -243,7 +248,7 @@ def _lacks_adapter(checkpoint: Checkpoint, directory: Path) -> bool:
     """
     import torch
 
-    from vla_perception.tokenizer.checkpoints import lora
+    from vla_perception.tokenizer.checkpoints import film, lora
     from vla_perception.tokenizer.checkpoints.files import read_json
 
     try:
@@ -256,7 +261,7 @@ def _lacks_adapter(checkpoint: Checkpoint, directory: Path) -> bool:
         if named.resolve() == Path(checkpoint.path).resolve():
             return True
         base = _not_an_adapter(named, directory)
-        adapted, _ = lora.read_adapter(base, directory)
+        adapted, _ = lora.read_adapter(base, directory, of_film=film.film_file(directory.parent) is not None)
         name = min(adapted, default=None, key=lambda name: (math.prod(base.tensors[name].shape), name))
         if name is None or name not in checkpoint.tensors:
             return False

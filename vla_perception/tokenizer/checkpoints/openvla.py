@@ -71,17 +71,6 @@ def open_directory(directory: Path) -> Checkpoint:
     return Checkpoint(directory, config, tensors)
 
 
-def refuse_film(directory: Path) -> None:
-    found = sorted(directory.glob("vision_backbone--*_checkpoint.pt"))
-    if found:
-        raise CheckpointError(
-            f"{directory} is an OpenVLA-OFT checkpoint with FiLM ({found[0].name}): there the instruction's mean "
-            "embedding modulates every block of the encoders, so images alone do not determine the tokens. Such a "
-            "model cannot be served by a tokenizer that sees no instruction; use one that was trained without "
-            "--use_film"
-        )
-
-
 def read_config(directory: Path) -> TokenizerConfig:
     """Vision settings from ``config.json`` and ``preprocessor_config.json``.
 

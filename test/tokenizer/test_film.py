@@ -1,0 +1,164 @@
+"""OpenVLA-OFT with FiLM against results of its own wrapper, and what a condition is to whoever encodes."""
+
+import threading
+
+import checkpoints
+import film_checkpoints
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("timm")
+from parity import relative_error  # noqa: E402
+from torch.nn import functional  # noqa: E402
+
+from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
+from vla_perception.tokenizer.checkpoints import CheckpointError  # noqa: E402
+from vla_perception.tokens import tokenize  # noqa: E402
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return film_checkpoints.reference()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    state = film_checkpoints.lora_wrapped(film_checkpoints.film_state())
+    return film_checkpoints.write(tmp_path_factory.mktemp("film") / "oft", state)
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def tokenizer(request, folder):
+    """Of which `test_nothing_is_encoded_before_a_condition_came` comes first: conditions stay."""
+    return VisualTokenizer.load(folder, device=request.param, compute_dtype="float32")
+
+
+def pixel_values(reference) -> list[torch.Tensor]:
+    return [torch.from_numpy(reference[f"coffee.pixels{index}"])[None] for index in range(2)]
+
+
+def test_every_key_of_the_reference_is_in_the_file(reference):
+    keys = {name.replace(".gamma", ".scale_factor") for name in reference["keys"]}
+    assert keys == set(film_checkpoints.film_state())
+
+
+def test_nothing_is_encoded_before_a_condition_came(tokenizer, reference):
+    assert tokenizer.condition_channels == 96 and tokenizer.condition is None
+    tokenizer.warm_up(views=1, size=(40, 50))
+    with pytest.raises(ValueError, match="Call set_condition"):
+        tokenizer.encode(pixel_values(reference))
+    with pytest.raises(ValueError, match="Call set_condition"):
+        tokenizer([checkpoints.image()])
+
+
+def test_agrees_with_openvla_oft(tokenizer, reference):
+    """With LoRA merged; tokens by the projector of the directory."""
+    condition = reference["condition"][0]
+    np.testing.assert_allclose(reference["language_embeddings"].mean(axis=1)[0], condition, rtol=1e-6)
+    digest = tokenizer.set_condition(condition)
+    output = tokenizer.encode(pixel_values(reference), features=True)
+    features = output.features[0].cpu().numpy()
+    assert relative_error(features, reference["coffee.features"]) < 1e-4
+    assert output.condition == digest == tokenizer.condition
+    weights = checkpoints.projector(features.shape[1])
+    values = torch.from_numpy(features)
+    for index in (1, 2, 3):
+        values = functional.gelu(values) if index > 1 else values
+        values = functional.linear(values, weights[f"fc{index}.weight"], weights[f"fc{index}.bias"])
+    assert relative_error(output.tokens[0].cpu().numpy(), values.numpy()) < 1e-4
+
+
+def test_without_lora_the_same(tmp_path, reference):
+    plain = film_checkpoints.write(tmp_path / "oft", film_checkpoints.film_state())
+    tokenizer = VisualTokenizer.load(plain, device="cpu", compute_dtype="float32")
+    tokenizer.set_condition(reference["condition"][0])
+    features = tokenizer.encode(pixel_values(reference), features=True).features[0].numpy()
+    assert relative_error(features, reference["coffee.features"]) < 1e-4
+
+
+@pytest.mark.parametrize("vector", [np.zeros(95), np.zeros((1, 96)), np.full(96, np.nan), np.full(96, np.inf)])
+def test_what_is_no_condition_is_refused_and_the_last_one_stays(tokenizer, vector):
+    digest = tokenizer.set_condition(np.ones(96))
+    with pytest.raises(ValueError, match="condition must be a vector of"):
+        tokenizer.set_condition(vector)
+    assert tokenizer.condition == digest
+    assert tokenizer([checkpoints.image()]).condition == digest
+
+
+def test_models_without_film_take_none():
+    tokenizer = VisualTokenizer.load("tiny-random", device="cpu")
+    with pytest.raises(ValueError, match="no FiLM"):
+        tokenizer.set_condition(np.zeros(96))
+    assert tokenizer.condition_channels == 0 and tokenizer([checkpoints.image()]).condition is None
+
+
+def test_the_message_carries_the_digest_and_the_fingerprint_does_not(tokenizer):
+    messages = []
+    for value in (0.0, 1.0, 0.0):
+        tokenizer.set_condition(np.full(96, value))
+        messages.append(tokenize(tokenizer, {"full": checkpoints.image()}))
+    assert messages[0].condition == messages[2].condition != messages[1].condition
+    assert np.array_equal(messages[0].data, messages[2].data) and not np.array_equal(messages[0].data, messages[1].data)
+    assert len({message.fingerprint for message in messages}) == 1
+    again = type(messages[0]).from_bytes(messages[1].to_bytes())
+    assert again.condition == messages[1].condition
+
+
+def test_no_tokens_are_of_two_conditions(tokenizer):
+    """Conditions change while another thread encodes: every output is that of the condition whose digest it has."""
+    image = checkpoints.image()
+    conditions = [np.full(96, value) for value in (-1.0, 0.5, 2.0)]
+    expected = {}
+    for vector in conditions:
+        digest = tokenizer.set_condition(vector)
+        expected[digest] = tokenizer([image]).tokens.cpu()
+    ended = threading.Event()
+
+    def change() -> None:
+        while not ended.is_set():
+            for vector in conditions:
+                tokenizer.set_condition(vector)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        outputs = [tokenizer([image]) for _ in range(12)]
+    finally:
+        ended.set()
+        thread.join()
+    for output in outputs:
+        torch.testing.assert_close(output.tokens.cpu(), expected[output.condition], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"vision_backbone.other.weight": torch.zeros(2)}, "belong to no known part"),
+        ({"vision_backbone.featurizer.blocks.0.block.attn.qkv.lora_B.default.weight": None}, "one half of a pair"),
+        ({"vision_backbone.featurizer.blocks.0.shift.weight": torch.zeros(384, 95)}, "do not take one condition"),
+        ({"vision_backbone.featurizer.blocks.3.scale.bias": None}, "missing tensors: dinov2.blocks.3.scale.bias"),
+    ],
+)
+def test_files_that_do_not_fit(change, match, folder, tmp_path):
+    """By their names and shapes: the numbers are few."""
+    state = torch.load(folder / "vision_backbone--100_checkpoint.pt") | change
+    for path in folder.iterdir():
+        if path.suffix != ".pt":
+            (tmp_path / path.name).symlink_to(path)
+    torch.save(
+        {name: value for name, value in state.items() if value is not None},
+        tmp_path / "vision_backbone--1_checkpoint.pt",
+    )
+    with pytest.raises(CheckpointError, match=match):
+        VisualTokenizer.load(tmp_path, device="cpu")
+
+
+def test_two_files_are_one_too_many(folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "vision_backbone--200_checkpoint.pt").symlink_to(folder / "vision_backbone--100_checkpoint.pt")
+    with pytest.raises(CheckpointError, match="2 vision_backbone files"):
+        VisualTokenizer.load(tmp_path, device="cpu")
