@@ -22,7 +22,7 @@ unexport AMENT_PREFIX_PATH COLCON_PREFIX_PATH CMAKE_PREFIX_PATH ROS_DISTRO RMW_I
 export UV_HTTP_TIMEOUT ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check format test test-ros test-jazzy test-rest fuzz soak environments clean
+.PHONY: help demo check format test test-ros test-jazzy test-rest audit fuzz soak environments clean
 
 help:
 	@echo "make demo    replay the sample bag through the node, print a table, write out/demo/"
@@ -30,6 +30,7 @@ help:
 	@echo "make check   formatters, linter, types, spelling; seconds"
 	@echo "make format  what of these can be mended by itself"
 	@echo "make test    run the tests, and those that touch ROS again under Jazzy's rclpy"
+	@echo "make audit   known vulnerabilities of the installed packages"
 	@echo "make fuzz    damaged input for everything that reads any; MINUTES=1 for each of 20 targets"
 	@echo "make soak    MINUTES=60: the node for an hour among policies that come, go, stop and die; a table of what grows"
 	@echo "make clean   remove environments, build outputs and out/"
@@ -72,7 +73,11 @@ check: $(KILTED)
 	@code=0; for tool in "ruff check" "ruff format --check" "python docs/make_api.py --check" \
 	  "mdformat --check $(MARKDOWN)" mypy codespell; do \
 	  echo ".venv/bin/$$tool"; .venv/bin/$$tool || code=1; \
-	done; exit $$code
+	done; .venv/bin/python .ci/audit --warn; exit $$code
+
+# Known vulnerabilities of what is installed. The file says why `make check` only warns of them.
+audit: $(KILTED)
+	.venv/bin/python .ci/audit
 
 format: $(KILTED)
 	.venv/bin/ruff check --fix

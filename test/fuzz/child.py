@@ -19,6 +19,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "support")]
 
 from engine import Current, Finding, Target, check, limit_process, smaller  # noqa: E402
 
+#: Inputs between two reports of how many there were: atheris ends the process without a word.
+_EVERY = 100
 #: Inputs of a run without coverage that later ones are made of.
 _KEPT = 2000
 
@@ -57,6 +59,8 @@ class Reporter:
 
     def __call__(self, data: bytes) -> None:
         self.inputs += 1
+        if self.inputs % _EVERY == 0:
+            print(json.dumps([self.target.name, self.inputs]), flush=True)
         finding = check(self.target, data, self.current)
         if finding is not None and finding.signature not in self.signatures:
             self.signatures.add(finding.signature)
@@ -103,9 +107,7 @@ def fuzz_by_coverage(target: Target, seconds: float, reporter: Reporter, corpus:
         "timeout": 0,
         "detect_leaks": 0,
         "verbosity": 0,
-        "handle_prof": 0,
     }
-    options.pop("handle_prof")
     arguments = [sys.argv[0], *(f"-{name}={value}" for name, value in options.items()), str(grown), str(seeds)]
     atheris.Setup(arguments, reporter, custom_mutator=mutate)
     atheris.Fuzz()
@@ -120,15 +122,13 @@ def main(module: str, mode: str, *arguments: str) -> None:
     if corpus:
         import atheris
 
+        # Before any of them is imported.
         with atheris.instrument_imports(include=["vla_perception"]):
             targets = importlib.import_module(module).TARGETS
     else:
         targets = importlib.import_module(module).TARGETS
     target = next(target for target in targets if target.name == arguments[0])
     reporter, seconds = Reporter(target, current), float(arguments[1])
-    import atexit
-
-    atexit.register(lambda: print(json.dumps([target.name, reporter.inputs]), flush=True))
     if corpus:
         fuzz_by_coverage(target, seconds, reporter, Path(corpus))
     else:

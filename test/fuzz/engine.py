@@ -104,7 +104,8 @@ def limit_process() -> None:
     gc.collect()
     gc.freeze()
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * mmap.PAGESIZE + _MEMORY_END, resource.RLIM_INFINITY))
+    allowed, highest = pages * mmap.PAGESIZE + _MEMORY_END, resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (allowed if highest < 0 else min(allowed, highest), highest))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # With their defaults these end the process also where no Python code runs.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
