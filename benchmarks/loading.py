@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+from vla_perception.options import TOKEN_DTYPES
+
 
 def measure(way: str, checkpoint: Path, device: str, compute_dtype: str) -> dict[str, float]:
     """Seconds of what one process does."""
@@ -54,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="directory of a checkpoint that holds little but the vision part")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compute-dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--compute-dtype", default="bfloat16", choices=TOKEN_DTYPES)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--measure", choices=("read", "load"), help=argparse.SUPPRESS)

@@ -163,20 +163,21 @@ def send_images(options: argparse.Namespace) -> None:
     """Two cameras of 640 × 480, on the robot's side with the real node."""
     from sensor_msgs.msg import Image
 
+    from vla_perception.byte_array import byte_array
+
     node, _stop = make_node("cameras")
     publishers = [node.create_publisher(Image, f"{camera}/image_raw", 10) for camera in CAMERAS]
     while not all(publisher.get_subscription_count() for publisher in publishers):
         time.sleep(0.1)
     time.sleep(1.0)
-    image = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8).tobytes()
+    data = byte_array(np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8))
     count = WARM_UP + int(options.seconds * options.rate)
     for _ in paced(count, options.rate):
         stamp = divmod(time.time_ns(), 10**9)
         for publisher, camera in zip(publishers, CAMERAS):
-            message = Image(height=480, width=640, step=1920, encoding="rgb8")
+            message = Image(height=480, width=640, step=1920, encoding="rgb8", data=data)
             message.header.stamp.sec, message.header.stamp.nanosec = stamp
             message.header.frame_id = camera
-            message.data.frombytes(image) if hasattr(message.data, "frombytes") else setattr(message, "data", image)
             publisher.publish(message)
     time.sleep(2.0)
     print(json.dumps({"images_per_camera": count}))
@@ -186,23 +187,23 @@ def receive() -> None:
     from vla_perception.tokens import TokenSubscriber
 
     node, stop = make_node("policy")
-    ages, arrivals, visual = [], [], None
-    with TokenSubscriber(node, qos=20) as tokens:
+    ages, arrivals, tokens = [], [], None
+    with TokenSubscriber(node, qos=20) as subscriber:
         while not stop:
             try:
-                visual = tokens.wait(0.2)
+                tokens = subscriber.wait(0.2)
             except TimeoutError:
                 continue
-            ages.append(1e3 * tokens.age(visual))
+            ages.append(1e3 * subscriber.age(tokens))
             arrivals.append(time.monotonic())
         if len(ages) <= WARM_UP:
             raise SystemExit(f"{len(ages)} token messages are too few for statistics")
         p50, p95, p99 = np.percentile(ages[WARM_UP:], (50, 95, 99))
         result = {
-            "received": tokens.received,
-            "lost": tokens.lost,
-            "last_sequence": visual.sequence,
-            "shape": list(visual.shape),
+            "received": subscriber.received,
+            "lost": subscriber.lost,
+            "last_sequence": tokens.sequence,
+            "shape": list(tokens.shape),
             "rate_hz": round((len(arrivals) - 1) / (arrivals[-1] - arrivals[0]), 2),
             "age_ms": {"p50": round(p50, 1), "p95": round(p95, 1), "p99": round(p99, 1)},
         }

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from vla_perception.fingerprint_inputs import fingerprint
 from vla_perception.tokens import FORMAT, View, VisualTokens
-from vla_perception.tokens.fingerprint import digest
 
 FOLDER = Path(__file__).resolve().parent
 CHANNELS = 4
@@ -56,7 +56,7 @@ def sample() -> VisualTokens:
         sequence=42,
         model="sample",
         weights="checkpoint",
-        fingerprint=digest(inputs),
+        fingerprint=fingerprint(inputs),
         compute_dtype="float32",
         grid=(2, 3),
         token_strategy="cls+patch",

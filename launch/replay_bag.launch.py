@@ -7,6 +7,7 @@ ros2 launch vla_perception replay_bag.launch.py bag:=drive.mcap loop:=true rate:
 from launch.actions import LogInfo, OpaqueFunction, TimerAction
 
 from launch import LaunchDescription
+from vla_perception import options
 from vla_perception.launch_utils import (
     BOOLEANS,
     argument,
@@ -44,7 +45,7 @@ ARGUMENTS = dict(
         declare(
             "image_transport",
             default_value="",
-            choices=["", "raw", "compressed"],
+            choices=["", *options.IMAGE_TRANSPORTS],
             description="raw or compressed: which recorded topics are played. Empty: as the cameras were recorded, raw "
             "where both are there.",
         ),

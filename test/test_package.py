@@ -123,7 +123,7 @@ def test_every_ros_package_in_use_is_declared():
 
 
 #: Modules without ROS, PyTorch or anything else of the package, which every part may import.
-FOR_ALL = r"(?:options|printable|byte_array)\b"
+FOR_ALL = r"(?:options|fingerprint_inputs|printable|byte_array)\b"
 
 
 @pytest.mark.parametrize(
@@ -151,6 +151,7 @@ FOR_ALL = r"(?:options|printable|byte_array)\b"
             for name in ("analysis", "health", "snapshot", "wire", "session", "server", "recording", "top")
         ),
         ("view/recorded.py", r"vla_perception\.(nodes|doctor|bench|cli)\b.*|rclpy"),
+        ("fingerprint_inputs.py", r"(?!__future__|collections.abc|hashlib|json).*"),
         ("printable.py", r"vla_perception\..*"),
         ("byte_array.py", r"vla_perception\..*"),
         ("cli.py", r"rclpy"),

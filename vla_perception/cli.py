@@ -80,7 +80,7 @@ def _add_tokenize(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--max-image-pixels",
         type=int,
-        default=64_000_000,
+        default=options.MAX_IMAGE_PIXELS,
         metavar="N",
         help="larger images are refused (default: %(default)s)",
     )

@@ -125,7 +125,7 @@ def _process_arguments() -> dict[str, DeclareLaunchArgument]:
         "log_level": DeclareLaunchArgument(
             "log_level",
             default_value="info",
-            choices=["debug", "info", "warn", "error", "fatal"],
+            choices=options.LOG_LEVELS,
             description="What the nodes log.",
         ),
         "fastdds_profile": DeclareLaunchArgument(

@@ -30,11 +30,8 @@ RESIZE_WITH_PAD = ("resize_with_pad_pil", "resize_with_pad_torch", "resize_with_
 RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox", *RESIZE_WITH_PAD)
 #: What is done to images before they are resized (tokenizer/image_transforms.py), and last how they are.
 IMAGE_TRANSFORMS = ("rotate180", "crop", "jpeg", "lanczos3", "center_crop_tf", "center_crop_pil", *RESIZE_WITH_PAD)
-#: What `vla-perception tokenize` writes.
+#: What `vla-perception tokenize` writes, and the token viewer shows.
 OUTPUTS = ("tokens", "features")
-
-#: What `fingerprint_inputs` call some of these, since 0.1.0: a hash is over them, so they keep that spelling.
-SPELLED_IN_FINGERPRINTS = {"image_transforms": "prepare", "crop": "region"}
 
 # Frames and messages of the node
 
@@ -42,8 +39,15 @@ SPELLED_IN_FINGERPRINTS = {"image_transforms": "prepare", "crop": "region"}
 IMAGE_TRANSPORTS = ("raw", "compressed")
 #: How frames of several cameras become a frame set (synchronizer.py).
 SYNC_POLICIES = ("approximate", "latest")
+#: Pixels of an image unless another bound is given.
+MAX_IMAGE_PIXELS = 64_000_000
 #: When a frame set is encoded: whenever there is one, or when the service `encode` is called.
 TRIGGERS = ("continuous", "on_request")
+
+# Launch files and logs
+
+#: Severities of ROS 2's loggers.
+LOG_LEVELS = ("debug", "info", "warn", "error", "fatal")
 
 # Recorded data (offline/)
 
@@ -65,18 +69,6 @@ SIMULATION_GL = ("auto", "egl", "osmesa")
 def is_device(text: str) -> bool:
     """Whether `text` is the name of a device: one of `DEVICES`, ``cuda:N``, or another of PyTorch's (``mps``)."""
     return re.fullmatch(r"auto|[a-z]+(:\d+)?", text) is not None
-
-
-def spelled_in_fingerprint(step: str) -> str:
-    """An image transform (``crop:0,0,9,9``) as `fingerprint_inputs` spell it."""
-    name, colon, argument = step.partition(":")
-    return SPELLED_IN_FINGERPRINTS.get(name, name) + colon + argument
-
-
-def spelled_today(step: str) -> str:
-    """The reverse of `spelled_in_fingerprint`."""
-    name, colon, argument = step.partition(":")
-    return next((new for new, old in SPELLED_IN_FINGERPRINTS.items() if old == name), name) + colon + argument
 
 
 def tokens_per_view(token_strategy: str, patches: int) -> int:

@@ -5,14 +5,13 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional
 
-from vla_perception.tokenizer.config import (
-    HALF,
+from vla_perception.fingerprint_inputs import (
     IMAGENET_MEAN,
     IMAGENET_MEAN_BF16,
     IMAGENET_STD,
     IMAGENET_STD_BF16,
-    EncoderConfig,
 )
+from vla_perception.tokenizer.config import HALF, EncoderConfig
 
 #: Images in test/data/image_transforms.npz.
 IMAGES = ("astronaut", "coffee", "cat", "noise", "noise_enlarged", "noise_narrow", "noise_same")

@@ -7,10 +7,10 @@ from fake_tokenizer import MODEL, make_tokens
 
 pytest.importorskip("torch")
 pytest.importorskip("timm")
+from vla_perception.fingerprint_inputs import fingerprint
 from vla_perception.tokenizer import VisualTokenizer, presets
-from vla_perception.tokenizer.checkpoints.checkpoint import fingerprint
 from vla_perception.tokens import FingerprintMismatchError, LocalTokenizer, TokenFormatError, VisualTokens
-from vla_perception.tokens.fingerprint import difference, digest
+from vla_perception.tokens.fingerprint import difference
 
 WEIGHTS, OTHER = "12" * 32, "34" * 32
 
@@ -18,13 +18,17 @@ WEIGHTS, OTHER = "12" * 32, "34" * 32
 def made(model="openvla-7b", weights=WEIGHTS, **choices):
     """(fingerprint as the tokenizer computes it, its inputs as they come out of a message)."""
     settings = presets.PRESETS[model].with_options(trained=False, **choices).settings()
-    return fingerprint(weights, settings), json.loads(json.dumps({"settings": settings, "weights": weights}))
+    inputs = {"settings": settings, "weights": weights}
+    return fingerprint(inputs), json.loads(json.dumps(inputs))
 
 
 def test_the_message_says_what_its_fingerprint_is_made_of():
     tokenizer = VisualTokenizer.from_preset("tiny-random", image_transforms=["rotate180"], pool=2)
     inputs = tokenizer.metadata()["fingerprint_inputs"]
-    assert digest(inputs) == tokenizer.fingerprint and digest(json.loads(json.dumps(inputs))) == tokenizer.fingerprint
+    assert (
+        fingerprint(inputs) == tokenizer.fingerprint
+        and fingerprint(json.loads(json.dumps(inputs))) == tokenizer.fingerprint
+    )
     sent = make_tokens(0, fingerprint=tokenizer.fingerprint, fingerprint_inputs=inputs)
     assert VisualTokens.from_bytes(sent.to_bytes()).fingerprint_inputs == json.loads(json.dumps(inputs))
     assert VisualTokens.from_bytes(make_tokens(0).to_bytes()).fingerprint_inputs is None
@@ -43,7 +47,7 @@ def test_fingerprints_are_those_of_0_1_0():
     pinned = "c39c89222b23c8756cd91e99b3d31cf31522eaf29e85dad04814dbb19b6c9087"  # computed by 0.1.0
     steps = ["rotate180", "wrist=crop:10,20,60,50", "jpeg"]
     got, inputs = made(image_transforms=steps, pool=2)
-    assert got == digest(inputs) == pinned
+    assert got == fingerprint(inputs) == pinned
     assert inputs["settings"]["prepare"]["wrist"] == ["rotate180", "region:10,20,60,50", "jpeg:95"]
     text = difference(made(pool=2)[0], made(pool=2)[1], inputs, got)
     assert 'image_transforms.wrist (expected none, got ["rotate180", "crop:10,20,60,50", "jpeg:95"])' in text
@@ -123,13 +127,13 @@ def test_other_statistics_and_resizing_are_found_too():
         "architecture"
     ]
     assert "dinov2.mean (expected [0.484375, 0.455078125, 0.40625], got [0.485, 0.456, 0.406])" in difference(
-        rounded, None, exact_inputs, digest(exact_inputs)
+        rounded, None, exact_inputs, fingerprint(exact_inputs)
     )
-    assert "dinov2.mean" in difference(digest(exact_inputs), None, rounded_inputs, rounded)
+    assert "dinov2.mean" in difference(fingerprint(exact_inputs), None, rounded_inputs, rounded)
     cropped = json.loads(json.dumps(rounded_inputs))
     for encoder in cropped["settings"]["preprocessing"]:
         encoder["resize_strategy"] = "resize-crop"
-    text = difference(digest(cropped), None, rounded_inputs, rounded)
+    text = difference(fingerprint(cropped), None, rounded_inputs, rounded)
     assert 'siglip.resize_strategy (expected "resize-crop", got "resize-naive")' in text
 
 
@@ -149,7 +153,7 @@ def test_other_interpolations_are_found_too(change, words):
     other = json.loads(json.dumps(inputs))
     for encoder in other["settings"]["preprocessing"]:
         encoder.update(change)
-    assert words in difference(digest(other), None, inputs, got)
+    assert words in difference(fingerprint(other), None, inputs, got)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +163,7 @@ def test_values_that_python_takes_for_equal_are_told_apart(mine, theirs):
     got, inputs = made("openvla-7b")
     ours, others = (json.loads(json.dumps(inputs)) for _ in range(2))
     ours["settings"]["more"], others["settings"]["more"] = mine, theirs
-    text = difference(digest(ours), ours, others, digest(others))
+    text = difference(fingerprint(ours), ours, others, fingerprint(others))
     assert "more" in text and "the weights are the expected ones" in text
 
 
@@ -193,8 +197,8 @@ def test_inputs_that_are_not_the_fingerprints_are_not_believed():
 )
 def test_any_settings_end_in_a_short_sentence(settings):
     inputs = {"settings": settings, "weights": WEIGHTS}
-    assert len(difference("ab" * 32, None, inputs, digest(inputs))) < 4000
-    assert len(difference("ab" * 32, made()[1], inputs, digest(inputs))) < 4000
+    assert len(difference("ab" * 32, None, inputs, fingerprint(inputs))) < 4000
+    assert len(difference("ab" * 32, made()[1], inputs, fingerprint(inputs))) < 4000
 
 
 def source(expected):

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vla_perception.options import MAX_IMAGE_PIXELS
 from vla_perception.printable import printable
 
-#: Pixels of an image unless another bound is given; the default of the node's parameter max_image_pixels.
-MAX_PIXELS = 64_000_000
+MAX_PIXELS = MAX_IMAGE_PIXELS
 #: Pixels of a side: what JPEG can hold. What goes through images row by row is bounded by this.
 MAX_SIDE = 65_500
 #: Progressive JPEGs have 10 scans or so; each one costs a pass over the whole image.

@@ -78,7 +78,7 @@ class TokenViewerParameters:
     show: str = parameter(
         "tokens",
         "What the colors are made of; features: the tokenizer's publish_features.",
-        choices=("tokens", "features"),
+        choices=options.OUTPUTS,
     )
     fit_messages: int = parameter(
         10, "The colors' meaning settles over this many messages and then stays.", low=1, high=100

@@ -12,23 +12,10 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TypedDict
 
-from vla_perception.options import (
-    PROJECTORS,
-    RESIZE_STRATEGIES,
-    RESIZE_WITH_PAD,
-    SPELLED_IN_FINGERPRINTS,
-    TOKEN_STRATEGIES,
-    spelled_in_fingerprint,
-)
+from vla_perception.fingerprint_inputs import SPELLED_IN_FINGERPRINTS, Triple, spelled_in_fingerprint
+from vla_perception.options import PROJECTORS, RESIZE_STRATEGIES, RESIZE_WITH_PAD, TOKEN_STRATEGIES
 from vla_perception.tokenizer.image_transforms import parse_chains, split_resize
 
-Triple = tuple[float, float, float]
-
-IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
-IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
-#: The released OpenVLA processor went through bfloat16, so these are what the models were run with.
-IMAGENET_MEAN_BF16: Triple = (0.484375, 0.455078125, 0.40625)
-IMAGENET_STD_BF16: Triple = (0.228515625, 0.2236328125, 0.224609375)
 HALF: Triple = (0.5, 0.5, 0.5)
 
 #: Interpolations by PIL's names → PIL's numbers.

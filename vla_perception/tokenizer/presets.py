@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from vla_perception.tokenizer.config import (
-    HALF,
+from vla_perception.fingerprint_inputs import (
     IMAGENET_MEAN,
     IMAGENET_MEAN_BF16,
     IMAGENET_STD,
     IMAGENET_STD_BF16,
+)
+from vla_perception.tokenizer.config import (
+    HALF,
     INTERPOLATIONS,
     EncoderConfig,
     TokenizerConfig,

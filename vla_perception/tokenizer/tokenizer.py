@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from vla_perception.fingerprint_inputs import fingerprint
 from vla_perception.options import tokens_per_view
 from vla_perception.tokenizer.checkpoints import CheckpointError
-from vla_perception.tokenizer.checkpoints.checkpoint import fingerprint
 from vla_perception.tokenizer.checkpoints.open import check_model, is_preset, open_model
 from vla_perception.tokenizer.config import TokenizerConfig
 from vla_perception.tokenizer.devices import TORCH_DTYPES, Placement, place
@@ -109,7 +109,7 @@ class VisualTokenizer:
         self.feature_channels = network.feature_channels
         self.channels = network.channels
         self.weights_digest = weights_digest
-        self.fingerprint = fingerprint(weights_digest, config.settings())
+        self.fingerprint = fingerprint({"settings": config.settings(), "weights": weights_digest})
 
     @classmethod
     def load(

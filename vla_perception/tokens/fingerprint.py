@@ -8,27 +8,29 @@ for the message's own weights with other image transforms or options: the common
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from vla_perception.options import SPELLED_IN_FINGERPRINTS, spelled_today
+from vla_perception.fingerprint_inputs import (
+    IMAGENET_MEAN,
+    IMAGENET_MEAN_BF16,
+    IMAGENET_STD,
+    IMAGENET_STD_BF16,
+    SPELLED_IN_FINGERPRINTS,
+    as_json,
+    fingerprint,
+    spelled_today,
+)
 
 #: The settings' entry of the image transforms.
 _TRANSFORMS = SPELLED_IN_FINGERPRINTS["image_transforms"]
 _ENTRIES = 12
 #: Bytes of settings up to which other ones are tried; real ones have about one thousand.
 _MAX_TRIED = 1 << 14
-_IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-#: As OpenVLA's released processor has them (tokenizer/config.py).
-_IMAGENET_BF16 = {"mean": [0.484375, 0.455078125, 0.40625], "std": [0.228515625, 0.2236328125, 0.224609375]}
-
-
-def digest(inputs: Mapping[str, object]) -> str:
-    """The fingerprint, 64 hexadecimal digits, of ``{"settings": …, "weights": digest of the weights}``."""
-    return hashlib.sha256(_json(inputs).encode()).hexdigest()
+_IMAGENET = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+_IMAGENET_BF16 = {"mean": list(IMAGENET_MEAN_BF16), "std": list(IMAGENET_STD_BF16)}
 
 
 def checked_inputs(value: object) -> dict[str, object]:
@@ -60,8 +62,8 @@ def expectation(expected: str | Mapping[str, object]) -> tuple[str, dict[str, ob
         inputs = None if given is None else checked_inputs(given)
     if not isinstance(digits, str) or len(digits) < 8:
         raise ValueError("expect_fingerprint must have at least 8 of the 64 hexadecimal digits")
-    if inputs is not None and not digest(inputs).startswith(digits.lower()):
-        raise ValueError(f"expect_fingerprint: the inputs have the fingerprint {digest(inputs)}, not {digits}")
+    if inputs is not None and not fingerprint(inputs).startswith(digits.lower()):
+        raise ValueError(f"expect_fingerprint: the inputs have the fingerprint {fingerprint(inputs)}, not {digits}")
     return digits.lower(), inputs
 
 
@@ -75,10 +77,10 @@ def difference(expected: str, wanted: Mapping[str, object] | None, found: Mappin
         got: that fingerprint.
     """
     try:
-        if found is None or digest(found) != got:
+        if found is None or fingerprint(found) != got:
             return "the message does not say what its fingerprint is made of, so what differs is not known"
-        if wanted is None and len(_json(found)) <= _MAX_TRIED:
-            wanted = next((inputs for inputs in _neighbours(found) if digest(inputs).startswith(expected)), None)
+        if wanted is None and len(as_json(found)) <= _MAX_TRIED:
+            wanted = next((inputs for inputs in _neighbours(found) if fingerprint(inputs).startswith(expected)), None)
     except (TypeError, ValueError, OverflowError, RecursionError):
         return "the message is garbled where it says what its fingerprint is made of"
     if wanted is None:
@@ -136,11 +138,6 @@ def _flat(settings: object, prefix: str = "") -> dict[str, object]:
         else:
             result[f"{prefix}{key}"] = value
     return result
-
-
-def _json(inputs: Mapping[str, object]) -> str:
-    entries = {"settings": inputs["settings"], "weights": inputs["weights"]}
-    return json.dumps(entries, sort_keys=True, separators=(",", ":"))
 
 
 def _brief(values: Mapping[str, object], name: str, length: int | None = 160) -> str:

@@ -121,7 +121,7 @@ class TokenizerParameters:
         **_TOPICS,
     )
     max_image_pixels: int = parameter(
-        64_000_000,  # streams.MAX_PIXELS
+        options.MAX_IMAGE_PIXELS,
         "A larger image is counted as undecodable, before anything of it is decoded.",
         low=1,
         high=1_000_000_000,

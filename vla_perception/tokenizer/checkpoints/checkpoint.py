@@ -6,7 +6,6 @@ Which layouts there are is open.py's matter; here they all look the same.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -181,12 +180,6 @@ class WeightsDigest:
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
-
-
-def fingerprint(weights_digest: str, settings: Mapping[str, object]) -> str:
-    """SHA-256 (hex) over the digest of the weights and the settings that change tokens, as sorted JSON."""
-    text = json.dumps({"settings": settings, "weights": weights_digest}, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def listing(title: str, names: list[str]) -> str:
