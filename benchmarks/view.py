@@ -10,7 +10,8 @@ stamp_to_pixels_ms  from a camera's stamp to the painted frame, by the page's cl
                   at the subscriber
 rate_loss         of the node, which is sent more frames than it can encode and has a subscriber anyway: with a page open
                   at --hz 5 less than without, phases alternating. `elsewhere`: the page is on another machine (its web
-                  socket is read and confirmed here, nothing is drawn); `here`: Chromium draws on the node's own cores
+                  socket is read and confirmed here, nothing is drawn); `here`: Chromium draws on the node's own cores;
+                  `cores_of_view`: what the command's process takes of a core meanwhile
 click_ms          from the pointer's release to the painted heat map, 2 views of 256 × 4096 bfloat16 tokens and 2176
                   features
 """
@@ -143,18 +144,27 @@ def rate_loss(driver, ros: RosContext, seconds: float, rounds: int) -> dict[str,
         wait_until(lambda: rate.over(1.0) > 0, 60, "the node encodes")
         pages = {"elsewhere": lambda: page_elsewhere(view.address), "here": lambda: page_here(driver, view.address)}
         for name, page in pages.items():
-            without, beside = [], []
+            without, beside, cores = [], [], []
             for _ in range(rounds):
                 without.append(rate.over(seconds))
                 with page():
+                    begin, used = time.monotonic(), cpu_seconds(view.process.pid)
                     beside.append(rate.over(seconds))
+                    cores.append((cpu_seconds(view.process.pid) - used) / (time.monotonic() - begin))
             medians = statistics.median(without), statistics.median(beside)
             result[name] = {
                 "without_hz": [round(x, 2) for x in without],
                 "beside_hz": [round(x, 2) for x in beside],
                 "loss": round(1 - medians[1] / medians[0], 3),
+                "cores_of_view": round(statistics.median(cores), 3),
             }
     return result
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def large_tokens(sequence: int) -> VisualTokens:

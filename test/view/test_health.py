@@ -62,12 +62,15 @@ def test_other_weights_and_states_are_events():
 def test_details_and_samples():
     health = TokenizerHealth("/tokens", "/visual_tokenizer")
     statuses = [model(7, device="cuda:0", device_memory_mb="812"), camera(rate_hz="29.97", age_sec="0.01")]
-    health.on_statuses([*statuses, timing(encode_p50_ms="12.5", encode_p95_ms="20", decode_p50_ms="nan")], 1.0)
+    health.on_statuses(
+        [*statuses, timing(encode_p50_ms="12.5", encode_p95_ms="20", decode_p50_ms="nan", age_p50_ms="31")], 1.0
+    )
     health.on_reception(Reception("shared memory", received=10, lost=2, gaps=1), 1.0)
     for age in (0.1, 0.3, 0.2):
         health.on_tokens({"weights": "random"}, age, 1.0)
     first = health.sample(1.0)
     assert first["in_hz"] == {"front": 29.97} and first["encode_p50"] == 12.5 and first["encode_p95"] == 20
+    assert first["published_age_ms"] == 31
     assert first["decode_p50"] is None and first["received_hz"] is None
     assert first["age_ms"] == pytest.approx(200)
     health.on_reception(Reception("shared memory", received=25, lost=2, gaps=1), 2.0)

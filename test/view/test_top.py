@@ -19,7 +19,7 @@ def busy_feed():
         statuses = [
             Status("visual_tokenizer: model", 0, "active", model | {"device": "cpu", "encode_errors": "2"}),
             Status("visual_tokenizer: camera front", 1, problem, camera),
-            Status("visual_tokenizer: timing", 0, "ok", {"encode_p50_ms": "12.34", "encode_p95_ms": "nan"}),
+            Status("visual_tokenizer: timing", 1, "tokens are old", {"encode_p50_ms": "12.34", "age_p50_ms": "50"}),
         ]
         feed.health.on_statuses(statuses, second)
     feed.health.on_reception(Reception(), now)
@@ -36,6 +36,8 @@ def test_text_has_what_matters(capsys):
         "out 10.0 Hz, 30 messages",
         "encode_errors 2",
         "no frame for 5 s",
+        "ms: p50 50.0, p95 –",
+        "tokens are old",
         "error visual_tokenizer: two lines",
     ):
         assert part in text, text

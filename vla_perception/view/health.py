@@ -78,7 +78,7 @@ class TokenizerHealth:
     events: deque[tuple[float, str]] = field(default_factory=lambda: deque(maxlen=MAX_EVENTS))
     samples: deque[dict[str, object]] = field(default_factory=lambda: deque(maxlen=SAMPLES))
     _model: Status | None = None
-    _timing: Mapping[str, str] = field(default_factory=dict)
+    _timing: Status | None = None
     _cameras: dict[str, Status] = field(default_factory=dict)
     _last_sign: float = -math.inf
     _listed: bool = False
@@ -99,7 +99,7 @@ class TokenizerHealth:
             if status.is_of_a_tokenizer:
                 self._on_model(status, now)
             elif what == "timing":
-                self._timing = status.values
+                self._timing = status
             elif what.startswith("camera ") and len(cameras) < MAX_CAMERAS:
                 cameras[what.removeprefix("camera ")] = status
         self._cameras = cameras
@@ -186,19 +186,22 @@ class TokenizerHealth:
         stages: dict[str, object] = {}
         for stage in STAGES:
             for percent in ("p50", "p95"):
-                value = None if gone else _number(self._timing.get(f"{stage}_{percent}_ms"))
-                stages[f"{stage}_{percent}"] = value
+                stages[f"{stage}_{percent}"] = None if gone else self._milliseconds(f"{stage}_{percent}_ms")
         sample: dict[str, object] = {
             "time": now,
             "in_hz": {} if gone else {name: _number(c.values.get("rate_hz")) for name, c in self._cameras.items()},
             "out_hz": None if gone else self._out_hz,
             "received_hz": None if gone else received_hz,
+            "published_age_ms": None if gone else self._milliseconds("age_p50_ms"),
             "age_ms": statistics.median(self._ages) * 1e3 if self._ages and not gone else None,
             **stages,
         }
         self._ages.clear()
         self.samples.append(sample)
         return sample
+
+    def _milliseconds(self, key: str) -> float | None:
+        return _number(self._timing.values.get(key)) if self._timing is not None else None
 
     def summary(self, now: float) -> dict[str, object]:
         """What the list of tokenizers shows."""
@@ -231,7 +234,10 @@ class TokenizerHealth:
                 }
                 for name, status in self._cameras.items()
             ],
-            "timing": {key: _number(value) for key, value in self._timing.items()},
+            "timing": {}
+            if self._timing is None
+            else {key: _number(value) for key, value in self._timing.values.items()},
+            "problem": self._timing.message if self._timing is not None and self._timing.level > 0 else "",
             "reception": vars(self.reception).copy(),
             "out_hz": self._out_hz,
             "age_ms": next((s["age_ms"] for s in reversed(self.samples) if s["age_ms"] is not None), None),

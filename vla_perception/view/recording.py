@@ -79,6 +79,7 @@ class RecordingFeed:
             "facts": self._facts(topic),
             "cameras": [],
             "timing": {},
+            "problem": "",
             "reception": {"transport": "recording", "received": 0, "lost": 0, "gaps": 0, "restarts": 0, "rejected": 0},
             "out_hz": None,
             "age_ms": None,

@@ -105,6 +105,11 @@ def _report(report: dict) -> list[str]:
         for percent in ("p50", "p95"):
             cells = "".join(_cell(_number(timing.get(f"{stage}_{percent}_ms")), stage) for stage in STAGES)
             lines.append(f"  {percent:<15}{cells}")
+    if timing.get("age_p50_ms") is not None:
+        ages = f"p50 {_number(timing['age_p50_ms'])}, p95 {_number(timing.get('age_p95_ms'))}"
+        lines.append(f"  age of tokens when they are published, ms: {ages}")
+    if report["problem"]:
+        lines.append(f"    {report['problem']}")
     lines += [f"  {event['ago_sec']:.0f} s ago: {event['text']}" for event in report["events"][-3:]]
     return lines
 

@@ -35,14 +35,18 @@ export function showCameras(cameras) {
     ...COUNTERS.map((name) => row(name, cameras.map((camera) => element("td", String(camera[name] ?? "–"))))),
   ];
   $("cameras").replaceChildren(...rows);
-  $("problems").replaceChildren(
-    ...cameras.filter((camera) => camera.problem).map((camera) => element("li", `${camera.camera}: ${camera.problem}`)),
-  );
+}
+
+function showProblems(details) {
+  const problems = details.cameras.filter((camera) => camera.problem).map((camera) => `${camera.camera}: ${camera.problem}`);
+  if (details.problem) problems.unshift(details.problem);
+  $("problems").replaceChildren(...problems.map((problem) => element("li", problem)));
 }
 
 export function showDetails(details, paintedMs) {
   const { facts, reception } = details;
   showCameras(details.cameras);
+  showProblems(details);
   list($("reception"), [
     ["transport", reception.transport || "not subscribed"],
     ["received", reception.received],

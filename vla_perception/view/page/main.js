@@ -53,7 +53,14 @@ const charts = [
       })),
     ),
   ),
-  new Chart($("age"), (samples) => [{ label: "age", values: samples.map((sample) => sample.age_ms) }], 0),
+  new Chart(
+    $("age"),
+    (samples) => [
+      { label: "when received", values: samples.map((sample) => sample.age_ms) },
+      { label: "when published", values: samples.map((sample) => sample.published_age_ms), dash: true },
+    ],
+    0,
+  ),
 ];
 
 const handlers = {
@@ -133,7 +140,7 @@ function showTokenizers(message) {
   const shown = message.tokenizers.find((one) => one.topic === message.topic);
   const state = $("state");
   const gone = shown?.gone ?? true;
-  state.textContent = shown === undefined ? "none found" : gone ? "gone" : shown.state || "publishing";
+  state.textContent = shown === undefined ? "none found" : gone ? "gone" : shown.state.split(",")[0] || "publishing";
   state.className = `pill ${gone || shown.warns ? "bad" : "good"}`;
   document.body.classList.toggle("gone", gone && shown !== undefined);
   if (tiles.frame !== null && tiles.frame.topic !== message.topic) tiles.clear("Waiting for tokens …");
