@@ -27,6 +27,7 @@ class Model:
 
     model, weights, fingerprint, compute_dtype = "odd", "checkpoint", "0" * 64, "float32"
     device, runtime = torch.device("cpu"), "eager"
+    condition_channels, condition = 0, None
 
     def __init__(self):
         self.gate, self.results = Gate(), []
@@ -39,7 +40,7 @@ class Model:
         result = self.results.pop(0) if self.results else 1.0
         if isinstance(result, Exception):
             raise result
-        return SimpleNamespace(tokens=torch.full((1, 4, 8), result), features=None)
+        return SimpleNamespace(tokens=torch.full((1, 4, 8), result), features=None, condition=self.condition)
 
     def affine(self, height, width, camera):
         return (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)

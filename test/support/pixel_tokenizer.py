@@ -51,7 +51,7 @@ class PixelTokenizer:
     def encode(self, pixel_values, features=False):
         self._on_encode()
         self.batches.append(len(pixel_values[0]))
-        return SimpleNamespace(tokens=pixel_values[0], features=None)
+        return SimpleNamespace(tokens=pixel_values[0], features=None, condition=None)
 
 
 def cells(image):

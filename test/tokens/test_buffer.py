@@ -142,3 +142,24 @@ def test_age_and_freshness(caplog):
     # Stamps from the future say that clocks differ, which makes every age meaningless.
     push(tokens, 2, stamp_ns=time.time_ns() + 60 * 10**9)
     assert tokens.latest_within(1.0) is None and "synchronise the clocks" in caplog.messages[-1]
+
+
+def test_tokens_of_another_condition_are_left_out_and_are_no_loss():
+    """A policy that has changed its instruction gets nothing that was computed for the last one."""
+    buffer, first, second = TokenBuffer(history=4), "1" * 64, "2" * 64
+
+    def take(sequence, condition):
+        return buffer.push(make_tokens(sequence, condition=condition))
+
+    take(0, first)
+    buffer.expect_condition(second)
+    assert buffer.latest is None and buffer.history == ()
+    assert take(1, first) is None and take(2, first) is None
+    with pytest.raises(TimeoutError):
+        buffer.wait(0.01)
+    take(3, second)
+    assert buffer.wait(1.0).sequence == 3 and buffer.latest.condition == second
+    assert (buffer.lost, buffer.gaps, buffer.rejected) == (0, 0, 0)
+    buffer.expect_condition(None)
+    take(4, None)
+    assert [tokens.sequence for tokens in buffer.history] == [3, 4]

@@ -89,7 +89,7 @@ def test_tokens_that_are_no_numbers_are_refused_in_process_too(tokenizer):
         affine, roi, metadata = tokenizer.affine, tokenizer.roi, tokenizer.metadata
 
         def __call__(self, images, features=False, cameras=None):
-            return SimpleNamespace(tokens=torch.full((1, 196, 256), 7e4), features=None)
+            return SimpleNamespace(tokens=torch.full((1, 196, 256), 7e4), features=None, condition=None)
 
     image = {"front": np.zeros((48, 64, 3), np.uint8)}
     assert tokenize(Overflowing(), image).float32().max() == 7e4

@@ -7,7 +7,6 @@ change with the instruction alone, and are computed when that does (``FiLMedVisi
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from vla_perception.condition import condition_digest
 from vla_perception.tokenizer.timm_import import Block
 
 
@@ -116,11 +116,3 @@ class Condition:
     def _record(self) -> None:
         if self._done is not None:
             self._done.record(torch.cuda.current_stream(self._device))
-
-
-def condition_digest(vector: np.ndarray | Sequence[float]) -> str:
-    """SHA-256 (hex) over a condition as little-endian float32; ValueError if it holds what is no finite number."""
-    values = np.asarray(vector, "<f4")
-    if values.ndim != 1 or not np.isfinite(values).all():
-        raise ValueError("a condition must be a vector of finite numbers")
-    return hashlib.sha256(values.tobytes()).hexdigest()

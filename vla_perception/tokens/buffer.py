@@ -52,6 +52,7 @@ class TokenBuffer:
         self._expected_inputs: Mapping[str, object] | None = None
         if expect_fingerprint is not None:
             self._expected, self._expected_inputs = expectation(expect_fingerprint)
+        self._condition: str | None = None
         self._mismatch = ("", "")  # the last wrong fingerprint, and what is wrong with it
         self._pushing = threading.Lock()  # guards what only `push` uses
         self._continuity = Continuity()
@@ -151,6 +152,18 @@ class TokenBuffer:
             )
         return age
 
+    def expect_condition(self, digest: str | None) -> None:
+        """From here on only tokens of that condition (`VisualTokens.condition`) are delivered; None: of any.
+
+        What is kept of other conditions is dropped, so `latest` is None and `wait` waits until the first one comes.
+        """
+        with self._pushing, self._changed:
+            self._condition = digest
+            kept = [tokens for tokens in self._history if digest in (None, tokens.condition)]
+            if len(kept) < len(self._history):
+                self._history = deque(kept)
+                self._waited = (self._generation, self.rejected)
+
     def close(self) -> None:
         """Ends reception; threads that wait get a RuntimeError."""
         with self._changed:
@@ -174,7 +187,7 @@ class TokenBuffer:
 
         Returns:
             How its stamp follows the ones before; a late message does not become the latest. None: it was rejected,
-            for it has another fingerprint than the expected one.
+            for it has another fingerprint than the expected one, or left out, for it is of another condition.
         """
         with self._pushing:
             if self._expected is not None and not tokens.fingerprint.startswith(self._expected):
@@ -183,6 +196,9 @@ class TokenBuffer:
             self._expected_inputs = tokens.fingerprint_inputs or self._expected_inputs
             last = self._last
             continuation = self._continuity.add(tokens.sequence, tokens.fingerprint, another_publisher)
+            if self._condition is not None and tokens.condition != self._condition:
+                self._count(continuation)
+                return None
             alike = last is not None and (tokens.cameras, tokens.shape) == (last.cameras, last.shape)
             if continuation.restarted or not alike:
                 self._order = StampOrder()
@@ -195,9 +211,7 @@ class TokenBuffer:
                 self._rejection = None
                 self._generation += order is not Order.LATE
                 self.received += 1
-                self.restarts += continuation.restarted
-                self.gaps += continuation.lost > 0
-                self.lost += continuation.lost
+                self._count(continuation)
                 self._changed.notify_all()
         self._log_push(tokens, last, continuation)
         return order
@@ -209,6 +223,11 @@ class TokenBuffer:
             self._rejection = error
             self._changed.notify_all()
         self._log_throttled(f"rejected, {type(error).__name__}", f"visual tokens rejected: {error}", error=True)
+
+    def _count(self, continuation: Continuation) -> None:
+        self.restarts += continuation.restarted
+        self.gaps += continuation.lost > 0
+        self.lost += continuation.lost
 
     def _insert(self, tokens: VisualTokens) -> None:
         """Into the history, in the order of stamps; of equal ones in that of arrival. With `_changed` held."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from vla_perception.tokens.buffer import TokenBuffer
@@ -56,6 +56,12 @@ class LocalTokenizer(TokenBuffer):
         self._callback = callback
         self._encoding = threading.Lock()
         self._sequence = 0
+
+    def set_condition(self, vector: np.ndarray | Sequence[float], name: str = "") -> str:
+        """As `TokenSubscriber.set_condition`, for the tokenizer of this process."""
+        digest = self._tokenizer.set_condition(vector)
+        self.expect_condition(digest)
+        return digest
 
     def encode(self, images: Mapping[str, np.ndarray], stamp_ns: int | None = None) -> VisualTokens:
         """Encodes one image per camera and makes the result the latest message. Raises like `latest`."""

@@ -10,12 +10,16 @@ A message's way: `transports` (a receiver's thread) → `handover` (does this tr
 
 from __future__ import annotations
 
+import array
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from vla_perception.condition import condition_digest
 from vla_perception.tokens.arrivals import Order, Senders
 from vla_perception.tokens.buffer import POLL_SEC, TokenBuffer
 from vla_perception.tokens.encode_service import is_final, published_sequence
@@ -85,6 +89,7 @@ class TokenSubscriber(TokenBuffer):
         self.topic = node.resolve_topic_name(topic)
         self._service = node.resolve_service_name(self.topic.rpartition("/")[0] + "/encode")
         self._client: Any = None
+        self._condition_publisher: Any = None
         self._answered: frozenset[bytes] = frozenset()  # publishers beside whose service it has answered
         self._publishers: frozenset[bytes] = frozenset()  # as listed when a message was last checked
         self._senders = Senders()
@@ -106,6 +111,34 @@ class TokenSubscriber(TokenBuffer):
     def publishers(self) -> int:
         """How many publishers of the topic are known. More than one is a mistake: their tokens would mix."""
         return self._receiver.node.count_publishers(self.topic)
+
+    def set_condition(self, vector: np.ndarray | Sequence[float], name: str = "") -> str:
+        """Sends what modulates the encoders of a model with FiLM: the mean of the instruction's embeddings.
+
+        It is latched: a tokenizer that starts later gets it, too. From here on this subscriber delivers tokens of that
+        condition alone, so `wait` waits until the tokenizer has changed over.
+
+        Args:
+            vector: as many finite numbers as the model takes (the language model's width).
+            name: for the tokenizer's log, such as the instruction.
+
+        Returns:
+            the digest (hex) that the tokens carry as `VisualTokens.condition`.
+        """
+        from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+        from sensor_msgs.msg import ChannelFloat32
+
+        digest = condition_digest(vector)
+        if self._condition_publisher is None:
+            topic = self.topic.rpartition("/")[0] + "/condition"
+            latched = QoSProfile(
+                depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL
+            )
+            self._condition_publisher = self._receiver.node.create_publisher(ChannelFloat32, topic, latched)
+        self.expect_condition(digest)
+        values = array.array("f", np.asarray(vector, np.float32).tobytes())
+        self._condition_publisher.publish(ChannelFloat32(name=name, values=values))
+        return digest
 
     def request(self, timeout_sec: float = 5.0) -> VisualTokens:
         """Asks the tokenizer to encode its latest images, and waits for their tokens.

@@ -339,7 +339,9 @@ def test_compressed_images_of_a_set_are_decoded_side_by_side():
         return decode(image, max_pixels)
 
     published, reports, model = [], [], Model()
-    model.encode = lambda images, features: SimpleNamespace(tokens=torch.ones(len(images), 4, 8), features=None)
+    model.encode = lambda images, features: SimpleNamespace(
+        tokens=torch.ones(len(images), 4, 8), features=None, condition=None
+    )
     pipeline = Pipeline(
         model,
         SetSynchronizer(cameras),

@@ -26,6 +26,7 @@ from vla_perception.nodes.node_runner import GRACE_SEC, RosLogHandler, Stop, run
 from vla_perception.nodes.parameters import Changes, NodeParameters
 from vla_perception.nodes.visual_tokenizer.bond import ManagerBond
 from vla_perception.nodes.visual_tokenizer.cameras import Cameras
+from vla_perception.nodes.visual_tokenizer.condition import ConditionTopic
 from vla_perception.nodes.visual_tokenizer.diagnostics import Diagnostics, FailureLog, FrameSetMonitor
 from vla_perception.nodes.visual_tokenizer.loading import freeze_loaded_objects, load_tokenizer, release_memory
 from vla_perception.nodes.visual_tokenizer.parameters import PARAMETERS, TokenizerParameters
@@ -101,6 +102,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         )
         self._token_publisher = TokenPublisher(self)
         self._cameras = Cameras(self)
+        self._condition = ConditionTopic(self)
         self._diagnostics = Diagnostics(self)
         self._bond = ManagerBond(self)
         self._frame_set_monitor = FrameSetMonitor(self.get_logger())
@@ -137,6 +139,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             decode=decode_image,
             sequence=self._next_sequence,
         )
+        self._condition.open(tokenizer)
         self._on_parameters_changed()  # of those that may change at any time, one may have meanwhile
         freeze_loaded_objects()
         return TransitionCallbackReturn.SUCCESS
@@ -201,6 +204,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
     def _unload(self) -> None:
         """Ends the threads and gives the device's memory back."""
         pipeline, self._pipeline = self._pipeline, None
+        self._condition.close()
         if pipeline is not None:
             pipeline.close()  # an encoding in progress uses the memory that is to be given back
             self._next_sequence = pipeline.sequence

@@ -211,6 +211,8 @@ class Pipeline:
                 )
             elif not self._publisher.has_subscribers():
                 request.answer(False, "the tokens have no subscriber")
+            elif self._lacks_condition:
+                request.answer(False, "the model has FiLM, and no condition came yet on the topic `condition`")
             elif not self._sync.waiting:
                 request.answer(False, f"no new frame set since the last request ({self._last_frames()})")
             elif age > STALE_SEC:
@@ -220,6 +222,11 @@ class Pipeline:
                 self._request = request
                 self._changed.notify_all()
         return request
+
+    @property
+    def _lacks_condition(self) -> bool:
+        """Whether what the encoders are modulated with has not come yet."""
+        return self.tokenizer.condition_channels > 0 and self.tokenizer.condition is None
 
     def apply_parameters(self, parameters: TokenizerParameters) -> None:
         """From the next frame set on these are in force."""
@@ -294,7 +301,8 @@ class Pipeline:
                     if wait <= 0:
                         wait = None
                         self._has_new_set = False  # also without subscribers: by the time one comes it is old
-                        if self._publisher.has_subscribers() and (frames := self._sync.take()) is not None:
+                        wanted = self._publisher.has_subscribers() and not self._lacks_condition
+                        if wanted and (frames := self._sync.take()) is not None:
                             self._last_taken = now
                             return _Job(frames, None, self._generation, self._set_arrived)
                 self._changed.wait(wait)
