@@ -250,9 +250,8 @@ def ray(given: argparse.Namespace) -> dict:
     for _ in range(given.rounds):
         for workers in rates:
             shutil.rmtree(settings.out, ignore_errors=True)
-            found = ray_engine.tokenize(partial(_loaded, given.model), sources, recordings, settings, workers=workers)[
-                2
-            ]
+            load = partial(_loaded, given.model)
+            _, found = ray_engine.tokenize(load, sources, recordings, settings, workers=workers)
             rates[workers].append(found.frame_sets / found.encoding_sec)
             print(f"  {workers} workers: {rates[workers][-1]:.2f} frame sets per second", flush=True)
     ray.shutdown()

@@ -2,6 +2,7 @@
 
 import os
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,7 +10,7 @@ ray = pytest.importorskip("ray")
 for package in ("torch", "av", "pyarrow", "rosbags", "mcap"):
     pytest.importorskip(package)
 from offline_runs import DATASET, ROOT, contents, tokenize  # noqa: E402
-from pixel_tokenizer import differing, killed_once  # noqa: E402
+from pixel_tokenizer import PixelTokenizer, killed_once  # noqa: E402
 from recorded import write_images  # noqa: E402
 
 from vla_perception.offline import ray_engine, run, run_index  # noqa: E402
@@ -48,13 +49,22 @@ def test_the_result_is_that_of_one_process_although_a_worker_was_killed(tmp_path
     finally:
         torch.set_num_threads(before)
     marker = tmp_path / "killed"
-    index, failed, statistics = on_ray(partial(killed_once, marker), sources, tmp_path / "shared")
+    index, statistics = on_ray(partial(killed_once, marker), sources, tmp_path / "shared")
     assert marker.exists(), "no worker was killed"
-    assert index["complete"] and not failed and index["totals"]["frames"] == 25 + 18 + 31 + 11
+    assert index["complete"] and not index["failed"] and index["totals"]["frames"] == 25 + 18 + 31 + 11
     assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
     assert statistics.frame_sets >= 25 + 18 + 31 + 11 - 5, "all but what the killed one had done"
 
 
-def test_workers_that_differ_are_refused(tmp_path, local_ray):
-    with pytest.raises(run_index.RunIndexError, match="not compute the same bits: .*compute_dtype"):
-        on_ray(partial(differing, tmp_path / "first"), [DATASET], tmp_path / "out")
+def test_workers_that_differ_are_refused():
+    """Without Ray: what the workers would say of themselves, one of them on another device."""
+    index = run_index.build(PixelTokenizer().metadata(), {"device": "cuda"}, {"gpu": "H100"})
+    other = run_index.build(PixelTokenizer().metadata(), {"device": "cuda"}, {"gpu": "A100"})
+
+    def actor(built):
+        return SimpleNamespace(**{name: SimpleNamespace(remote=lambda: built) for name in ("begin", "built")})
+
+    ray = SimpleNamespace(get=lambda answers: answers)
+    assert ray_engine._begun(ray, [actor(index), actor(dict(index))]) == index
+    with pytest.raises(run_index.RunIndexError, match='not compute the same bits: environment.gpu: "H100", now "A100"'):
+        ray_engine._begun(ray, [actor(index), actor(other)])

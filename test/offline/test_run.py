@@ -16,7 +16,7 @@ from pixel_tokenizer import PixelTokenizer, cells  # noqa: E402
 from recorded import picture, write_bag, write_images, write_video  # noqa: E402
 
 from vla_perception.offline import run_index, token_file_writer  # noqa: E402
-from vla_perception.offline.recordings import Selection, SourceError  # noqa: E402
+from vla_perception.offline.recordings import Selection, SourceError, open_recordings  # noqa: E402
 from vla_perception.offline.token_file import TokenFile  # noqa: E402
 
 
@@ -169,14 +169,38 @@ def test_on_error_stop_ends_with_the_reason(tmp_path, sources):
     assert not json.loads((tmp_path / "out/index.json").read_text())["complete"]
 
 
-def test_a_recording_that_breaks_off_keeps_what_came_before(tmp_path, sources):
-    path = next(sources[0].glob("*.mcap"))
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) * 2 // 3])
-    index, _ = tokenize(tmp_path / "out", [sources[1], sources[2]])
+def test_a_recording_that_breaks_off_keeps_what_came_before(tmp_path, sources, monkeypatch):
+    from vla_perception.sources.bags import Bag, BagError
+
+    real = Bag.messages
+
+    def messages(self, *arguments):
+        for number, message in enumerate(real(self, *arguments)):
+            if len(arguments[0]) == 2 and number == 8:  # where both cameras are read
+                raise BagError("there is no chunk at byte 12345, where the index has one")
+            yield message
+
+    monkeypatch.setattr(Bag, "messages", messages)
     told = []
-    with pytest.raises(ValueError, match="mcap recover"):
-        tokenize(tmp_path / "out", sources, report=told.append)
+    index, _ = tokenize(tmp_path / "out", sources[:1], report=told.append)
+    (entry,) = index["recordings"]
+    assert entry["frames"] == 4 and "no chunk at byte" in entry["breaks_off"]
+    assert any("breaks off" in text for text in told)
+    with pytest.raises(BagError):
+        tokenize(tmp_path / "strict", sources[:1], on_error="stop")
+
+
+def test_a_damaged_source_is_left_out_or_an_error(tmp_path, sources):
+    path = next(sources[0].glob("*.mcap"))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    damaged = []
+    recordings = open_recordings(sources, Selection(), damaged)
+    assert [recording.name for recording in recordings] == ["shots", "clip"]
+    assert damaged[0]["name"] == "drive" and "mcap recover" in damaged[0]["error"]
+    with pytest.raises(SourceError, match="mcap recover"):
+        open_recordings(sources, Selection())
+    with pytest.raises(SourceError, match="there is no"):
+        open_recordings([*sources, tmp_path / "typo"], Selection(), damaged)
 
 
 def test_a_recording_without_one_readable_frame_is_left_out(tmp_path, sources):

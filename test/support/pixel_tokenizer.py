@@ -74,13 +74,3 @@ def killed_once(marker):
             os.kill(os.getpid(), signal.SIGKILL)
 
     return PixelTokenizer(on_encode)
-
-
-def differing(path):
-    """The second worker that is made has other settings."""
-    tokenizer = PixelTokenizer()
-    try:
-        path.touch(exist_ok=False)
-    except FileExistsError:
-        tokenizer.compute_dtype = "bfloat16"
-    return tokenizer

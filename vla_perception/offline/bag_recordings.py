@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 
 from vla_perception.images.decode import check_message_size, compressed_to_rgb, image_to_rgb
-from vla_perception.offline.recordings import FrameError, FrameSet, Problems, Selection, SourceError, safe_name
+from vla_perception.offline.recordings import (
+    DamagedError,
+    FrameError,
+    FrameSet,
+    Problems,
+    Selection,
+    SourceError,
+    safe_name,
+)
 from vla_perception.sources.bags import COMPRESSED_IMAGE, IMAGE, Bag, BagError, BagMessage
 from vla_perception.synchronizer import SetSynchronizer
 from vla_perception.tokens.message import check_header
@@ -48,7 +56,7 @@ class BagRecording:
                 self._counts = {name: bag.topics[topic].messages for name, topic in self._topics.items()}
                 self.seconds = bag.seconds
         except BagError as error:
-            raise SourceError(str(error)) from error
+            raise DamagedError(str(error)) from error
         folder = path.parent if path.name == "metadata.yaml" else path
         stem = re.sub(r"\.(mcap|db3)(\.zstd)?$", "", folder.resolve().name, flags=re.IGNORECASE)
         self.name = safe_name(stem)

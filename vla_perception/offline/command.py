@@ -159,10 +159,13 @@ def run(given: argparse.Namespace, choices: dict[str, Any]) -> int:
     if given.out.exists() and not given.out.is_dir():
         raise ValueError(f"--out {given.out} is a file: name a folder, or a FILE.safetensors for image files alone")
     check_model(given.model, **choices)
-    recordings = sources.open_recordings(given.images, selection)
+    damaged: list[dict[str, str]] = []
+    recordings = sources.open_recordings(given.images, selection, damaged if given.on_error == "skip" else None)
+    for each in damaged:
+        print(f"{each['source']}: left out: {each['error']}", file=sys.stderr)
     _allow_large_images()
     tokenize = _tokenize if given.engine == "local" else _tokenize_on_ray
-    return tokenize(given, choices, settings, recordings)
+    return tokenize(given, choices, settings, recordings, damaged)
 
 
 def _allow_large_images() -> None:
@@ -173,7 +176,11 @@ def _allow_large_images() -> None:
 
 
 def _tokenize(
-    given: argparse.Namespace, choices: dict[str, Any], settings: RunSettings, recordings: Sequence[Recording]
+    given: argparse.Namespace,
+    choices: dict[str, Any],
+    settings: RunSettings,
+    recordings: Sequence[Recording],
+    damaged: list[dict[str, str]],
 ) -> int:
     from vla_perception.offline import run as runs
     from vla_perception.offline.recordings import expected_sets
@@ -189,12 +196,17 @@ def _tokenize(
         failed, statistics = runs.encode_recordings(
             recordings, tokenizer, settings, report=lambda text: bar.write(text, file=sys.stderr), advance=bar.update
         )
-    _say_result(settings.out, runs.end(settings, index, recordings, failed), statistics)
-    return int(bool(failed))
+    index = runs.end(settings, index, recordings, [*damaged, *failed])
+    _say_result(settings.out, index, statistics)
+    return int(bool(index["failed"]))
 
 
 def _tokenize_on_ray(
-    given: argparse.Namespace, choices: dict[str, Any], settings: RunSettings, recordings: Sequence[Recording]
+    given: argparse.Namespace,
+    choices: dict[str, Any],
+    settings: RunSettings,
+    recordings: Sequence[Recording],
+    damaged: list[dict[str, str]],
 ) -> int:
     from functools import partial
 
@@ -205,18 +217,19 @@ def _tokenize_on_ray(
     settings.out.mkdir(parents=True, exist_ok=True)
     placement = {"device": given.device, "compute_dtype": given.compute_dtype, "runtime": given.runtime}
     with _continuing(settings.out), _bar(expected) as bar:
-        index, failed, statistics = ray_engine.tokenize(
+        index, statistics = ray_engine.tokenize(
             partial(_load_in_worker, given.model, **placement, **choices),
             given.images,
             recordings,
             settings,
             workers=given.workers,
             cpus=given.worker_cpus,
+            damaged=damaged,
             report=lambda text: bar.write(text, file=sys.stderr),
             advance=bar.update,
         )
     _say_result(settings.out, index, statistics)
-    return int(bool(failed))
+    return int(bool(index["failed"]))
 
 
 def _load_in_worker(model: str, **arguments: Any) -> Any:

@@ -32,7 +32,7 @@ class _Worker:
     def __init__(
         self, load: Callable[[], VisualTokenizer], sources: Sequence[str | Path], settings: run.RunSettings
     ) -> None:
-        self._recordings = {each.name: each for each in open_recordings(sources, settings.selection)}
+        self._recordings = {each.name: each for each in open_recordings(sources, settings.selection, [])}
         self._tokenizer, self._settings = load(), settings
 
     def begin(self) -> dict:
@@ -61,19 +61,21 @@ def tokenize(
     *,
     workers: int = 0,
     cpus: int = 1,
+    damaged: Sequence[dict[str, str]] = (),
     report: Callable[[str], None] = lambda _: None,
     advance: Callable[[int], None] = lambda _: None,
-) -> tuple[dict, list[dict[str, str]], run.Statistics]:
+) -> tuple[dict, run.Statistics]:
     """Runs it all, and writes the index.
 
     Args:
         load: makes a worker's tokenizer, in the worker.
         sources: as `recordings` were opened from them: each worker opens them for itself.
         workers: how many at most; 0: one per GPU of the cluster, or as many as its CPUs allow.
+        damaged: sources that were left out, for the index.
         cpus: cores of each, which is also its number of threads.
 
     Returns:
-        The index, what was left out, and what it took: `encoding_sec` is without the start of the workers.
+        The index, and what it took: `encoding_sec` is without the start of the workers.
 
     Raises:
         run_index.RunIndexError: workers that would not compute the same bits, or a folder of other settings.
@@ -84,7 +86,7 @@ def tokenize(
 
     began = time.perf_counter()
     actors = _actors(ray, load, sources, settings, min(workers or len(recordings), len(recordings)), cpus)
-    statistics, failed = run.Statistics(), []
+    statistics, failed = run.Statistics(), list(damaged)
     try:
         index = _begun(ray, actors)
         pool = ActorPool(actors)
@@ -106,7 +108,7 @@ def tokenize(
             ray.kill(actor)
     statistics.seconds = time.perf_counter() - began
     failed.sort(key=lambda entry: entry["name"])
-    return run.end(settings, index, recordings, failed), failed, statistics
+    return run.end(settings, index, recordings, failed), statistics
 
 
 def _actors(ray: Any, load: Callable, sources: Sequence, settings: run.RunSettings, most: int, cpus: int) -> list:

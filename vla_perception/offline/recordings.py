@@ -24,6 +24,10 @@ class SourceError(ValueError):
         super().__init__(printable(text))  # it quotes names of any content
 
 
+class DamagedError(SourceError):
+    """A source that is what it seems to be, and damaged."""
+
+
 class FrameError(ValueError):
     """One frame that cannot be read, while those after it may be."""
 
@@ -167,8 +171,13 @@ def parse_episodes(text: str) -> frozenset[int]:
     return frozenset(numbers)
 
 
-def open_recordings(sources: Sequence[str | Path], selection: Selection) -> list[Recording]:
+def open_recordings(
+    sources: Sequence[str | Path], selection: Selection, damaged: list[dict[str, str]] | None = None
+) -> list[Recording]:
     """The recordings of all sources, with different names, in the order of the sources.
+
+    Args:
+        damaged: takes what is damaged (name, source, error), which is an error where not given.
 
     Raises:
         SourceError: one of them is nothing that can be read, or lacks what was asked for.
@@ -182,16 +191,24 @@ def open_recordings(sources: Sequence[str | Path], selection: Selection) -> list
         kind = _kind(path)
         if kind == "image":
             images.append(path)
-        elif kind == "images":
-            recordings.append(image_recordings.open_folder(path, selection))
-        elif kind == "video":
-            recordings.append(video_recordings.VideoRecording(path, selection))
-        elif kind == "lerobot":
-            recordings += lerobot.episodes(path, selection)
-        else:
-            recordings.append(bag_recordings.BagRecording(path, selection))
+            continue
+        try:
+            if kind == "images":
+                recordings.append(image_recordings.open_folder(path, selection))
+            elif kind == "video":
+                recordings.append(video_recordings.VideoRecording(path, selection))
+            elif kind == "lerobot":
+                recordings += lerobot.episodes(path, selection)
+            else:
+                recordings.append(bag_recordings.BagRecording(path, selection))
+        except DamagedError as error:
+            if damaged is None:
+                raise
+            damaged.append({"name": safe_name(path.stem), "source": str(path), "error": str(error)[:500]})
     if images:
         recordings.append(image_recordings.ImageRecording("images", str(images[0].parent), images, selection))
+    if not recordings and damaged:
+        raise DamagedError(damaged[0]["error"])
     if selection.episodes is not None and not any(recording.kind == "lerobot" for recording in recordings):
         raise SourceError("--episodes selects episodes of LeRobot datasets, and no source is one")
     if selection.values and not any(recording.kind == "bag" for recording in recordings):

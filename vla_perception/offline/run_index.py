@@ -152,7 +152,7 @@ def collect(folder: Path, index: dict, names: Sequence[str], failed: Sequence[Ma
     return index | {
         "recordings": entries,
         "failed": [dict(entry) for entry in failed],
-        "complete": len({entry["name"] for entry in entries} & set(names)) + len(failed) == len(set(names)),
+        "complete": set(names) <= {str(entry["name"]) for entry in (*entries, *failed)},
         "totals": {
             key: sum(int(entry[key]) for entry in entries)
             for key in ("frames", "frames_skipped", "frames_damaged", "bytes")

@@ -16,7 +16,15 @@ import numpy as np
 
 from vla_perception.images.streams import check_size
 from vla_perception.offline.image_recordings import CAMERA
-from vla_perception.offline.recordings import FrameError, FrameSet, Problems, Selection, SourceError, safe_name
+from vla_perception.offline.recordings import (
+    DamagedError,
+    FrameError,
+    FrameSet,
+    Problems,
+    Selection,
+    SourceError,
+    safe_name,
+)
 
 SUFFIXES = frozenset((".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg"))
 #: FFmpeg's names of the containers that are read. Others are playlists, which lead to further files and addresses.
@@ -69,10 +77,10 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
     try:
         container = av.open(str(path), options={"protocol_whitelist": "file", "format_whitelist": _CONTAINERS})
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise SourceError(f"{path} cannot be read as a video: {error}") from error
+        raise DamagedError(f"{path} cannot be read as a video: {error}") from error
     with container:
         if not container.streams.video:
-            raise SourceError(f"{path} holds no video")
+            raise DamagedError(f"{path} holds no video")
         yield container, container.streams.video[0]
 
 

@@ -1,0 +1,103 @@
+"""The command `vla-perception tokenize` into a folder: its options, what it says, and how it ends."""
+
+import errno
+import json
+
+import pytest
+
+for package in ("torch", "timm", "tqdm", "av", "pyarrow", "rosbags", "mcap"):
+    pytest.importorskip(package)
+from offline_runs import write_drive  # noqa: E402
+from pixel_tokenizer import PixelTokenizer  # noqa: E402
+from recorded import write_images  # noqa: E402
+
+from vla_perception import cli  # noqa: E402
+from vla_perception.offline import command, token_file_writer  # noqa: E402
+from vla_perception.offline.token_file import TokenFile  # noqa: E402
+
+
+@pytest.fixture
+def tokenize(tmp_path, monkeypatch, capsys):
+    """Runs the command with a stand-in for the model; gives its exit code, output and errors."""
+    monkeypatch.setattr(command, "load", lambda given, choices: PixelTokenizer())
+
+    def run(*arguments, out=tmp_path / "out"):
+        code = cli.main(["tokenize", *map(str, arguments), "--model", "tiny-random", "--out", str(out)])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def test_a_bag_with_its_values(tmp_path, tokenize):
+    drive = write_drive(tmp_path / "drive")
+    options = ["--cameras", "eye=/wrist/image_raw", "front", "--values", "action=/command", "--dtype", "float32"]
+    code, said, told = tokenize(drive, *options, "--every", 2)
+    assert code == 0 and "2 frame sets in 1 recordings" in said and "fingerprint abababababab" in said
+    assert "about 2 frame sets: their tokens take about" in told and "GB are free" in told
+    with TokenFile(tmp_path / "out/drive.safetensors") as file:
+        assert (
+            file.cameras == ("eye", "front")
+            and file.dtype == "float32"
+            and file.values["action"].tolist() == [[0], [4]]
+        )
+    settings = json.loads((tmp_path / "out/index.json").read_text())["settings"]
+    assert settings["cameras"] == ["eye=/wrist/image_raw", "front"] and settings["every"] == 2
+
+
+def test_damaged_recordings_are_named_and_end_with_1(tmp_path, tokenize):
+    broken = write_images(tmp_path / "broken", 2)
+    for file in broken.iterdir():
+        file.write_bytes(b"\x89PNG\r\n\x1a\n")
+    bad = tmp_path / "bad.mcap"
+    bad.write_bytes(b"\x89MCAP0\r\n" + bytes(100))
+    code, said, told = tokenize(broken, bad, write_images(tmp_path / "shots", 2))
+    assert code == 1 and "2 recordings could not be read" in said and "broken: left out" in told
+    assert "bad.mcap: left out" in told
+    index = json.loads((tmp_path / "out/index.json").read_text())
+    assert index["complete"] and [entry["name"] for entry in index["failed"]] == ["bad", "broken"]
+    code, _, told = tokenize(bad, tmp_path / "shots", "--on-error", "stop", out=tmp_path / "strict")
+    assert code == 1 and "bad.mcap" in told and not (tmp_path / "strict").exists()
+
+
+def test_it_says_how_to_go_on(tmp_path, tokenize, monkeypatch):
+    shots = write_images(tmp_path / "shots", 3)
+    real = token_file_writer._write
+
+    def full(file, data, offset):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(token_file_writer, "_write", full)
+    code, _, told = tokenize(shots)
+    assert code == 1 and "no space left; with more of it the same command goes on from here" in told
+    monkeypatch.setattr(token_file_writer, "_write", real)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "load", lambda given, choices: PixelTokenizer(interrupt))
+    code, _, told = tokenize(shots)
+    assert code == 130 and "the same command goes on from here" in told
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        (["--output", "features"], "--projector none"),
+        (["--copy-topics"], "--copy-topics needs --format mcap"),
+        (["--rate", "-1"], "above 0"),
+        (["--episodes", "1"], "no source is one"),
+        (["--values", "action=/command"], "no source is a bag"),
+        (["--cameras", "a", "a"], "one camera twice"),
+        (["--cameras", "a", "b"], "has no folder a"),
+    ],
+)
+def test_options_that_make_no_sense(tmp_path, tokenize, options, text):
+    code, _, told = tokenize(write_images(tmp_path / "shots", 1), *options)
+    assert code == 1 and text in told and not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path, tokenize):
+    (tmp_path / "file").write_text("")
+    code, _, told = tokenize(write_images(tmp_path / "shots", 1), out=tmp_path / "file")
+    assert code == 1 and "is a file: name a folder" in told
