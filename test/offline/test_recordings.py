@@ -213,7 +213,7 @@ def test_sources_of_one_name_are_told_apart(tmp_path):
     "make, text",
     [
         (lambda path: None, "there is no"),
-        (lambda path: path.write_text("x"), "is of no kind that is read"),
+        (lambda path: path.write_text("x"), "is not an image, a recording or a folder of them"),
         (lambda path: path.mkdir(), "holds neither images nor a bag nor a LeRobot dataset"),
         (lambda path: (path.mkdir(), (path / "a.mp4").write_text("")), "name them themselves"),
     ],

@@ -195,6 +195,8 @@ def test_the_node_and_the_command_offer_what_the_tokenizer_takes():
         ("tokenize", "token_strategy"): taken["token_strategy"],
         ("tokenize", "projector"): taken["projector"],
         ("tokenize", "compute_dtype"): taken["compute_dtype"],
+        ("tokenize", "runtime"): taken["runtime"],
+        ("tokenize", "dtype"): options.TOKEN_DTYPES,
         ("describe", "token_strategy"): taken["token_strategy"],
         ("describe", "projector"): taken["projector"],
         ("describe", "dtype"): options.TOKEN_DTYPES,

@@ -251,8 +251,8 @@ def _kind(path: Path) -> str:
     if suffix in (".mcap", ".db3"):
         return "bag"
     raise SourceError(
-        f"{path} is of no kind that is read: images ({' '.join(sorted(IMAGES))}), videos ({' '.join(sorted(VIDEOS))}), "
-        "bags (.mcap .db3), or a folder of images, a bag or a LeRobot dataset"
+        f"{path} is not an image, a recording or a folder of them; read are images ({' '.join(sorted(IMAGES))}), "
+        f"videos ({' '.join(sorted(VIDEOS))}), bags (.mcap .db3), folders of images, and LeRobot datasets"
     )
 
 
