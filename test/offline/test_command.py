@@ -7,6 +7,7 @@ import pytest
 
 for package in ("torch", "timm", "tqdm", "av", "pyarrow", "rosbags", "mcap"):
     pytest.importorskip(package)
+from offline_runs import tokenize as run_offline  # noqa: E402
 from offline_runs import write_drive  # noqa: E402
 from pixel_tokenizer import PixelTokenizer  # noqa: E402
 from recorded import write_images  # noqa: E402
@@ -101,3 +102,28 @@ def test_a_file_in_the_place_of_the_folder(tmp_path, tokenize):
     (tmp_path / "file").write_text("")
     code, _, told = tokenize(write_images(tmp_path / "shots", 1), out=tmp_path / "file")
     assert code == 1 and "is a file: name a folder" in told
+
+
+def test_a_model_with_film_needs_a_condition(tmp_path):
+    import numpy as np
+
+    class WithFilm(PixelTokenizer):
+        condition_channels = 3
+
+        def set_condition(self, vector):
+            self.condition = bytes(vector.astype(np.uint8)).hex() * 10 + "abcd"
+
+    with pytest.raises(
+        ValueError, match="--condition FILE.npy with the mean of the instruction's embeddings, 3 numbers"
+    ):
+        command._set_condition(WithFilm(), None)
+    tokenizer = WithFilm()
+    np.save(tmp_path / "condition.npy", np.array([1.0, 2.0, 3.0]))
+    command._set_condition(tokenizer, tmp_path / "condition.npy")
+    index, _ = run_offline(tmp_path / "out", [write_images(tmp_path / "shots", 2)], tokenizer)
+    assert index["settings"]["condition"] == tokenizer.condition
+    with TokenFile(tmp_path / "out/shots.safetensors") as file:
+        assert file.frame(1).condition == tokenizer.condition
+    np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        command._set_condition(WithFilm(), tmp_path / "objects.npy")

@@ -18,6 +18,7 @@ class PixelTokenizer:
     device = torch.device("cpu")
     compute_dtype, runtime, kernels = "float32", "eager", "pytorch"
     tokens_per_view, channels = GRID[0] * GRID[1], CHANNELS
+    condition, condition_channels = None, 0
     model, weights, fingerprint, notes = "pixels", "checkpoint", "ab" * 32, ()
 
     def __init__(self, on_encode=lambda: None):

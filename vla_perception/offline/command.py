@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from vla_perception.offline.run import RunSettings, Statistics
 
 
+#: Bytes of a condition's file.
+_MAX_CONDITION = 16 << 20
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What `tokenize` takes for runs, beside the model's options."""
     _add_selection(parser)
@@ -69,6 +73,12 @@ def _add_execution(parser: argparse.ArgumentParser) -> None:
         default="auto",
         choices=options.RUNTIMES,
         help="as the node's (default: %(default)s)",
+    )
+    how.add_argument(
+        "--condition",
+        type=Path,
+        metavar="FILE.npy",
+        help="for models with FiLM: the mean of the instruction's embeddings, a NumPy array of one dimension",
     )
     how.add_argument(
         "--batch",
@@ -218,7 +228,9 @@ def _tokenize_on_ray(
     placement = {"device": given.device, "compute_dtype": given.compute_dtype, "runtime": given.runtime}
     with _continuing(settings.out), _bar(expected) as bar:
         index, statistics = ray_engine.tokenize(
-            partial(_load_in_worker, given.model, **placement, **choices),
+            partial(
+                _load_in_worker, given.model, given.condition and given.condition.resolve(), **placement, **choices
+            ),
             given.images,
             recordings,
             settings,
@@ -232,12 +244,14 @@ def _tokenize_on_ray(
     return int(bool(index["failed"]))
 
 
-def _load_in_worker(model: str, **arguments: Any) -> Any:
+def _load_in_worker(model: str, condition: Path | None, **arguments: Any) -> Any:
     _allow_large_images()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from vla_perception.tokenizer.tokenizer import VisualTokenizer
 
-    return VisualTokenizer.load(model, **arguments)
+    tokenizer = VisualTokenizer.load(model, **arguments)
+    _set_condition(tokenizer, condition)
+    return tokenizer
 
 
 def _bar(expected: int) -> Any:
@@ -349,11 +363,28 @@ def load(given: argparse.Namespace, choices: dict[str, Any]) -> Any:
             runtime=given.runtime,
             **choices,
         )
+    _set_condition(tokenizer, given.condition)
     for note in tokenizer.notes:
         print(f"note: {note}", file=sys.stderr)
     if tokenizer.weights == "random":
         print(f"note: {tokenizer.model} is a preset with random weights; its tokens mean nothing", file=sys.stderr)
     return tokenizer
+
+
+def _set_condition(tokenizer: Any, file: Path | None) -> None:
+    """What a model with FiLM needs beside images; ValueError where it is missing, or no such vector."""
+    import numpy as np
+
+    if file is None:
+        if tokenizer.condition_channels:
+            raise ValueError(
+                f"{tokenizer.model} has FiLM, so its tokens depend on the instruction, too: --condition FILE.npy with the "
+                f"mean of the instruction's embeddings, {tokenizer.condition_channels} numbers"
+            )
+        return
+    if file.stat().st_size > _MAX_CONDITION:
+        raise ValueError(f"--condition {file} is larger than {_MAX_CONDITION >> 20} MiB")
+    tokenizer.set_condition(np.load(file, allow_pickle=False))
 
 
 def _say_disk_need(out: Path, recordings: int, expected: int, size: int) -> None:

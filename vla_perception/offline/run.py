@@ -64,6 +64,7 @@ class RunSettings:
             "compute_dtype": tokenizer.compute_dtype,
             "runtime": tokenizer.runtime,
             "kernels": tokenizer.kernels,
+            "condition": tokenizer.condition,
             "token_dtype": self.token_dtype,
             "batch": self.batch,
             "on_error": self.on_error,
@@ -152,8 +153,9 @@ class Encoder:
 
 
 def layout_of(recording: Recording, tokenizer: VisualTokenizer, settings: RunSettings) -> Layout:
+    condition = {} if tokenizer.condition is None else {"condition": tokenizer.condition}
     return Layout(
-        tokenizer.metadata(),
+        tokenizer.metadata() | condition,
         recording.cameras,
         (len(recording.cameras), tokenizer.tokens_per_view, tokenizer.channels),
         settings.token_dtype,

@@ -159,7 +159,13 @@ class TokenFileWriter:
         assert self._journal is not None and self._file is not None
         first = {
             "journal": 1,
-            "layout": [self.layout.model.get("fingerprint"), self.layout.cameras, self.layout.shape, self.layout.dtype],
+            "layout": [
+                self.layout.model.get("fingerprint"),
+                self.layout.model.get("condition"),
+                self.layout.cameras,
+                self.layout.shape,
+                self.layout.dtype,
+            ],
             "recording": self.layout.recording,
             "batch": self.layout.batch,
             "sources": self._begun,
