@@ -35,6 +35,8 @@ OUTPUTS = ("tokens", "features")
 
 # Frames and messages of the node
 
+#: Among the names of cameras: a view that the policy expects and the robot has no camera for.
+NO_CAMERA = "none"
 #: Which camera topics are subscribed to: ``<camera>/image_raw``, or ``<camera>/image_raw/compressed``.
 IMAGE_TRANSPORTS = ("raw", "compressed")
 #: How frames of several cameras become a frame set (synchronizer.py).

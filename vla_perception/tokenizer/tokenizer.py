@@ -279,6 +279,11 @@ class VisualTokenizer:
             found = self._encoded(pixel_values, features)
         return _output(*found, condition)
 
+    def encode_empty(self, features: bool = False) -> TokenizerOutput:
+        """Of one view without an image: pixel values of -1, as LeRobot and openpi have it for a missing camera."""
+        sizes = [encoder.image_size for encoder in self.config.encoders]
+        return self.encode([torch.full((1, 3, size, size), -1.0) for size in sizes], features)
+
     @property
     def condition_channels(self) -> int:
         """Length of the condition that `set_condition` takes; 0 for models without FiLM, which take none."""

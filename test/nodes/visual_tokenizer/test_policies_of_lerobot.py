@@ -15,8 +15,10 @@ from parity import relative_error  # noqa: E402
 from ros_harness import Listener, RosProcess, free_domain, wait_until  # noqa: E402
 from sensor_msgs.msg import Image  # noqa: E402
 
+from vla_perception.nodes.visual_tokenizer.empty_views import EmptyViews  # noqa: E402
+from vla_perception.nodes.visual_tokenizer.parameters import PARAMETERS, TokenizerParameters  # noqa: E402
 from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
-from vla_perception.tokens import TokenSubscriber  # noqa: E402
+from vla_perception.tokens import TokenSubscriber, View, VisualTokens  # noqa: E402
 
 pytestmark = pytest.mark.ros
 
@@ -63,3 +65,35 @@ def test_features_and_tokens_through_the_node(kind, tmp_path):
     assert visual.as_grid(visual.encoder("siglip")).shape[1:3] == tuple(k * side for side in visual.grid)
 
     assert np.allclose(visual.views[0].affine, tokenizer.affine(96, 130))
+
+
+def test_a_camera_that_the_robot_lacks_is_an_empty_view_in_its_place(tmp_path):
+    """`cameras: [base, none, wrist]`: -1 through the tower, computed once, and not valid."""
+    model = lerobot_checkpoints.paligemma()
+    folder = lerobot_checkpoints.write(tmp_path / "pi05", "pi05", lerobot_checkpoints.vision_tensors("pi05", model), 56)
+    tokenizer = VisualTokenizer.load(folder, device="cpu", compute_dtype="float32")
+    empty_views = EmptyViews(tokenizer, ("none", "base", "none", "wrist"))
+    pixels = tokenizer.preprocess([checkpoints.image(1), checkpoints.image(2)])
+    output = tokenizer.encode(pixels, features=True)
+    tokens, features = empty_views.add_tokens(output)
+    _, empty = lerobot_checkpoints.computed(model, torch.full((1, 3, 56, 56), -1.0))
+    for view, expected in enumerate((empty[0], output.tokens[0], empty[0], output.tokens[1])):
+        assert relative_error(tokens[view].numpy(), expected.numpy()) < 1e-5
+    assert features.shape[0] == 4
+    encoded = []
+    tokenizer.encode_empty = encoded.append  # not again
+    assert torch.equal(empty_views.add_tokens(output)[0], tokens) and not encoded
+    views = [View(name, name, 10**18, 90, 130, (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)) for name in ("base", "wrist")]
+    named = empty_views.add_views(views)
+    assert [view.camera for view in named] == ["none", "base", "none_2", "wrist"]
+    assert [view.valid for view in named] == [False, True, False, True]
+    assert named[0].stamp_ns == 10**18
+    message = VisualTokens.from_torch(tokens, sequence=0, views=named, features=features, **tokenizer.metadata())
+    assert VisualTokens.from_bytes(message.to_bytes()).valid == (False, True, False, True)
+
+
+def test_cameras_that_are_missing_may_be_several_and_not_all():
+    parameters = TokenizerParameters(cameras=("none", "base", "none"))
+    assert parameters.subscribed_cameras == ("base",)
+    check = PARAMETERS["cameras"].check
+    assert not check(("none", "base", "none")) and check(("none",)) and check(("base", "base", "none"))

@@ -35,7 +35,7 @@ def load_tokenizer(
     begun = time.monotonic()
     logger.info(
         f"loading {parameters.model} (device {parameters.device}, compute_dtype {parameters.compute_dtype}), "
-        f"{len(parameters.cameras)} camera(s)"
+        f"{len(parameters.subscribed_cameras)} camera(s)"
     )
     # Read by OpenMP when torch is imported. Threads that spin while they wait make encoding four times as long where
     # something else needs the cores (measured: 2 cores, load 6, two views of `tiny-random`).
@@ -88,7 +88,7 @@ def _load(parameters: TokenizerParameters, logger: RcutilsLogger) -> VisualToken
         **parameters.model_options(),
     )
     log_duration("loading the model")
-    tokenizer.warm_up(len(parameters.cameras), cameras=parameters.cameras)
+    tokenizer.warm_up(len(parameters.subscribed_cameras), cameras=parameters.subscribed_cameras)
     log_duration("warming up")
     return tokenizer
 

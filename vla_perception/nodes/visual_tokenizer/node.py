@@ -28,6 +28,7 @@ from vla_perception.nodes.visual_tokenizer.bond import ManagerBond
 from vla_perception.nodes.visual_tokenizer.cameras import Cameras
 from vla_perception.nodes.visual_tokenizer.condition import ConditionTopic
 from vla_perception.nodes.visual_tokenizer.diagnostics import Diagnostics, FailureLog, FrameSetMonitor
+from vla_perception.nodes.visual_tokenizer.empty_views import EmptyViews
 from vla_perception.nodes.visual_tokenizer.loading import freeze_loaded_objects, load_tokenizer, release_memory
 from vla_perception.nodes.visual_tokenizer.parameters import PARAMETERS, TokenizerParameters
 from vla_perception.nodes.visual_tokenizer.pipeline import Pipeline
@@ -131,12 +132,16 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         self._pipeline = Pipeline(
             tokenizer,
             SetSynchronizer(
-                parameters.cameras, parameters.sync_policy, parameters.sync_slop_sec, parameters.max_age_sec
+                parameters.subscribed_cameras,
+                parameters.sync_policy,
+                parameters.sync_slop_sec,
+                parameters.max_age_sec,
             ),
             parameters,
             self._token_publisher,
             FailureLog(self.get_logger(), self._end_after_failure),
             decode=decode_image,
+            empty_views=EmptyViews(tokenizer, parameters.cameras),
             sequence=self._next_sequence,
         )
         self._condition.open(tokenizer)
@@ -150,7 +155,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         assert pipeline is not None, "activated before it was configured"
         pipeline.start()
         self._frame_set_monitor.restart(time.monotonic())
-        self._cameras.subscribe(parameters.cameras, parameters.image_transport, pipeline)
+        self._cameras.subscribe(parameters.subscribed_cameras, parameters.image_transport, pipeline)
         if parameters.bond:
             self._bond.start()
         return TransitionCallbackReturn.SUCCESS

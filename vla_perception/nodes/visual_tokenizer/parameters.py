@@ -19,7 +19,8 @@ def _check_not_empty(value: Sequence[object]) -> str:
 
 
 def _check_cameras(cameras: Sequence[str]) -> str:
-    if not cameras or len(set(cameras)) != len(cameras):
+    there = [camera for camera in cameras if camera != options.NO_CAMERA]
+    if not there or len(set(there)) != len(there):
         return f"must be one or more different names, got {list(cameras)}"
     longest = max(map(len, cameras))
     if len(cameras) > MAX_CAMERAS or longest > MAX_CAMERA_NAME:
@@ -110,7 +111,8 @@ class TokenizerParameters:
 
     cameras: tuple[str, ...] = parameter(
         ("front",),
-        "Names of the cameras, in the order of the views; each is subscribed to as <name>/image_raw.",
+        "Names of the cameras, in the order of the views; each is subscribed to as <name>/image_raw. none: a view that "
+        "the policy expects and the robot has no camera for.",
         check=_check_cameras,
         **_TOPICS,
     )
@@ -223,6 +225,11 @@ class TokenizerParameters:
         "it was started with, whoever asks.",
     )
     autostart: bool = parameter(False, "Whether the node configures and activates itself, or ends if it cannot.")
+
+    @property
+    def subscribed_cameras(self) -> tuple[str, ...]:
+        """`cameras` without those that the robot does not have."""
+        return tuple(camera for camera in self.cameras if camera != options.NO_CAMERA)
 
     def model_options(self) -> dict[str, Any]:
         """What a user chooses of a model, as `VisualTokenizer.load` takes it."""

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vla_perception.nodes.visual_tokenizer.device_errors import device_is_lost
+from vla_perception.nodes.visual_tokenizer.empty_views import EmptyViews
+from vla_perception.nodes.visual_tokenizer.encode_request import Request
 from vla_perception.synchronizer import Frame, FrameSet, SetSynchronizer
 from vla_perception.tokens import View, VisualTokens
 from vla_perception.tokens.encode_service import FINAL, published
@@ -45,26 +47,6 @@ FAILURES = ("encode_errors", "non_finite", "publish_errors")
 STALE_SEC = 5.0
 #: Seconds that `stop` waits for a message that is being published, at most.
 _GRACE_SEC = 2.0
-
-
-class Request:
-    """A call of the service `encode` that waits for its tokens."""
-
-    def __init__(self) -> None:
-        self.created = time.perf_counter()
-        self.success = False
-        self.text = ""
-        self._done = threading.Event()
-
-    def answer(self, success: bool, text: str) -> None:
-        """The first answer counts."""
-        if not self._done.is_set():
-            self.success, self.text = success, text
-            self._done.set()
-
-    def wait(self, timeout_sec: float) -> bool:
-        """Whether it was answered in time."""
-        return self._done.wait(timeout_sec)
 
 
 @dataclass(eq=False)
@@ -92,6 +74,7 @@ class Pipeline:
         log: where failures go.
         decode: an image message, and the most pixels that it may have → uint8 RGB [height, width, 3]; ValueError where
             it is not a readable image. Called by several threads.
+        empty_views: of missing cameras; None: none are missing.
         sequence: the number of the first message that is published.
 
     Attributes:
@@ -111,11 +94,13 @@ class Pipeline:
         log: FailureLog,
         *,
         decode: Callable[[Any, int], np.ndarray],
+        empty_views: EmptyViews | None = None,
         sequence: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
         self.parameters = parameters
         self._publisher, self._log, self._decode = publisher, log, decode
+        self._empty_views = empty_views or EmptyViews(tokenizer, synchronizer.cameras)
 
         self._changed = threading.Condition()  # guards all that follows
         self._sync = synchronizer
@@ -446,7 +431,7 @@ class Pipeline:
         output = self.tokenizer.encode(job.pixel_values, features=self.parameters.publish_features)
         token_dtype = self.parameters.token_dtype
         dtype = getattr(torch, token_dtype)
-        parts = [part.to(dtype) for part in (output.tokens, output.features) if part is not None]
+        parts = [part.to(dtype) for part in self._empty_views.add_tokens(output)]
         # All is queued before the one wait for the device; on a GPU the copies go to pinned memory.
         finite, *on_host = [queue_to_host(part) for part in (all_finite(parts), *parts)]
         if parts[0].is_cuda:
@@ -476,7 +461,7 @@ class Pipeline:
                 VisualTokens.from_torch(
                     job.tokens,
                     sequence=self.sequence,  # given here: a gap in the numbers is then a lost message
-                    views=job.views,
+                    views=self._empty_views.add_views(job.views),
                     features=job.features,
                     condition=job.condition,
                     **self.tokenizer.metadata(),
