@@ -131,6 +131,26 @@ def test_the_nodes_tokens_have_the_same_bits(tmp_path):
     assert report["only_b"] == 0 and not report["settings"] and not report["problems"]
 
 
+@pytest.mark.ros
+def test_our_player_plays_a_bag_of_token_messages(tmp_path, drive):
+    """And every message arrives as it is stored."""
+    from ros_harness import RosProcess, free_domain
+
+    tokenize(tmp_path / "files", [drive])
+    tokenize(tmp_path / "bags", [drive], output="mcap")
+    domain = free_domain()
+    verifying = ["-m", "vla_perception.cli", "verify", str(tmp_path / "files"), "--topic", "/tokens", "--json"]
+    playing = ["-m", "vla_perception.nodes.bag_player", "--ros-args", "-p", f"bag:={tmp_path / 'bags/drive'}"]
+    playing += ["-p", "topics:=[/tokens]", "-p", "wait_for_subscribers:=1", "-p", "wait_timeout_sec:=60.0"]
+    with RosProcess(verifying, domain) as verifier:
+        verifier.wait_for("play the recording now", 60)
+        with RosProcess(playing, domain) as player:
+            assert player.wait(60) == 0, player.output
+        assert verifier.wait(60) == 0, verifier.output
+        report = json.loads(verifier.output[verifier.output.index("{") :])
+    assert (report["equal"], report["frames"], report["missed"], report["only_b"]) == (4, 4, 0, 0)
+
+
 def test_what_cannot_be_verified(tmp_path, capsys):
     shutil.copy(__file__, tmp_path / "x.txt")
     for arguments, text in (
