@@ -235,6 +235,40 @@ def test_prismatic_runs(parts, tmp_path, small_backbones, backbone, width):
     close(with_cls_token(IMAGE).tokens[:, 0], expected)
 
 
+def test_cogacts_run_has_an_action_model_beside_the_vlm(parts, tmp_path, small_backbones):
+    config = {"vla": {"type": "prism-dinosiglip-224px+oxe", "base_vlm": "prism-dinosiglip-224px+7b"}}
+    config |= {"action_model_type": "DiT-B", "future_action_window_size": 15}
+    run = write_run(tmp_path / "CogACT-Base", "", parts[0], named(layers(480, 1920, 48, 48)), config=config)
+    file = run / "checkpoints" / "latest-checkpoint.pt"
+    expected = VisualTokenizer.from_checkpoint(run)
+    state = torch.load(file, weights_only=True)
+    extra = {"net.x_embedder.linear.weight": torch.zeros(2, 2)}
+    state["model"] |= {
+        "action_model": extra,
+        "ema_diffusion": extra,
+        "llm_backbone": {"llm.norm.weight": torch.zeros(2)},
+    }
+    torch.save(state, file)
+    found = VisualTokenizer.from_checkpoint(run)
+    assert found.fingerprint == expected.fingerprint and torch.equal(found(IMAGE).tokens, expected(IMAGE).tokens)
+
+
+def test_vla_adapters_and_univlas_directories(parts, tmp_path):
+    """OpenVLA's layout, with learned action queries among the tensors, and heads in files beside them."""
+    expected = VisualTokenizer.from_checkpoint(checkpoints.write(tmp_path / "plain", parts[2]))
+    adapter = parts[2] | {"action_queries.weight": torch.zeros(64, 48), "module.value_head.weight": torch.zeros(2, 2)}
+    folder = checkpoints.write(
+        tmp_path / "VLA-Adapter", adapter, config={"text_config": {"hidden_size": 48, "model_type": "qwen2"}}
+    )
+    for beside in ("action_head--150000_checkpoint.pt", "proprio_projector--150000_checkpoint.pt"):
+        (folder / beside).write_bytes(b"not looked at")
+    univla = checkpoints.write(tmp_path / "univla-7b", parts[2], shards=1, config={"model_type": "openvla"})
+    (univla / "action_decoder-10000.pt").write_bytes(b"not looked at")
+    for path in (folder, univla):
+        assert_computes(VisualTokenizer.from_checkpoint(path), *parts[:2])
+        assert VisualTokenizer.from_checkpoint(path).weights_digest == expected.weights_digest
+
+
 def test_a_vlas_run_names_the_model_that_it_was_trained_on(parts, tmp_path, small_backbones):
     chain = layers(480, 1920, 896, 896)
     config = {

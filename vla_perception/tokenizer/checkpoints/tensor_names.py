@@ -26,6 +26,7 @@ _HEADS = (
     "policy_head",
     "proprio_projector",
     "noisy_action_projector",
+    "action_queries",
     "lm_head",
 )
 
