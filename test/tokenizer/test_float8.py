@@ -82,6 +82,7 @@ def test_rows_are_quantized(kernels, shape, magnitude):
     values = noise(*shape, dtype=torch.float32) * magnitude
     check_quantized(kernels.quantize(values), values)
     check_quantized(kernels.gelu(values), functional.gelu(values.double()))
+    check_quantized(kernels.gelu(values, True), functional.gelu(values.double(), approximate="tanh"))
 
 
 @WITH_KERNELS
@@ -233,7 +234,7 @@ def test_kernels_that_fail_or_compute_something_else_are_refused(kernels, monkey
     ):
         float8.quantize_encoders(load(**choices).network)
     monkeypatch.setattr(
-        kernels, "gelu", lambda values: kernels.Quantized(quantize(values).values, quantize(values).scales * 9)
+        kernels, "gelu", lambda values, _tanh: kernels.Quantized(quantize(values).values, quantize(values).scales * 9)
     )
     with pytest.raises(ValueError, match="wrong values here, encoder siglip: relative L2 of a block .*choose bfloat16"):
         float8.quantize_encoders(load(**choices).network)
@@ -361,8 +362,9 @@ from vla_perception.tokenizer import float8_kernels as kernels
 for capability in (89, 90):
     for kernel, constants in (
         (kernels._add_layer_norm_kernel, dict(channels=1152, has_delta=True, has_gamma=True, block=2048)),
-        (kernels._quantize_kernel, dict(channels=4304, gelu=True, block=8192)),
-        (kernels._quantize_kernel, dict(channels=1024, gelu=False, block=1024)),
+        (kernels._quantize_kernel, dict(channels=4304, gelu=True, tanh=False, block=8192)),
+        (kernels._quantize_kernel, dict(channels=4304, gelu=True, tanh=True, block=8192)),
+        (kernels._quantize_kernel, dict(channels=1024, gelu=False, tanh=False, block=1024)),
     ):
         kinds = {"epsilon": "fp32", "quantized": "*fp8e4nv", "scales": "*fp32"}
         kinds = {name: "constexpr" if name in constants else kinds.get(name, "*bf16") for name in kernel.arg_names}

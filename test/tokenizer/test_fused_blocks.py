@@ -6,6 +6,7 @@ The interpreter cuts float32 off to bfloat16 where a GPU rounds, and multiplies 
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -18,7 +19,10 @@ from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 from vla_perception.tokenizer import VisualTokenizer, dependent_launches, fused_blocks, triton_kernels  # noqa: E402
+from vla_perception.tokenizer.config import TokenizerConfig  # noqa: E402
 from vla_perception.tokenizer.fused_blocks import FusedBlock, fuse_blocks  # noqa: E402
+from vla_perception.tokenizer.network import TokenizerNetwork  # noqa: E402
+from vla_perception.tokenizer.presets import PRESETS  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -74,10 +78,12 @@ def test_layer_norm_of_large_and_constant_rows():
 @torch.inference_mode()
 def test_gelu(dtype, shape):
     values = noise(*shape, dtype=dtype) * 4
-    found, exact = triton_kernels.gelu(values), functional.gelu(values.double())
-    assert relative(found, exact) < ROUNDING[dtype]
     odd = torch.tensor([float("inf"), float("nan"), -20.0, 0.0], device=DEVICE, dtype=dtype)
-    assert torch.equal(torch.isnan(triton_kernels.gelu(odd)), torch.tensor([False, True, False, False], device=DEVICE))
+    for tanh, name in ((False, "none"), (True, "tanh")):
+        found, exact = triton_kernels.gelu(values, tanh), functional.gelu(values.double(), approximate=name)
+        assert relative(found, exact) < ROUNDING[dtype]
+        nan = torch.isnan(triton_kernels.gelu(odd, tanh))
+        assert torch.equal(nan, torch.tensor([False, True, False, False], device=DEVICE))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -184,7 +190,7 @@ def test_without_triton_blocks_stay(monkeypatch):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda block: setattr(block.mlp, "act", nn.GELU(approximate="tanh")),
+        lambda block: setattr(block.mlp, "act", nn.SiLU()),
         lambda block: setattr(block.mlp, "norm", nn.LayerNorm(1536)),
         lambda block: setattr(block.attn, "q_norm", nn.LayerNorm(64)),
         lambda block: setattr(block.attn, "gate", nn.Linear(384, 384)),
@@ -213,6 +219,7 @@ def test_patches_are_padded_to_what_products_like():
 #: Compiles kernels for a GPU that need not be there: the interpreter accepts more than the compiler.
 COMPILE = """
 import sys
+from dataclasses import replace
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -224,7 +231,8 @@ if not dependent:  # as in a Triton that does not know it
 rows, keys, warps, stages = kernels.ATTENTION_BLOCKS
 for kernel, constants, options in (
     (kernels._add_layer_norm_kernel, dict(channels=1152, has_delta=True, has_gamma=True, block=2048), {}),
-    (kernels._gelu_kernel, dict(block=1024), {}),
+    (kernels._gelu_kernel, dict(block=1024, tanh=False), {}),
+    (kernels._gelu_kernel, dict(block=1024, tanh=True), {}),
     (kernels._attention_kernel, dict(heads=16, width=72, padded=128, rows=rows, keys=keys),
      dict(num_warps=warps, num_stages=stages)),
 ):
@@ -261,3 +269,21 @@ def test_the_graph_runtime_uses_them(compute_dtype, tolerance):
     assert tokenizer._runtime.kernels == "triton"
     pixel_values = [noise(2, 3, encoder.image_size, encoder.image_size) for encoder in exact.config.encoders]
     assert relative(tokenizer.encode(pixel_values).tokens, exact.encode(pixel_values).tokens) < tolerance
+
+
+@torch.inference_mode()
+def test_blocks_with_the_gelu_of_transformers_are_fused_too(tmp_path):
+    """π0's and SmolVLA's: all blocks and the final norm behind them."""
+    config = replace(
+        PRESETS["tiny-random"].encoders[1],
+        image_size=64,
+        overrides={"depth": 3, "embed_dim": 384, "num_heads": 6, "act_layer": "gelu_tanh", "global_pool": ""},
+        layer=-1,
+        final_norm=True,
+    )
+    network = TokenizerNetwork(TokenizerConfig("tanh", (config,), "none", 0)).to(DEVICE).eval()
+    pixel_values = [noise(2, 3, 64, 64)]
+    expected, _ = network(pixel_values)
+    assert fuse_blocks(network, torch.float32) == ""
+    found, _ = network(pixel_values)
+    assert 0 < relative(found, expected) < 1e-5

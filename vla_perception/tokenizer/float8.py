@@ -16,7 +16,7 @@ from torch import nn
 
 from vla_perception.tokenizer.dependent_launches import attempt
 from vla_perception.tokenizer.encoder import PatchEncoder
-from vla_perception.tokenizer.fused_blocks import FusedBlock, _gamma, _is_plain, _on, _Pending, _sum
+from vla_perception.tokenizer.fused_blocks import FusedBlock, _gamma, _is_plain, _on, _Pending, _sum, is_tanh
 
 #: Quick sums of Hopper's tensor cores, of some 14 bits: a tenth of what float8 itself rounds off.
 FAST_ACCUMULATION = True
@@ -83,7 +83,7 @@ class Float8Block(FusedBlock):
         attended = float8_kernels.quantize(triton_kernels.attention(projected, attn.num_heads, attn.scale))
         delta = attn.proj(*attended).view_as(values)
         values, normal = float8_kernels.add_layer_norm(values, delta, _gamma(self.ls1), self.norm2)
-        delta = mlp.fc2(*float8_kernels.gelu(mlp.fc1(*normal))).view_as(values)
+        delta = mlp.fc2(*float8_kernels.gelu(mlp.fc1(*normal), is_tanh(mlp.act))).view_as(values)
         pending = _Pending(values, delta, _gamma(self.ls2))
         return pending if self._hand_on else _sum(pending)
 

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vla_perception.tokenizer.triton_kernels import gelu_of
+
 #: e4m3, whose largest value is 448. Without negative zeros and infinities, as NVIDIA's tensor cores have it.
 FLOAT8 = torch.float8_e4m3fn
 #: Elements of a row per warp.
@@ -75,13 +77,15 @@ def _add_layer_norm_kernel(
 
 
 @triton.jit
-def _quantize_kernel(values, quantized, scales, channels: tl.constexpr, gelu: tl.constexpr, block: tl.constexpr):
+def _quantize_kernel(
+    values, quantized, scales, channels: tl.constexpr, gelu: tl.constexpr, tanh: tl.constexpr, block: tl.constexpr
+):
     columns = tl.arange(0, block)
     inside = columns < channels
     at = tl.program_id(0).to(tl.int64) * channels + columns
     row = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
     if gelu:
-        row = row * 0.5 * (1.0 + tl.erf(row * 0.7071067811865476))
+        row = gelu_of(row, tanh)
     _store_quantized(row, at, inside, quantized, scales)
 
 
@@ -121,17 +125,17 @@ def quantize(values: torch.Tensor) -> Quantized:
     return _quantize(values, gelu=False)
 
 
-def gelu(values: torch.Tensor) -> Quantized:
-    """Exact GELU, by the error function: [..., channels] → [rows, channels]."""
-    return _quantize(values, gelu=True)
+def gelu(values: torch.Tensor, tanh: bool = False) -> Quantized:
+    """GELU, exact by the error function or approximated by tanh: [..., channels] → [rows, channels]."""
+    return _quantize(values, gelu=True, tanh=tanh)
 
 
-def _quantize(values: torch.Tensor, gelu: bool) -> Quantized:
+def _quantize(values: torch.Tensor, gelu: bool, tanh: bool = False) -> Quantized:
     values = values.contiguous()
     channels = values.shape[-1]
     result = _empty(values)
     block, warps = _sizes(channels)
-    _quantize_kernel[(len(result.scales),)](values, *result, channels, gelu, block, num_warps=warps)
+    _quantize_kernel[(len(result.scales),)](values, *result, channels, gelu, tanh, block, num_warps=warps)
     return result
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from vla_perception.tokenizer.dependent_launches import attempt
 from vla_perception.tokenizer.encoder import PatchEncoder
-from vla_perception.tokenizer.timm_import import GELU, Attention, Block, LayerScale, Mlp
+from vla_perception.tokenizer.timm_import import GELU, Attention, Block, GELUTanh, LayerScale, Mlp
 
 #: Relative L2 between a block with these kernels and timm's. A right one is below a fifth of it.
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -60,7 +60,7 @@ class FusedBlock(nn.Module):
         pending = values if isinstance(values, _Pending) else _Pending(values, None, None)
         values, normal = triton_kernels.add_layer_norm(*pending, self.norm1)
         values, normal = triton_kernels.add_layer_norm(values, self._attend(normal), _gamma(self.ls1), self.norm2)
-        delta = self.mlp.fc2(triton_kernels.gelu(self.mlp.fc1(normal)))
+        delta = self.mlp.fc2(triton_kernels.gelu(self.mlp.fc1(normal), is_tanh(self.mlp.act)))
         pending = _Pending(values, delta, _gamma(self.ls2))
         return pending if self._hand_on else _sum(pending)
 
@@ -167,13 +167,18 @@ def fuse_blocks(network: nn.Module, dtype: torch.dtype) -> str:
     return "; ".join(reasons)
 
 
+def is_tanh(activation: nn.Module) -> bool:
+    """Whether a GELU is the one that tanh approximates."""
+    return type(activation) is GELUTanh or getattr(activation, "approximate", "none") == "tanh"
+
+
 def _is_plain(block: nn.Module) -> bool:
-    """Whether a block does what `FusedBlock` does: pre-norm, full attention, MLP with exact GELU."""
+    """Whether a block does what `FusedBlock` does: pre-norm, full attention, MLP with GELU."""
     if type(block) is not Block or type(block.attn) is not Attention or type(block.mlp) is not Mlp:
         return False
     attention, mlp = block.attn, block.mlp
     nothing = [attention.q_norm, attention.k_norm, getattr(attention, "norm", nn.Identity()), mlp.norm]
-    gelu = type(mlp.act) in (GELU, nn.GELU) and getattr(mlp.act, "approximate", "none") == "none"
+    gelu = type(mlp.act) in (GELU, nn.GELU) and getattr(mlp.act, "approximate", "none") == "none" or is_tanh(mlp.act)
     return (
         gelu
         and all(isinstance(module, nn.Identity) for module in nothing)

@@ -172,11 +172,12 @@ def on_meta() -> Iterator[None]:
 
 timm = _import_timm()
 # After it, so that these imports find the deferred packages.
-from timm.layers import GELU, Attention, Mlp, resample_abs_pos_embed  # noqa: E402
+from timm.layers import GELU, Attention, GELUTanh, Mlp, resample_abs_pos_embed  # noqa: E402
 from timm.models.vision_transformer import Block, LayerScale, VisionTransformer  # noqa: E402
 
 __all__ = [
     "GELU",
+    "GELUTanh",
     "Attention",
     "Block",
     "LayerScale",

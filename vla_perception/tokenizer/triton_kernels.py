@@ -100,23 +100,35 @@ def add_layer_norm(
 
 
 @triton.jit
-def _gelu_kernel(values, result, length, block: tl.constexpr, dependent: tl.constexpr):
+def gelu_of(x, tanh: tl.constexpr):
+    """GELU of float32 values: by the error function, or its approximation by tanh (PaliGemma's and SmolVLM's SigLIP)."""
+    if tanh:
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        # tanh(u) = 1 - 2 / (exp(2 u) + 1); the exponent overflows to infinity, which gives 1.
+        x = x * 0.5 * (2.0 - 2.0 / (tl.exp(2.0 * inner) + 1.0))
+    else:
+        x = x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    return x
+
+
+@triton.jit
+def _gelu_kernel(values, result, length, tanh: tl.constexpr, block: tl.constexpr, dependent: tl.constexpr):
     if dependent:
         tl.extra.cuda.gdc_wait()
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = at < length
     x = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
-    x = x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    x = gelu_of(x, tanh)
     tl.store(result + at, x.to(result.dtype.element_ty), mask=inside)
 
 
-def gelu(values: torch.Tensor) -> torch.Tensor:
-    """Exact GELU, by the error function."""
+def gelu(values: torch.Tensor, tanh: bool = False) -> torch.Tensor:
+    """GELU, exact by the error function, or approximated by tanh."""
     values = values.contiguous()
     result = torch.empty_like(values)
     length = values.numel()
     grid = (triton.cdiv(length, _GELU_BLOCK),)
-    _gelu_kernel[grid](values, result, length, _GELU_BLOCK, **launch_options())
+    _gelu_kernel[grid](values, result, length, tanh, _GELU_BLOCK, **launch_options())
     return result
 
 

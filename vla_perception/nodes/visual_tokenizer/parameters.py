@@ -70,7 +70,8 @@ class TokenizerParameters:
     image_transforms: tuple[str, ...] = parameter(
         (),
         "What is done to images before they are resized, in this order, as in training: rotate180, "
-        "crop:x,y,width,height, jpeg, lanczos3, center_crop_tf, center_crop_pil; camera=step for one camera alone.",
+        "crop:x,y,width,height, jpeg, lanczos3, center_crop_tf, center_crop_pil; camera=step for one camera alone. Last, "
+        "for all: a resize_with_pad_… in the place of the model's own way to resize.",
         **_MODEL,
     )
     token_strategy: str = parameter(

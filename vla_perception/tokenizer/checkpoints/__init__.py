@@ -15,8 +15,12 @@ Modules, from a name to bytes:
 
 open
     The one dispatch from a name: a path, a Hugging Face id, timm's encoders; and from a path to its layout.
-openvla, prismatic, timm_encoders
+openvla, prismatic, lerobot, timm_encoders
     One layout each → `Checkpoint`.
+film
+    A `Checkpoint` of OpenVLA-OFT and the file of its encoders with FiLM → a `Checkpoint`.
+refused
+    Models that are not cut behind vision, and why.
 lora
     A `Checkpoint` and an adapter → a `Checkpoint`.
 hub, http_range
