@@ -206,6 +206,7 @@ def _check_folder(file: Path) -> None:
 def _tokenize(given: argparse.Namespace) -> int:
     if given.out.suffix != ".safetensors":
         return offline.run(given, model_options(given))
+    offline.refuse_options(given)
     from PIL import Image
 
     from vla_perception.sources import image_files

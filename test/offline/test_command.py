@@ -127,3 +127,14 @@ def test_a_model_with_film_needs_a_condition(tmp_path):
     np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
     with pytest.raises(ValueError, match="allow_pickle"):
         command._set_condition(WithFilm(), tmp_path / "objects.npy")
+
+
+def test_options_of_runs_are_refused_for_a_single_file(tmp_path, tokenize):
+    image = write_images(tmp_path / "shots", 1) / "image_0.png"
+    for option, name in (
+        (["--every", "2"], "--every"),
+        (["--dtype", "float16"], "--dtype"),
+        (["--batch", "4"], "--batch"),
+    ):
+        code, _, told = tokenize(image, *option, out=tmp_path / "tokens.safetensors")
+        assert code == 1 and f"{name} is for --out FOLDER" in told

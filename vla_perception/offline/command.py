@@ -122,6 +122,15 @@ def _add_execution(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def refuse_options(given: argparse.Namespace) -> None:
+    """ValueError for an option of runs where image files become one FILE.safetensors, which has no use for it."""
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    for name, default in vars(parser.parse_args([])).items():
+        if getattr(given, name) != default:
+            raise ValueError(f"--{name.replace('_', '-')} is for --out FOLDER, not for a FILE.safetensors")
+
+
 def _at_least(least: int) -> Any:
     def number(text: str) -> int:
         value = int(text)
