@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 import io
 import json
+import math
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import checkpoints
+import film_checkpoints
 import numpy as np
 import torch
 from engine import HERE, Target, scratch
@@ -21,6 +25,7 @@ from vla_perception.tokenizer.checkpoints import lerobot, timm_encoders
 from vla_perception.tokenizer.checkpoints.checkpoint import Checkpoint
 from vla_perception.tokenizer.checkpoints.files import PickledTensors, SafetensorsFile
 from vla_perception.tokenizer.checkpoints.open import open_checkpoint
+from vla_perception.tokenizer.film import Condition
 
 sys.path.append(str(HERE.parent / "tokenizer" / "checkpoints"))
 import test_lerobot
@@ -261,6 +266,53 @@ def lerobot_tensors_seeds() -> list[bytes]:
     return [content[8 : 8 + int.from_bytes(content[:8], "little")].rstrip()]
 
 
+# OpenVLA-OFT with FiLM
+
+
+def film_tensors(data: bytes) -> None:
+    """Names and shapes of the encoders' state: the input is a JSON object, the values are zeros."""
+    folder = _film()
+    try:
+        shapes = {str(name): tuple(map(int, shape)) for name, shape in json.loads(data).items()}
+        sound = all(min(shape, default=1) >= 0 and math.prod(shape) <= 1 << 16 for shape in shapes.values())
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        sound = False
+    if sound:
+        torch.save({name: torch.zeros(shape) for name, shape in shapes.items()}, folder / FILM)
+        _describe(open_checkpoint(folder))
+
+
+FILM = "vision_backbone--1_checkpoint.pt"
+
+
+def _film() -> Path:
+    return _folder(lambda folder: shutil.copytree(_openvla(), folder), "film")
+
+
+@functools.cache
+def film_tensors_seeds() -> list[bytes]:
+    _place(_openvla(), OPENVLA, openvla_seeds()[0])
+    few = {name: value for name, value in film_checkpoints.film_state().items() if ".blocks.1." in name}
+    return [json.dumps({name: list(value.shape) for name, value in few.items()}).encode()]
+
+
+_CONDITIONS = (np.float32, np.float64, np.float16, np.int64, np.uint8)
+
+
+def condition(data: bytes) -> None:
+    """A vector from a policy: of a dtype that the first byte chooses, of any length, with any bits."""
+    kind = np.dtype(_CONDITIONS[data[0] % len(_CONDITIONS)] if data else np.float32)
+    payload = data[1:]
+    vector = np.frombuffer(payload[: len(payload) // kind.itemsize * kind.itemsize], kind)
+    held = Condition(torch.nn.Module(), 6, torch.device("cpu"), torch.float32)
+    assert re.fullmatch("[0-9a-f]{8,64}", held.set(vector)), held.digest
+    assert held.set(vector.tolist()) == held.digest
+
+
+def condition_seeds() -> list[bytes]:
+    return [bytes([index]) + np.arange(6).astype(kind).tobytes() for index, kind in enumerate(_CONDITIONS)]
+
+
 _ERRORS = (CheckpointError,)
 TARGETS = [
     Target("safetensors", safetensors, safetensors_seeds, _ERRORS, (change_safetensors,), max_bytes=8192),
@@ -273,5 +325,7 @@ TARGETS = [
     Target("prismatic_config", prismatic, prismatic_seeds, _ERRORS, (change_json,), cost=2),
     Target("timm_config", timm, timm_seeds, _ERRORS, (change_json,), cost=4),
     Target("lerobot_config", lerobot_config, lerobot_config_seeds, _ERRORS, (change_json,)),
+    Target("film_tensors", film_tensors, film_tensors_seeds, _ERRORS, (change_json,), cost=2),
+    Target("condition", condition, condition_seeds, (ValueError,), max_bytes=256),
     Target("lerobot_tensors", lerobot_tensors, lerobot_tensors_seeds, _ERRORS, (change_json,)),
 ]

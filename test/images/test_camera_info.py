@@ -49,6 +49,8 @@ def test_an_old_file_without_model_and_projection(calibration):
         ("[50.5,", "[.nan,", "other than finite numbers"),
         ("plumb_bob", "plum_bob", "unknown distortion_model 'plum_bob'"),
         ("[0.1, -0.2, 0.001, 0.002, 0]", "[0.1, 0.2]", "plumb_bob takes 4 or 5"),
+        ("  rows: 3\n  cols: 4", "  rows: 4\n  cols: 3", "projection_matrix says rows 4 and cols 3, expected 3 and 4"),
+        ("  rows: 3\n  cols: 3", "  cols: 3", "camera_matrix says rows [?] and cols 3, expected 3 and 3"),
         ("camera_matrix:", "cameramatrix:", "camera_matrix is missing"),
         ("image_width: 64", "image_width: [", "no YAML"),
     ],

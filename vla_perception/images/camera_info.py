@@ -171,4 +171,11 @@ def _matrix(content: dict, name: str, rows: int, columns: int | None, default: l
         raise ValueError(f"{name} holds something other than finite numbers")
     if columns is not None and len(values) != rows * columns:
         raise ValueError(f"{name} must be {rows} x {columns}, got {len(values)} values")
+    # Old files lack them. A transposed matrix has as many values.
+    said = [str(matrix.get(key, "")) for key in ("rows", "cols")]
+    expected = [str(rows), str(columns)]
+    if columns is not None and any(said) and said != expected:
+        raise ValueError(
+            f"{name} says rows {said[0] or '?'} and cols {said[1] or '?'}, expected {' and '.join(expected)}"
+        )
     return values

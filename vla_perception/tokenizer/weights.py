@@ -6,6 +6,7 @@ The digest of the weights is taken of the tensors as they are stored, on their w
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import zlib
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vla_perception.tokenizer.checkpoints import CheckpointError
 from vla_perception.tokenizer.checkpoints.checkpoint import Checkpoint, WeightsDigest, merged
 from vla_perception.tokenizer.devices import Placement
 from vla_perception.tokenizer.network import TokenizerNetwork
@@ -107,7 +109,12 @@ def _fill(
             for part, tensor in parts.items():
                 digest.add(name + part, tensor)
         # A copy in any case: the source may be a mapped file that somebody replaces later.
-        state[names[name]] = merged(parts).to(device, dtype, copy=True)
+        copied = state[names[name]] = merged(parts).to(device, dtype, copy=True)
+        if copied.numel() and not all(map(math.isfinite, torch.aminmax(copied))):  # NaN is both
+            raise CheckpointError(
+                f"{name} has values that are not finite in {str(dtype).removeprefix('torch.')}, so every token would be NaN. "
+                "The file is damaged, or training diverged; large values fit into float32 and bfloat16"
+            )
     network.load_state_dict(state, assign=True)
     network.requires_grad_(False)
 

@@ -73,6 +73,23 @@ def test_the_last_block_norm_and_pooling_head_are_neither_needed_nor_read(parts,
         assert other.fingerprint == whole.fingerprint
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(parts, tmp_path, value):
+    tensors = {name: tensor.clone() for name, tensor in parts[2].items()}
+    tensors["projector.fc2.weight"][3, 5] = value
+    with pytest.raises(CheckpointError, match=r"projector\.fc2\.weight has values that are not finite in float32"):
+        VisualTokenizer.from_checkpoint(checkpoints.write(tmp_path / "x", tensors), compute_dtype="float32")
+
+
+def test_weights_too_large_for_the_compute_dtype_are_refused(parts, tmp_path):
+    tensors = {name: tensor.clone() for name, tensor in parts[2].items()}
+    tensors["projector.fc2.weight"][3, 5] = 1e6
+    folder = checkpoints.write(tmp_path / "x", tensors)
+    with pytest.raises(CheckpointError, match="not finite in float16.*large values fit into float32 and bfloat16"):
+        VisualTokenizer.from_checkpoint(folder, compute_dtype="float16")
+    assert VisualTokenizer.from_checkpoint(folder, compute_dtype="bfloat16").compute_dtype == "bfloat16"
+
+
 def test_missing_wrong_and_surplus_tensors_are_one_error_that_lists_them(parts, tmp_path):
     tensors = dict(parts[2])
     del tensors["projector.fc2.bias"]
