@@ -162,3 +162,79 @@ def test_two_files_are_one_too_many(folder, tmp_path):
     (tmp_path / "vision_backbone--200_checkpoint.pt").symlink_to(folder / "vision_backbone--100_checkpoint.pt")
     with pytest.raises(CheckpointError, match="2 vision_backbone files"):
         VisualTokenizer.load(tmp_path, device="cpu")
+
+
+class Whole:
+    """A miniature OpenVLA-OFT with FiLM from pixels to actions, in timm's and transformers' own modules."""
+
+    def __init__(self, state: dict[str, torch.Tensor], width: int = 96) -> None:
+        transformers = pytest.importorskip("transformers")
+        torch.manual_seed(3)
+        self.state, self.width = state, width
+        self.towers = checkpoints.towers()
+        for prefix, tower in zip(("featurizer", "fused_featurizer"), self.towers):
+            head = f"vision_backbone.{prefix}."
+            own = {name.removeprefix(head): value for name, value in state.items() if name.startswith(head)}
+            own = {name.replace(".block.", ".").replace("scale_factor", "gamma"): value for name, value in own.items()}
+            tower.load_state_dict({name: value for name, value in own.items() if name in tower.state_dict()})
+        channels = sum(tower.num_features for tower in self.towers)
+        self.projector = checkpoints.projector(channels, width)
+        config = {"vocab_size": 64, "hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 2}
+        config |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+        self.llama = transformers.LlamaModel(transformers.LlamaConfig(**config)).eval()
+        self.head = torch.randn(width, 7)
+
+    def embeddings(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.llama.get_input_embeddings()(ids)
+
+    def features(self, pixel_values: list[torch.Tensor], condition: torch.Tensor) -> torch.Tensor:
+        """FiLMedVisionTransformerBlock's forward, block by block up to the second-to-last."""
+        results = []
+        for prefix, tower, pixels in zip(("featurizer", "fused_featurizer"), self.towers, pixel_values):
+            x = tower._pos_embed(tower.patch_embed(pixels))
+            for index, block in enumerate(tower.blocks[:-1]):
+                layers = (f"vision_backbone.{prefix}.blocks.{index}.{name}" for name in ("scale", "shift"))
+                gamma, beta = (
+                    functional.linear(condition, self.state[f"{layer}.weight"], self.state[f"{layer}.bias"])
+                    for layer in layers
+                )
+                x = x + block.ls1(block.attn(block.norm1(x)))
+                x = x * (1 + gamma[:, None]) + beta[:, None]
+                x = x + block.ls2(block.mlp(block.norm2(x)))
+            results.append(x[:, tower.num_prefix_tokens :])
+        return torch.cat(results, dim=2)
+
+    def tokens(self, pixel_values: list[torch.Tensor], condition: torch.Tensor) -> torch.Tensor:
+        values = self.features(pixel_values, condition)
+        for index in (1, 2, 3):
+            values = functional.gelu(values) if index > 1 else values
+            values = functional.linear(values, self.projector[f"fc{index}.weight"], self.projector[f"fc{index}.bias"])
+        return values
+
+    def act(self, tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        text = self.embeddings(ids)
+        inputs = torch.cat([text[:, :1], tokens.flatten(0, 1)[None], text[:, 1:]], dim=1)
+        return self.llama(inputs_embeds=inputs).last_hidden_state[:, -1] @ self.head
+
+
+@torch.inference_mode()
+def test_split_and_whole_give_the_same_actions(tmp_path):
+    """Two views, and an instruction that changes: the policy sends the mean of its embeddings, and nothing else of it."""
+    state = film_checkpoints.film_state()
+    whole = Whole(state)
+    models = checkpoints.towers(seed=7)
+    folder = tmp_path / "oft"
+    checkpoints.write(folder, checkpoints.openvla_tensors(models, whole.projector), width=whole.width)
+    torch.save(state, folder / "vision_backbone--100_checkpoint.pt")
+    tokenizer = VisualTokenizer.load(folder, device="cpu", compute_dtype="float32")
+    pixels = tokenizer.preprocess([checkpoints.image(1), checkpoints.image(2)])
+    found = []
+    for seed in range(2):
+        ids = torch.randint(3, 60, (1, 9), generator=torch.Generator().manual_seed(seed))
+        condition = whole.embeddings(ids).mean(dim=1)
+        expected = whole.act(whole.tokens(pixels, condition), ids)
+        tokenizer.set_condition(condition[0].numpy())
+        actions = whole.act(tokenizer.encode(pixels).tokens, ids)
+        assert relative_error(actions.numpy(), expected.numpy()) < 1e-4
+        found.append(tokenizer.encode(pixels).tokens)
+    assert not torch.allclose(found[0], found[1])
