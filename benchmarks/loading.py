@@ -2,7 +2,7 @@
 
     python benchmarks/loading.py CHECKPOINT --device cpu --compute-dtype bfloat16
 
-Each way runs in a process of its own, from a warm disk, and they alternate. Reading and copying is what no loader gets
+Each way runs in a separate process, from a warm disk, and they alternate. Reading and copying is what no loader gets
 by without: the safetensors files into memory, and those bytes to the device. Loading is all of `VisualTokenizer.load`,
 with the fingerprint known: the first loading, which is left out, computes it. Warm-up comes after loading and is told
 apart. The time for importing PyTorch and starting CUDA is in none of them.

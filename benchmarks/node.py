@@ -1,4 +1,4 @@
-"""Images published → tokens at a policy, through the real node, each in a process of its own; and what receiving costs.
+"""Images published → tokens at a policy, through the real node, each in a separate process; and what receiving costs.
 
     python benchmarks/node.py --json node.json                                # two 640 × 480 cameras
     python benchmarks/node.py --sizes 1920x1080 --encodings rgb8 jpeg --views 1 2 --rates 2 --seconds 20

@@ -8,8 +8,8 @@ rate     tokens per second offline against the node's at saturation: same model,
 share    of the wall time of an offline run of the sample bag, JPEG of two cameras, in which the encoders compute.
 memory   resident memory of a run at frame 10 000 against frame 100, over a bag of 2.4 GB that is made in --work. With a
          stand-in for the tokenizer: a model's own memory does not grow.
-access   one frame of 2 MiB out of a token file of 2 GB, in a process of its own each, the file in the page cache: from
-         opening the file until the frame lies in memory of its own.
+access   one frame of 2 MiB out of a token file of 2 GB, each in a separate process, the file in the page cache: from
+         opening the file until the frame lies in separate memory.
 ray      frame sets per second of two local workers with a core each against one, loading the model not counted.
 
 Figures are medians over --rounds.

@@ -3,7 +3,7 @@
     make soak MINUTES=60
     python benchmarks/soak.py --minutes 60 --json soak.json
 
-Two cameras publish 640 × 480 at 30 Hz, each in a process of its own; the node runs the preset `tiny-random` (random
+Two cameras publish 640 × 480 at 30 Hz, each in a separate process; the node runs the preset `tiny-random` (random
 weights) at `--max-rate-hz`. One policy stays for the whole time and says how old its tokens are. Every minute another
 one comes and leaves, one is stopped (SIGSTOP) for 20 s and goes on, and one is killed, by turns on the topic and in
 shared memory. Every third minute the node is deactivated, cleaned up, configured and activated, in the others only
@@ -11,7 +11,7 @@ deactivated and activated.
 
 A row a minute, when the node is active: resident memory (`anonymous` is what the process itself allocated; the rest is
 files, shared memory among them), threads and file descriptors of the node and of the policy that stays; files in
-/dev/shm that a process of this run has open or mapped; `left`, files there that nobody has, which killed processes left
+/dev/shm that a process of this run has open or mapped; `left`, files there that no process has, which killed processes left
 (Fast DDS never removes them, `fastdds shm clean` does); the frames of the last minute; the age of the tokens at the
 policy that stays. /dev/shm is one of this run's own where a mount namespace is to be had; elsewhere `left` is empty.
 
@@ -345,7 +345,7 @@ def growth(rows: list[dict], warm_up: int) -> tuple[dict[str, float], list[str]]
 
 
 def own_folders() -> list[str] | None:
-    """The words before a command that give it a /dev/shm of its own."""
+    """The words before a command that give it a separate /dev/shm."""
     if shutil.which("unshare"):
         for words in NAMESPACES:
             command = [*words, "sh", "-c", OWN_FOLDERS, "sh", "true"]

@@ -4,7 +4,7 @@
     python benchmarks/start.py --against /tmp/before --rounds 5
     python benchmarks/start.py                                     # this checkout alone, with the node's phases
 
-Each is a process of its own, from its start until the node logs that it is ready, or until the process has ended. CPU
+Each is a separate process, from its start until the node logs that it is ready, or until the process has ended. CPU
 seconds (user and system) of the process are beside the seconds, because others on the machine can change only those
 much. With --against, both checkouts run in the same environment and take turns; the ratio is that of the medians.
 """

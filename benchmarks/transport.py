@@ -233,7 +233,7 @@ def main() -> None:
 
 
 def processor() -> str:
-    """The processor's name, as Linux tells it."""
+    """The processor's name, as Linux gives it."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 

@@ -54,7 +54,7 @@ def join(mbit: int) -> None:
 
 
 def open_host(host: str) -> subprocess.Popen:
-    """A process that holds what the host's processes share, and nobody else: /dev/shm, IPC, a name."""
+    """A process that holds what the host's processes share, and no others: /dev/shm, IPC, a name."""
     setup = 'mount -t tmpfs tmpfs /dev/shm && hostname "$0" && echo ready && exec sleep infinity'
     holder = subprocess.Popen(
         ["ip", "netns", "exec", name(host), "unshare", "--mount", "--ipc", "--uts", "sh", "-c", setup, host],

@@ -1,4 +1,4 @@
-"""`make demo`: a bag's cameras become visual tokens at a policy, every piece in a process of its own.
+"""`make demo`: a bag's cameras become visual tokens at a policy, every piece in a separate process.
 
     python -m demo [--model tiny-random] [--bag examples/sample_bag] [--out out/demo]
     python -m demo --view       the bag in a loop, seen in a browser, until Ctrl-C
@@ -7,7 +7,7 @@ Run from the checkout; the package that is installed has no part of it.
 
     __main__.py     the command: starts the processes, follows them, writes report.json and tokens.png
     recording.py    the bag's cameras and images
-    processes.py    processes on a ROS domain of their own
+    processes.py    processes on a separate ROS domain
     policy.py       the policy's process: a node that receives tokens and keeps account of them
     events.py       what that process reports, and when nothing moves any more
     report.py       every frame accounted for, latencies, the table

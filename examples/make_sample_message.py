@@ -2,7 +2,7 @@
 
     python examples/make_sample_message.py [FOLDER]
 
-For whoever writes a reader in another language: two views of 2 × 3 patch tokens behind a cls token, in bfloat16, with
+For authors of readers in other languages: two views of 2 × 3 patch tokens behind a cls token, in bfloat16, with
 the encoders' features; the second view had no image. Needs NumPy; the same bytes on every machine.
 """
 

@@ -125,7 +125,7 @@ def start(context):
     left = set(cameras)
 
     def ended(name):
-        """One camera less goes on, with a complaint of the tokenizer; none at all does not."""
+        """One camera less goes on, and the tokenizer reports it; none at all does not."""
 
         def on_exit(event, context):
             left.discard(name)

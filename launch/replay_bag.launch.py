@@ -27,7 +27,7 @@ from vla_perception.launch_utils import (
 from vla_perception.sources.bags import common_transport, find_cameras
 
 #: Seconds that the last frames get to become tokens, when the player has ended, which waits for acknowledgements first.
-#: Not so many that the tokenizer begins to complain of silent cameras.
+#: Not so many that the tokenizer reports silent cameras.
 LINGER_SEC = 2.0
 #: Seconds that the player waits for the tokenizer: a large checkpoint takes a while to load.
 LOADING_SEC = 900.0

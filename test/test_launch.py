@@ -357,9 +357,9 @@ def test_real_cameras(launch_file, monkeypatch):
         module.run(cameras="front")
     with pytest.raises(ValueError, match="width and height"):
         module.run(width="640")
-    with pytest.raises(ValueError, match="rate_hz:=fast is no number"):
+    with pytest.raises(ValueError, match="rate_hz:=fast is not a number"):
         module.run(rate_hz="fast")
-    with pytest.raises(ValueError, match="rate_hz:=nan is no number"):
+    with pytest.raises(ValueError, match="rate_hz:=nan is not a number"):
         module.run(rate_hz="nan")
     camera, tokenizer = kinds(module.run(cameras="front=0", namespace="arm"), "Node")
     assert camera.namespace == "/arm/front" and parameters_of(camera)["source"] == "0"

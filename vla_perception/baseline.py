@@ -2,7 +2,7 @@
 
 PIL and torchvision prepare the image once for every encoder, both timm towers run with all their blocks, one after the
 other, operation by operation, and the projector follows. It has the weights of a tokenizer and gets the same images. The
-towers' last blocks, whose results nobody uses, are in no tokenizer: the baseline's get random weights.
+towers' last blocks, whose results are not used, are in no tokenizer: the baseline's get random weights.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ReferenceModel:
     """The baseline, with the weights of `tokenizer`, which must not have run yet: running may repack them.
 
     Args:
-        exact: keep cuDNN from computing float32 convolutions in TF32, as it does unless told otherwise.
+        exact: keep cuDNN from computing float32 convolutions in TF32, as it does unless configured otherwise.
     """
 
     def __init__(self, tokenizer: VisualTokenizer, dtype: torch.dtype, exact: bool = False) -> None:

@@ -42,7 +42,7 @@ if torch.backends.mkldnn.is_available():
 
 
 class OptimizedModel:
-    """The tokenizer with its runtime, told apart by stage where the runtime runs stage by stage."""
+    """The tokenizer with its runtime, split by stage where the runtime runs stage by stage."""
 
     def __init__(self, tokenizer: VisualTokenizer) -> None:
         self._tokenizer = tokenizer
@@ -201,7 +201,7 @@ class _Bench:
     """Measures a tokenizer beside the baseline.
 
     Args:
-        optimized: the tokenizer, told apart by stage.
+        optimized: the tokenizer, split by stage.
         baseline: in the tokenizer's dtype.
         exact: the baseline in float32.
     """

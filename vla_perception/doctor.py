@@ -37,7 +37,7 @@ _PACKAGES = {
     "numpy": ("1.26", ""),
     "simplejpeg": ("1.7", ""),
 }
-#: In a process of its own: rcl ends one whose RMW_IMPLEMENTATION cannot be loaded, and a full /dev/shm ends any.
+#: In a separate process: rcl ends one whose RMW_IMPLEMENTATION cannot be loaded, and a full /dev/shm ends any.
 _RCLPY_PROBE = """
 import rclpy
 rclpy.init()
@@ -210,7 +210,10 @@ def ros(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
         yield Finding("discovery", "ok", "ROS_LOCALHOST_ONLY=1 (deprecated): this machine")
     elif reach == "OFF":
         yield Finding(
-            "discovery", "warn", "ROS_AUTOMATIC_DISCOVERY_RANGE=OFF: nodes find nobody", "unset it, or LOCALHOST"
+            "discovery",
+            "warn",
+            "ROS_AUTOMATIC_DISCOVERY_RANGE=OFF: nodes find no other nodes",
+            "unset it, or LOCALHOST",
         )
     elif reach and reach not in _DISCOVERY_RANGES:
         text = f"ROS_AUTOMATIC_DISCOVERY_RANGE={reach} is none of {', '.join(_DISCOVERY_RANGES)}: taken for LOCALHOST"

@@ -120,7 +120,7 @@ def _process_arguments() -> dict[str, DeclareLaunchArgument]:
             "model_locked",
             default_value="true",
             choices=BOOLEANS,
-            description="Whether the tokenizer refuses another model, adapter, device, … while it runs, whoever asks.",
+            description="Whether the tokenizer refuses another model, adapter, device, … while it runs, from any client.",
         ),
         "log_level": DeclareLaunchArgument(
             "log_level",
@@ -184,7 +184,7 @@ def is_true(context: LaunchContext, name: str) -> bool:
 
 
 def number(context: LaunchContext, name: str, kind: type = float) -> Any:
-    """ValueError that names the argument if it is no number."""
+    """ValueError that names the argument if it is not a number."""
     text = argument(context, name)
     try:
         value = kind(text)
@@ -192,7 +192,7 @@ def number(context: LaunchContext, name: str, kind: type = float) -> Any:
             raise ValueError
         return value
     except ValueError:
-        raise ValueError(f"{name}:={text} is no {'whole ' if kind is int else ''}number") from None
+        raise ValueError(f"{name}:={text} is not a {'whole ' if kind is int else ''}number") from None
 
 
 def parse_cameras(text: str) -> dict[str, str]:
@@ -203,7 +203,7 @@ def parse_cameras(text: str) -> dict[str, str]:
         if not (name.isidentifier() and name.isascii()):
             raise ValueError(f"cameras:={text}: {part!r} is not understood; expected front,wrist or front=…,wrist=…")
         if name in cameras:
-            raise ValueError(f"cameras:={text}: {name} is there twice; each camera needs a name of its own")
+            raise ValueError(f"cameras:={text}: {name} is there twice; each camera needs its own name")
         cameras[name] = value.strip()
     return cameras
 

@@ -31,7 +31,7 @@ class Progress:
 
     Args:
         stream: where to; stderr where not given.
-        interval_sec: at most this often where it is no terminal. The first line comes after that time.
+        interval_sec: at most this often where it is not a terminal. The first line comes after that time.
     """
 
     def __init__(

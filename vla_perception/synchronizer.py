@@ -16,7 +16,7 @@ from vla_perception.options import SYNC_POLICIES
 from vla_perception.tokens.arrivals import RECENT, Order, StampOrder
 
 #: Frames that a camera keeps while their partners are on the way: 8 make up for a lag of 250 ms at 30 Hz. As many as
-#: stamps are remembered to tell a late one, so what may still find its place in the history is not taken for a jump.
+#: stamps are remembered to recognise a late one, so what may still find its place in the history is not taken for a jump.
 HISTORY = RECENT
 
 

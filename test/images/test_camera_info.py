@@ -45,7 +45,7 @@ def test_an_old_file_without_model_and_projection(calibration):
         ("image_width: 64", "image_width: wide", "image_width must be a number of pixels"),
         ("image_height: 48", "", "image_height must be"),
         ("51, 23.5, 0, 0, 1]", "51, 23.5, 0, 0]", "camera_matrix must be 3 x 3, got 8"),
-        ("[50.5,", "[-50.5,", "camera_matrix is no intrinsic matrix"),
+        ("[50.5,", "[-50.5,", "camera_matrix is not an intrinsic matrix"),
         ("[50.5,", "[.nan,", "other than finite numbers"),
         ("plumb_bob", "plum_bob", "unknown distortion_model 'plum_bob'"),
         ("[0.1, -0.2, 0.001, 0.002, 0]", "[0.1, 0.2]", "plumb_bob takes 4 or 5"),

@@ -161,7 +161,7 @@ def test_bytes_and_spacing_as_recorded(tmp_path, storage, domain, listener):
     listener.spin_until(lambda: len(listener.bytes("/eye/camera_info")) == FRAMES, 5, "the last message")
     assert listener.bytes("/eye/image_raw/compressed") == [filled(image_cdr(index)) for index in range(FRAMES)]
     assert listener.bytes("/eye/camera_info") == [filled(camera_info(index)) for index in range(FRAMES)]
-    assert "Left out, as their encoding is no camera's: /tokens" in process.output
+    assert "Left out, because their encoding is not a camera's: /tokens" in process.output
     assert listener.bytes("/tokens") == []  # they look like images, but are none
     moments = np.array([moment for moment, _ in listener.received["/eye/image_raw/compressed"]])
     # Nothing is early (beyond what the first one's delivery took), and on the whole nothing is late.

@@ -115,7 +115,7 @@ def test_motion_none_leaves_the_arm_alone(open_scene):
     "arguments, why",
     [
         (("/no/such.xml",), "there is no MJCF file /no/such.xml"),
-        ((__file__,), "is no scene that MuJoCo"),
+        ((__file__,), "is not a scene that MuJoCo"),
         (("", ["front", "rear"]), "has no camera rear; it has front, wrist|it has wrist, front"),
     ],
 )

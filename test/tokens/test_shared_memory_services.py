@@ -65,7 +65,7 @@ def namespace() -> list[str] | None:
 
 @pytest.fixture(scope="module")
 def own_shm():
-    """Runs Python in a /dev/shm of its own and returns what it printed; it must end with 0, in time."""
+    """Runs Python in a separate /dev/shm and returns what it printed; it must end with 0, in time."""
     words = namespace()
     if words is None:
         pytest.skip("no mount namespaces here")

@@ -258,7 +258,7 @@ def test_the_page_takes_no_more_and_more_memory(seen):
     assert used() - before < 2 << 20, "40 frames are 8 MB of images and arrays"
 
 
-def test_what_strangers_name_is_text_and_no_markup(seen):
+def test_what_foreign_nodes_name_is_text_and_no_markup(seen):
     from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
     from fake_feed import random_tokens
     from rcl_interfaces.msg import Log

@@ -93,7 +93,7 @@ class Socket:
         self._connection.send(json.dumps(message))
 
 
-def test_files_come_with_headers_that_keep_strangers_out(served):
+def test_files_come_with_headers_that_keep_foreign_pages_out(served):
     _, server = served
     for path, kind in (("/", "text/html"), ("/main.js", "javascript"), ("/vendor/uPlot.min.css", "text/css")):
         status, headers, body = get(server, path)

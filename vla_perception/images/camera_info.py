@@ -1,4 +1,4 @@
-"""sensor_msgs/CameraInfo from a calibration file, from a pinhole model, or for a camera nobody calibrated."""
+"""sensor_msgs/CameraInfo from a calibration file, from a pinhole model, or for an uncalibrated camera."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _parse(text: str):
     try:
         return yaml.load(text, Loader)  # noqa: S506 - made of BaseLoader, which makes nothing but strings
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"it is no YAML: {error}") from error
+        raise ValueError(f"it is not YAML: {error}") from error
 
 
 def _local_path(location: str) -> Path:
@@ -130,7 +130,7 @@ def _from_yaml(content) -> CameraInfo:
         raise ValueError(f"unknown distortion_model {model!r}; known are {', '.join(DISTORTION_MODELS)}")
     camera = _matrix(content, "camera_matrix", 3, 3)
     if camera[0] <= 0 or camera[4] <= 0 or camera[6:] != [0, 0, 1]:
-        raise ValueError("camera_matrix is no intrinsic matrix: focal lengths above 0, last row 0 0 1")
+        raise ValueError("camera_matrix is not an intrinsic matrix: focal lengths above 0, last row 0 0 1")
     distortion = _matrix(content, "distortion_coefficients", 1, None)
     if len(distortion) not in DISTORTION_MODELS[model]:
         counts = " or ".join(map(str, DISTORTION_MODELS[model]))

@@ -189,7 +189,7 @@ def _bytes(data) -> np.ndarray:
             return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         return np.frombuffer(data, np.uint8) if len(data) else np.empty(0, np.uint8)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ImageDecodeError(f"image data is no sequence of bytes: {error}") from error
+        raise ImageDecodeError(f"image data is not a sequence of bytes: {error}") from error
 
 
 def _rows(data: np.ndarray, height: int, width: int, step: int, offset: int = 0) -> np.ndarray:
@@ -320,7 +320,7 @@ def _cv_bridge() -> Callable[[np.ndarray, str], np.ndarray | None] | None:
 
     The function gives None for what this version of cv_bridge cannot convert.
 
-    Only its color conversion is used: imgmsg_to_cv2 mishandles a `step` that is no whole number of pixels and, under
+    Only its color conversion is used: imgmsg_to_cv2 mishandles a `step` that is not a whole number of pixels and, under
     NumPy 2, big-endian data.
     """
     if not cv_bridge_is_loadable():

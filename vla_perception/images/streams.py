@@ -89,7 +89,7 @@ class _JpegHeader:
     width: int
     height: int
     components: int
-    sequential: bool  # all components in one scan, which is no progressive one: what cameras send
+    sequential: bool  # all components in one scan, which is not a progressive one: what cameras send
     mcu: tuple[int, int]  # width and height in pixels of what an interleaved scan codes together
     restart_interval: int  # in such units; 0: no restart markers
     zeros: dict[
@@ -248,7 +248,7 @@ def _check_scan(stream: bytes, position: int, start: int, end: int, zeros: dict[
 def _without_stray_bytes(stream: bytes, header: _JpegHeader, error: ValueError) -> bytes:
     """The stream without stray bytes before its restart and end markers; ValueError if there is more to it.
 
-    libjpeg tells only its last warning. So every part between two markers is decoded as a small JPEG of its own, whose
+    libjpeg reports only its last warning. So every part between two markers is decoded as a separate small JPEG, whose
     only warning then is what ails that part, and which must decode without one when the stray bytes are cut off.
     """
     warned = re.search("extraneous bytes before marker 0xd[0-79]", str(error))

@@ -160,7 +160,7 @@ class BagPlayer(Node):
         others = [topic.name for topic in images if topic.messages and topic.name not in cameras]
         if others:
             self.get_logger().info(
-                f"Left out, as their encoding is no camera's: {printable(', '.join(others))} (`topics` plays them)"
+                f"Left out, because their encoding is not a camera's: {printable(', '.join(others))} (`topics` plays them)"
             )
         return cameras
 
@@ -190,7 +190,7 @@ class BagPlayer(Node):
         has_header = bool(fields) and fields[0] == ("header", "std_msgs/Header")
         return Outlet(self.create_publisher(self._types[topic], topic, qos), has_header)
 
-    # The replay, in a thread of its own
+    # The replay, in a separate thread
 
     def _run(self) -> None:
         try:
@@ -236,7 +236,7 @@ class BagPlayer(Node):
 
     def _wait_for_subscribers(self) -> bool:
         """False if they did not come in time (said in the log) or the process ends."""
-        # camera_info seldom has a subscriber of its own: what is waited for are those of the images.
+        # camera_info seldom has a separate subscriber, so the player waits for those of the images.
         images = set(self._bag.image_topics())
         awaited = [topic for topic in self._topics if topic in images] or self._topics
         deadline = time.monotonic() + self._given.wait_timeout_sec
@@ -321,14 +321,14 @@ class BagPlayer(Node):
             publisher.publish(message)
         elif not self._clock_reported:
             self._clock_reported = True
-            self.get_logger().warning(f"/clock cannot tell {seconds} s, when a message was recorded: it stands still")
+            self.get_logger().warning(f"/clock cannot hold {seconds} s, when a message was recorded: it stands still")
 
     def _publish(self, message: BagMessage, stamps: dict[bytes, int]) -> None:
         outlet, cdr, stamp_ns = self._outlets[message.topic], message.cdr, None
         if outlet.has_header and len(cdr) >= SHORTEST_HEADER:  # a shorter one is played as it is
             if self._given.restamp:
                 # An image and its camera_info have the same header (stamp and frame), and keep one stamp between
-                # them: whoever joins the two does so by equal stamps.
+                # them: programs that join the two do so by equal stamps.
                 header = cdr[4 : 16 + int.from_bytes(cdr[12:16], "little" if cdr[1] & 1 else "big")]
                 stamp_ns = stamps.get(header)
                 if stamp_ns is None or outlet.last_stamp_ns >= stamp_ns:

@@ -14,7 +14,7 @@ QUEUE_DEPTH = 5
 
 
 class CameraPublisher:
-    """Publishes images in the forms that somebody subscribes to, each with its camera_info.
+    """Publishes images in the forms that have subscribers, each with its camera_info.
 
     The topics are `<prefix>image_raw`, relative to the node's namespace, and beside it `image_raw/compressed` and
     `camera_info`. Remapping `<prefix>image_raw` moves all three.

@@ -38,7 +38,7 @@ def begin() -> None:
 
 
 def on_signal(action: Callable[[], None] | None) -> None:
-    """Calls `action` in a thread of its own at every SIGINT and SIGTERM; None: they are ignored.
+    """Calls `action` in a separate thread at every SIGINT and SIGTERM; None: they are ignored.
 
     Not in the main thread, which Python's handlers need: where two signals come at once, Linux may give both to a thread
     of some library, and nothing wakes the main thread from what it waits for.
@@ -82,13 +82,13 @@ def leave(code: int) -> NoReturn:
     (a model being read), or crash in them.
     """
     on_signal(None)
-    # Writing takes as long as whoever reads wants.
+    # Writing takes as long as the reader wants.
     limit = threading.Timer(_WRITE_SEC, os._exit, (code,))
     limit.daemon = True
     limit.start()
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, a pipe that nobody reads, none at all
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, a pipe without a reader, none at all
             stream.flush()
     os._exit(code)
 

@@ -150,7 +150,7 @@ class BagRecording:
         try:
             return self._types.deserialize_cdr(recorded.cdr, recorded.type)
         except Exception as error:  # noqa: BLE001 - the library raises whatever garbled bytes lead it to
-            raise FrameError(f"it is no {recorded.type}: {type(error).__name__}: {error}") from error
+            raise FrameError(f"it is not a {recorded.type}: {type(error).__name__}: {error}") from error
 
 
 @cache
@@ -248,4 +248,4 @@ def _flat(value: Any) -> Iterator[float]:
             if name != "__msgtype__" and name != "header":
                 yield from _flat(getattr(value, name))
     else:
-        raise FrameError(f"a {type(value).__name__} is no number")
+        raise FrameError(f"a {type(value).__name__} is not a number")

@@ -68,7 +68,7 @@ class _Dataset:
             self._video_path = str(info.get("video_path") or "")
             self._chunk_size = int(info.get("chunks_size") or 1000)
             if not 0 < self.fps < 1e6 or self._chunk_size < 1:
-                raise ValueError("fps or chunks_size is no positive number")
+                raise ValueError("fps or chunks_size is not a positive number")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise SourceError(f"{root}/meta/info.json is not as LeRobot writes it: {error!r}") from error
         self.image_keys = [key for key, feature in self.features.items() if feature.get("dtype") in _IMAGES]

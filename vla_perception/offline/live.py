@@ -16,7 +16,7 @@ from vla_perception.tokens.visual_tokens import VisualTokens
 
 
 def compare_live(a: Stored, topic: str, silence_sec: float = 10.0) -> Report:
-    """Compares what arrives on `topic` with the stored frames of the same images, told by their stamps.
+    """Compares what arrives on `topic` with the stored frames of the same images, matched by their stamps.
 
     Ends when every stored frame has been seen, or when nothing has come for `silence_sec` after the first message.
     Waits for the first one without end: the user plays the recording. `Report.only_a` are stored frames that did not

@@ -27,7 +27,7 @@ _OBJECT_STORE = 80 << 20
 
 
 class _Worker:
-    """Lives in a process of its own, with one model."""
+    """Lives in a separate process, with one model."""
 
     def __init__(
         self, load: Callable[[], VisualTokenizer], sources: Sequence[str | Path], settings: run.RunSettings

@@ -166,7 +166,7 @@ def parse_episodes(text: str) -> frozenset[int]:
             raise ValueError(f"--episodes {text!r}: expected numbers and ranges such as 0,2,5-9")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first or last - first > 10_000_000:
-            raise ValueError(f"--episodes {text!r}: {part} is no range")
+            raise ValueError(f"--episodes {text!r}: {part} is not a range")
         numbers.update(range(first, last + 1))
     return frozenset(numbers)
 

@@ -399,8 +399,8 @@ def encode_recordings(
     """Writes the token files that are not there yet; goes on with those that were begun.
 
     Args:
-        report: told what is skipped, a sentence each.
-        advance: told how many frame sets more are done.
+        report: called with what is skipped, a sentence each.
+        advance: called with the number of frame sets just done.
 
     Returns:
         What was left out (name, source, error), and what it took.

@@ -88,7 +88,7 @@ def read(folder: Path) -> dict:
         if not all(map(_is_entry, index["recordings"])):
             raise ValueError("an entry of its recordings has no name, or a file outside of the run's folder")
     except (OSError, ValueError, RecursionError) as error:
-        raise RunIndexError(f"{path} is no index of a run of `vla-perception tokenize`: {error}") from error
+        raise RunIndexError(f"{path} is not the index of a run of `vla-perception tokenize`: {error}") from error
     return index
 
 

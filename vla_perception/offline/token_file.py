@@ -68,7 +68,7 @@ class TokenFile:
         values: name → [frames, …], what was recorded beside the images.
 
     Raises:
-        TokenFormatError: it is no token file, or a damaged one.
+        TokenFormatError: it is not a token file, or a damaged one.
         OSError: it cannot be read.
     """
 
@@ -86,7 +86,7 @@ class TokenFile:
         except TokenFormatError as error:
             raise TokenFormatError(f"{self.path}: {error}") from error
         except (KeyError, TypeError, ValueError) as error:
-            raise TokenFormatError(f"{self.path} is no token file, or a damaged one: {error}") from error
+            raise TokenFormatError(f"{self.path} is not a token file, or a damaged one: {error}") from error
 
     def _open(self, data: memoryview) -> None:
         header, payload = split(data)
@@ -187,7 +187,7 @@ class TokenFile:
         return self._words
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """`tokens` of some frames, [stop − start, views, tokens, channels], in memory of their own."""
+        """`tokens` of some frames, [stop − start, views, tokens, channels], in separate memory."""
         found = self.tokens[start:stop]
         if found.size and self._message is None:
             # All of it in one request, where single pages would be asked for one by one.

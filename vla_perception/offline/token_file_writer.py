@@ -132,7 +132,7 @@ class TokenFileWriter:
         self._recover()
 
     def _finished_before(self) -> bool:
-        """Whether the file is there, of these sources as far as their size tells."""
+        """Whether the file is there, of these sources as far as their size shows."""
         from vla_perception.offline.token_file import TokenFile
 
         if not self.path.is_file():

@@ -184,7 +184,7 @@ def _check_entry(a: Stored, name: str, frames: int, report: Report) -> None:
 
 
 def compare(a: Stored, b: Stored) -> Report:
-    """Both sides' frames of the same images, told by their stamps; recordings of the same name, or the only ones."""
+    """Both sides' frames of the same images, matched by their stamps; recordings of the same name, or the only ones."""
     report = Report()
     pairs = {name: name for name in a.recordings if name in b.recordings}
     if not pairs and len(a.recordings) == len(b.recordings) == 1:
@@ -206,15 +206,15 @@ def _compare_recordings(a: Stored, name: str, b: Stored, other: str, report: Rep
     swapped = b.file(other) is None
     if swapped:
         a, name, b, other = b, other, a, name
-    known, strangers = dict(b.by_stamps(other)), 0
+    known, unpaired = dict(b.by_stamps(other)), 0
     for frame in a.frames(name):
         twin = known.pop(frame.stamps_ns, None)
         if twin is None:
-            strangers += 1
+            unpaired += 1
         else:
             report.compare(frame, twin(), f"{name}, frame {frame.sequence}")
-    report.only_a += len(known) if swapped else strangers
-    report.only_b += strangers if swapped else len(known)
+    report.only_a += len(known) if swapped else unpaired
+    report.only_b += unpaired if swapped else len(known)
 
 
 def what_differs(a: Stored, b: Stored) -> list[str]:

@@ -18,7 +18,7 @@ from vla_perception.images.streams import MAX_PIXELS
 if TYPE_CHECKING:
     import PIL.Image
 
-#: Pillow's names of what is read; it knows some fifty more, which nobody keeps images of cameras in. JPEG includes MPO.
+#: Pillow's names of what is read; it knows some fifty more, in which camera images are not kept. JPEG includes MPO.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 #: Bytes of a file.
 MAX_BYTES = 1 << 30
@@ -84,14 +84,12 @@ def _open(path: Path | str, data: bytes, max_pixels: int) -> PIL.Image.Image:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError as error:
             raise ValueError(f"{path} is not an image: {', '.join(FORMATS)} are read") from error
-        except Exception as error:  # noqa: BLE001 - as in `read`; a DecompressionBombError is no ValueError, for one
+        except Exception as error:  # noqa: BLE001 - as in `read`; a DecompressionBombError is not a ValueError
             raise ValueError(f"{path} cannot be read: {error}") from error
     try:
         streams.check_size(*image.size, max_pixels)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if image.mode in ("I", "F"):  # PIL would cut off whatever lies outside 0–255
-        raise ValueError(
-            f"{path} holds grey values of 32 bits, of which nobody says what is white; convert it to 8 bits"
-        )
+        raise ValueError(f"{path} holds grey values of 32 bits, whose white level is not known; convert it to 8 bits")
     return image

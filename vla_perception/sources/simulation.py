@@ -40,7 +40,9 @@ class Simulation:
         try:
             self._model = mujoco.MjModel.from_xml_path(str(path))
         except (ValueError, mujoco.FatalError) as error:
-            raise SimulationError(f"{path} is no scene that MuJoCo {mujoco.__version__} can load: {error}") from error
+            raise SimulationError(
+                f"{path} is not a scene that MuJoCo {mujoco.__version__} can load: {error}"
+            ) from error
         self._data = mujoco.MjData(self._model)
         self.cameras = self._chosen(cameras, path)
         self.width, self.height = width, height
@@ -72,7 +74,7 @@ class Simulation:
 
     @property
     def targets(self) -> np.ndarray:
-        """float64 [actuators]: what each is told, to be written into. ``motion`` "none" leaves it to the caller."""
+        """float64 [actuators]: the command for each, to be written into. ``motion`` "none" leaves it to the caller."""
         return self._data.ctrl
 
     @property
@@ -139,7 +141,7 @@ class Simulation:
         return self._model.camera(camera).id
 
     def _swing(self):
-        """Every limited actuator along a sine of its own period, so that the whole does not repeat soon."""
+        """Every limited actuator along a sine with a period for each, so that the whole does not repeat soon."""
         model = self._model
         low, high = model.actuator_ctrlrange.T
         periods = 5 + 1.7 * np.arange(model.nu)

@@ -165,7 +165,7 @@ class VideoSource:
                 if value:
                     capture.set(name, value)
             self._undecoded = self._takes_jpeg(capture, cv2)
-            # A device that somebody else streams from can be opened; only the first frame tells.
+            # A device that another program streams from can be opened; only the first frame shows it.
             if capture.grab():
                 return capture
         capture.release()
@@ -182,7 +182,7 @@ class VideoSource:
         try:
             streams.import_simplejpeg()
         except ImportError as error:
-            self.remark = f"{self.source}: damaged frames cannot be told from whole ones. {error}"
+            self.remark = f"{self.source}: damaged frames cannot be distinguished from whole ones. {error}"
             return False
         return bool(capture.set(cv2.CAP_PROP_CONVERT_RGB, 0))
 

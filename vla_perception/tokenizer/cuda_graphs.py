@@ -3,7 +3,7 @@
 Memory: all graphs of one `CudaGraphs` share one private memory pool, and their replays follow one another, so the pool
 is as large as the largest of them. Streams: a capture runs on streams on which nothing else of ours runs. cuBLAS keeps
 a workspace per stream for as long as the process lives, 32 MiB on Hopper: streams are used again when their `CudaGraphs`
-is gone, and their workspaces lie in a pool of their own, where they stay when others free all workspaces (as Inductor
+is gone, and their workspaces lie in a separate pool, where they stay when others free all workspaces (as Inductor
 does).
 """
 
@@ -187,7 +187,7 @@ class CudaGraphs(Runtime):
         self, captured: _Captured, fill: Callable[[list[torch.Tensor]], object], features: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         stream = torch.cuda.current_stream(self._device)
-        stream.wait_event(self._streams.free)  # whoever called last may have used another stream
+        stream.wait_event(self._streams.free)  # the last caller may have used another stream
         fill(captured.inputs)
         captured.graph.replay()
         # Copies, because the next replay writes where this one did: 2 MiB take some microseconds on the device.
@@ -247,7 +247,7 @@ class CudaGraphs(Runtime):
         """One attempt. Leaves nothing of a capture behind if it fails; raises what went wrong first."""
         graph = torch.cuda.CUDAGraph()
         # Not `torch.cuda.graph`: it synchronizes the device and empties the allocator's cache, which would break off a
-        # capture of somebody else's. thread_local: other threads may use CUDA meanwhile, but not wait for all of it.
+        # capture of another thread's. thread_local: other threads may use CUDA meanwhile, but not wait for all of it.
         with _capturing, torch.cuda.stream(self._streams.main):
             try:
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")

@@ -20,7 +20,7 @@ from vla_perception.tokenizer.timm_import import Block
 
 
 class FilmLinear(nn.Linear):
-    """A layer of its own type, so that runtimes which put others in the place of `nn.Linear` leave it."""
+    """A separate layer type, so that runtimes which put others in the place of `nn.Linear` leave it."""
 
 
 class FilmBlock(nn.Module):

@@ -1,4 +1,4 @@
-"""What quantizes activations to float8 (e4m3), as Triton kernels: each row of channels by a scale of its own.
+"""What quantizes activations to float8 (e4m3), as Triton kernels: each row of channels by a separate scale.
 
 One program computes one row, so a row's largest value is known where its values are. Sums are in float32, and what
 float8 is made of has not been rounded before. Conditions as in triton_kernels.py.

@@ -79,7 +79,7 @@ def _of_tensor(image: torch.Tensor) -> np.ndarray:
 def _of_pillow(image: Image.Image, where: str) -> np.ndarray:
     if image.mode not in _MODES:
         raise ValueError(
-            f"{where}an image of Pillow's mode {image.mode} has values beyond 0–255, of which nobody says what is white; "
+            f"{where}an image of Pillow's mode {image.mode} has values beyond 0–255, whose white level is not known; "
             "scale it to 8 bits first"
         )
     return np.asarray(image.convert("RGB"))

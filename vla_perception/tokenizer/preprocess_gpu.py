@@ -4,7 +4,7 @@ An image crosses to the device once, as the bytes that the camera sent. PIL resi
 (``Resample.c``): weights of 22 fractional bits, one pass along the rows and one along the columns, each rounded and
 clipped to 8 bits. So the same sums over the same weights give the same pixels on any device. They are int32 here, as
 in PIL, and not matrix products: float64 is as exact and slow on most devices, and float32 in two halves is exact only
-as long as nobody allows TF32. On CUDA each pass is one Triton kernel (`preprocess_kernels`); where there is no Triton,
+as long as TF32 is not allowed. On CUDA each pass is one Triton kernel (`preprocess_kernels`); where there is no Triton,
 or it cannot compile, PyTorch does the same sums in some 20 kernels.
 """
 
@@ -129,7 +129,7 @@ class PreprocessPlan:
     def upload(self, images: Sequence[np.ndarray], into: torch.Tensor | None = None) -> torch.Tensor:
         """The images' memory → uint8 [nbytes] on the device, `into` if that is given.
 
-        It is copied into pinned memory at once, so `images` are no longer needed; on a GPU the copy to the device may still
+        It is copied into pinned memory at once, so `images` are not needed any more; on a GPU the copy to the device may still
         be running on the current stream.
 
         Args:
@@ -275,7 +275,7 @@ class DevicePreprocessor:
             if config.resize_strategy == "letterbox"
         }
         self.channels = torch.arange(3, device=device).view(3, 1, 1)
-        # Cameras have few sizes; whoever sends many pays for the weights again.
+        # Cameras have few sizes; with many sizes the weights are computed again.
         self._taps = functools.lru_cache(maxsize=64)(self._make_taps)
         self._kernel_taps = functools.lru_cache(maxsize=64)(self._make_kernel_taps)
         self._plan = functools.lru_cache(maxsize=16)(self._make_plan)

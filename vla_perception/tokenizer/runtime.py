@@ -10,7 +10,7 @@
 ``compile``
     `torch.compile` fuses what lies between the matrix products; on CUDA the result is captured as for ``graph``.
 ``auto``
-    ``graph`` on CUDA; on a CPU ``onednn`` where it is known to gain, ``eager`` elsewhere. Compiling is left to whoever
+    ``graph`` on CUDA; on a CPU ``onednn`` where it is known to gain, ``eager`` elsewhere. Compiling is left to a user who
     wants it: it takes a minute or more at every start.
 """
 

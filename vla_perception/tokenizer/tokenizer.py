@@ -378,7 +378,7 @@ class VisualTokenizer:
             with self._condition.held(), torch.inference_mode():
                 for _ in range(2):  # a graph with preprocessing is captured at the second time
                     self._tokens(ready, steps, features=False)
-            # Not the whole device: somebody else may be capturing a graph.
+            # Not the whole device: another thread may be capturing a graph.
             torch.cuda.current_stream(self.device).synchronize()
 
     def affine(self, height: int, width: int, camera: str | None = None) -> tuple[float, ...]:

@@ -108,7 +108,7 @@ def _fill(
         if digest is not None:
             for part, tensor in parts.items():
                 digest.add(name + part, tensor)
-        # A copy in any case: the source may be a mapped file that somebody replaces later.
+        # A copy in any case: the source may be a mapped file that is replaced later.
         copied = state[names[name]] = merged(parts).to(device, dtype, copy=True)
         if copied.numel() and not all(map(math.isfinite, torch.aminmax(copied))):  # NaN is both
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""What the order of messages tells: late ones, time that was set back, lost ones, a restart, several senders.
+"""What follows from the order of messages: late ones, time that was set back, lost ones, a restart, several senders.
 
 By stamps and numbers alone: no ROS, no threads, no clock. `StampOrder` draws the line between a late message and time
 that was set back (here for tokens, in `synchronizer` for frames); `Continuity` draws it between a lost message and

@@ -34,7 +34,7 @@ _IMAGENET_BF16 = {"mean": list(IMAGENET_MEAN_BF16), "std": list(IMAGENET_STD_BF1
 
 
 def checked_inputs(value: object) -> dict[str, object]:
-    """The inputs of a fingerprint, as a message or a policy gives them; ValueError if they are no such thing."""
+    """The inputs of a fingerprint, as a message or a policy gives them; ValueError if they are malformed."""
     if (
         not isinstance(value, Mapping)
         or not isinstance(value.get("settings"), Mapping)

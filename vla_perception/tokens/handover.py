@@ -43,7 +43,7 @@ class Delivery:
 
     @property
     def another_run(self) -> bool | None:
-        """Whether another run of the tokenizer sent the message before; None where shared memory cannot tell."""
+        """Whether another run of the tokenizer sent the message before; None where shared memory does not show it."""
         if self.writer is None or self.previous_writer is None:
             return None
         return self.writer != self.previous_writer

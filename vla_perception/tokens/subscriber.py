@@ -248,7 +248,7 @@ class TokenSubscriber(TokenBuffer):
         if order is not None and (not self._publishers or self.restarts != restarts):
             self._publishers = self._receiver.publishers()
         self._senders.add(tokens.sequence, now)
-        # The list alone tells nothing: a publisher that was killed stays there for seconds.
+        # The list alone says nothing: a publisher that was killed stays there for seconds.
         if self._senders.take_turns(now) and (count := self.publishers()) > 1:
             self._log_throttled(
                 "publishers", f"{count} publishers on {self.topic}: their tokens mix; name topics apart"

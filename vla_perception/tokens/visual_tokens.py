@@ -230,7 +230,7 @@ class VisualTokens:
         return codec.float32(self.features, self.dtype)
 
     def torch(self, device: str = "cpu") -> torch.Tensor:
-        """[views, tokens, channels] as a torch tensor in `dtype` on `device`, a copy of its own."""
+        """[views, tokens, channels] as a torch tensor in `dtype` on `device`, a separate copy."""
         import torch
 
         if self._source is not None and self._source[0] is self.data:

@@ -9,7 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
-#: Where a page is if nobody says; the next ones where that is taken.
+#: Where a page is by default; the next ones where that is taken.
 DEFAULT_PORT = 8420
 PORTS_TRIED = 10
 
@@ -34,7 +34,7 @@ def add_view(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--port", type=int, help=f"default: {DEFAULT_PORT}, or the next that is free")
     parser.add_argument("--hz", type=_hz, default=5.0, help="frames per second of a page at most (default: 5)")
     parser.add_argument(
-        "--passive", action="store_true", help="receive tokens only while somebody else subscribes to them"
+        "--passive", action="store_true", help="receive tokens only while another node subscribes to them"
     )
     parser.add_argument(
         "--allow-control", action="store_true", help="let pages activate, deactivate and ask for encodings"
@@ -105,7 +105,7 @@ def _rerun(options: argparse.Namespace) -> int:
     sink = RerunSink(Path(options.rerun) if options.rerun else None)
     with _feed(options) as feed:
         print(f"{feed.title}: sent to Rerun  (Ctrl-C ends it)", flush=True)
-        # A recording is sent once; what runs, until somebody ends it.
+        # A recording is sent once; a running system, until the user ends it.
         longest = max((len(feed.times(str(one["topic"]))) for one in feed.tokenizers()), default=0)
         with contextlib.suppress(KeyboardInterrupt):
             sink.run(feed, options.hz, rounds=range(longest) if feed.is_recording else None)

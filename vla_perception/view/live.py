@@ -1,6 +1,6 @@
-"""The feed of a running system: what nodes of the ROS domain publish, received as a policy would, by threads of its own.
+"""The feed of a running system: what nodes of the ROS domain publish, received as a policy would, in separate threads.
 
-Tokens come through `TokenSubscriber`, and only while a page shows them: without a page nobody here wants tokens, and
+Tokens come through `TokenSubscriber`, and only while a page shows them: without a page no tokens are wanted here, and
 none are encoded for it. Camera images stay serialized until one is shown.
 """
 
@@ -66,7 +66,7 @@ class LiveFeed:
 
     Args:
         domain: ROS_DOMAIN_ID; None: the environment's.
-        passive: receive tokens only while somebody else subscribes to their topic.
+        passive: receive tokens only while another node subscribes to their topic.
         changed: called by a thread of this feed whenever there is a new snapshot.
     """
 
@@ -303,7 +303,7 @@ class LiveFeed:
         return found
 
     def _somebody_else_wants(self, topic: str, tokenizer: _Tokenizer) -> bool:
-        """Whether somebody who is not this feed reads a topic, as ROS's graph and the tokenizer's diagnostics say."""
+        """Whether another subscriber than this feed reads a topic, as ROS's graph and the tokenizer's diagnostics say."""
         if tokenizer.health.shared_memory_readers:
             return True
         own = f"/_{self._node.get_name()}_tokens"
@@ -316,7 +316,7 @@ class LiveFeed:
                 self._node,
                 topic,
                 callback=lambda tokens: self._on_tokens(topic, tokens),
-                # Diagnostics count every reader in shared memory: whoever is passive must not be one of them.
+                # Diagnostics count every reader in shared memory: a passive viewer must not be one of them.
                 shared_memory=not self._passive,
             )
         elif not wanted and tokenizer.subscriber is not None:
@@ -346,7 +346,7 @@ class LiveFeed:
     # Cameras
 
     def _image_topics(self, topic: str, tokenizer: _Tokenizer) -> tuple[str, ...]:
-        """The camera topics that the tokenizer subscribes to; those called after its cameras where ROS does not tell."""
+        """The camera topics that the tokenizer subscribes to; those named after its cameras where ROS does not say."""
         found: list[str] = []
         namespace, _, name = tokenizer.health.node.rpartition("/")
         with contextlib.suppress(Exception):  # rclpy has several for a node that has gone

@@ -227,7 +227,7 @@ class PageServer:
 
 
 class _Server(uvicorn.Server):
-    """Ends at SIGINT and SIGTERM as any server, and does not raise them again: ending a viewer is no failure."""
+    """Ends at SIGINT and SIGTERM as any server, and does not raise them again: ending a viewer is not a failure."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -88,7 +88,7 @@ class Session:
         topic: of the tokenizer that is shown, empty for none.
         mode: one of `MODES`.
         paused: whether the page keeps what it shows.
-        visible: whether somebody can see it.
+        visible: whether the page is in view.
         hz: as the page has set it.
         index: of a recording.
         hidden: spaces that are not computed for it.
@@ -119,7 +119,7 @@ class Session:
             raise ValueError("a message of the page is too long")
         message = json.loads(text)
         if not isinstance(message, dict):
-            raise ValueError("a message of the page is no object")
+            raise ValueError("a message of the page is not an object")
         handler = {
             "select": self._on_select,
             "visible": self._on_visible,

@@ -90,7 +90,7 @@ def test_weights_too_large_for_the_compute_dtype_are_refused(parts, tmp_path):
     assert VisualTokenizer.from_checkpoint(folder, compute_dtype="bfloat16").compute_dtype == "bfloat16"
 
 
-def test_missing_wrong_and_surplus_tensors_are_one_error_that_lists_them(parts, tmp_path):
+def test_missing_wrong_and_unexpected_tensors_are_one_error_that_lists_them(parts, tmp_path):
     tensors = dict(parts[2])
     del tensors["projector.fc2.bias"]
     tensors["vision_backbone.featurizer.cls_token"] = torch.zeros(1, 1, 3)

@@ -116,7 +116,7 @@ def test_a_film_file_that_cannot_be_read_and_an_adapter_beside_one(parts, tmp_pa
     """Never the encoders without it: they would be others."""
     folder = checkpoints.write(tmp_path / "film", parts[2])
     (folder / "vision_backbone--150000_checkpoint.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="vision_backbone--150000_checkpoint.pt is no zip archive"):
+    with pytest.raises(CheckpointError, match="vision_backbone--150000_checkpoint.pt is not a zip archive"):
         VisualTokenizer.from_checkpoint(folder)
     write_adapter(folder / "lora_adapter", parts[2], folder)
     with pytest.raises(CheckpointError, match="with FiLM; give the folder above it"):
@@ -335,7 +335,7 @@ def stretched(model, whole):
         ({"projector": {}}, "holds no model.projector"),
         ({"projector": {"projector.1.weight": torch.zeros(2, 2)}}, "belong to no known part: projector.1.weight"),
         ({"vision_backbone": {"clip_featurizer.x": torch.zeros(2)}}, "belong to no known part: clip_featurizer.x"),
-        ({"vision_backbone": {"dino_featurizer.x": "text"}}, "is no state dict of tensors"),
+        ({"vision_backbone": {"dino_featurizer.x": "text"}}, "is not a state dict of tensors"),
     ],
 )
 def test_prismatic_runs_that_do_not_fit(parts, tmp_path, small_backbones, change, words):

@@ -47,7 +47,7 @@ class Camera:
         compressed: whether the topic carries CompressedImage, not Image.
         since: when it was subscribed to.
         qos_overridden: whether the user gave the reliability by a `qos_overrides` parameter.
-        numbered: whether the middleware tells the number that the sender gave a message.
+        numbered: whether the middleware gives the number that the sender gave a message.
         several_since: since when more than one publisher is listed.
         health_problem: what is wrong with it and what to do about it; empty if nothing is.
     """
@@ -76,7 +76,7 @@ class Camera:
         return self.topic.removesuffix("/compressed") if self.compressed else f"{self.topic}/compressed"
 
     def on_frame(self, now: float, number: int | None) -> None:
-        """A frame has arrived; `number` is the one that its sender gave it, None where the middleware tells none."""
+        """A frame has arrived; `number` is the one that its sender gave it, None where the middleware gives none."""
         self.arrivals.append(now)
         self.numbered = number is not None
         if number is not None:
@@ -263,7 +263,7 @@ def _several_publishers(camera: Camera, publishers: Sequence[TopicEndpointInfo],
         camera.several_since = None
         return ""
     camera.several_since = camera.several_since or now
-    # Cyclone DDS tells no numbers: there, one that is listed for long is believed to send.
+    # Cyclone DDS gives no numbers: there, a publisher that is listed for long counts as sending.
     listed_long = not camera.numbered and camera.arrivals and now - camera.several_since > LISTED_SEC
     if not camera.senders.take_turns(now) and not listed_long:
         return ""

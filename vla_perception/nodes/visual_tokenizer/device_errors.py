@@ -15,6 +15,6 @@ def device_is_lost(error: Exception) -> bool:
     off: the next frame may do better, and is counted if not.
     """
     text = str(error).partition("\n")[0]  # advice follows
-    # Before torch 2.8 an error of CUDA had no class of its own.
+    # Before torch 2.8 an error of CUDA had no separate class.
     of_cuda = type(error).__name__ == "AcceleratorError" or "CUDA error" in text
     return of_cuda and not _PASSES.search(text)

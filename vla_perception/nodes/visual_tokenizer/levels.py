@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vla_perception.nodes.visual_tokenizer.parameters import TokenizerParameters
 
-#: Seconds over which shares and ages are looked at: one late frame is no warning for long.
+#: Seconds over which shares and ages are looked at: one late frame does not warn for long.
 WINDOW_SEC = 10.0
 #: Fewer frames than this within the window say nothing about a share.
 _FEW = 10

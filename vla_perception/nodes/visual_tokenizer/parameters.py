@@ -76,7 +76,7 @@ class TokenizerParameters:
     )
     token_strategy: str = parameter(
         "patch",
-        "patch: a token per patch; cls: each encoder's summary of the whole image; cls+patch: both.",
+        "patch: a token per patch; cls: each encoder's cls token of the whole image; cls+patch: both.",
         choices=options.TOKEN_STRATEGIES,
         **_MODEL,
     )
@@ -223,7 +223,7 @@ class TokenizerParameters:
     model_locked: bool = parameter(
         False,
         "Whether what decides on the model (model, adapter, device, …) keeps for the life of the process the value that "
-        "it was started with, whoever asks.",
+        "it was started with, whichever client asks.",
     )
     autostart: bool = parameter(False, "Whether the node configures and activates itself, or ends if it cannot.")
 

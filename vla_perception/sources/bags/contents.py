@@ -13,7 +13,7 @@ CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
 
 
 class BagError(ValueError):
-    """The path is no bag that can be read, or the bag lacks what was asked for; the text says what to do."""
+    """The path is not a bag that can be read, or the bag lacks what was asked for; the text says what to do."""
 
     def __init__(self, text: str) -> None:
         super().__init__(printable(text))  # it quotes names of any content

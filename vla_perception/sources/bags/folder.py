@@ -58,7 +58,7 @@ def _listed_files(folder: Path, claimed: dict) -> list[Path]:
         if absent:
             raise BagError(
                 f"{folder}: metadata.yaml lists {', '.join(absent)}, not there: copy what is missing, play the files "
-                f"that are there by name, or move them into a folder of their own and `ros2 bag reindex` it"
+                f"that are there by name, or move them into a separate folder and `ros2 bag reindex` it"
             )
         return [folder / name for name in names]
     if len(there) == 1 or (there and claimed):  # a recording that was cut off before metadata.yaml was written
@@ -80,7 +80,7 @@ def _storage_in(folder: Path) -> list[Path]:
 
 
 def _as_it_lies(folder: Path, name: str) -> str:
-    """The name, with or without .zstd: the recorder may have been killed before it compressed, or somebody expanded it."""
+    """The name, with or without .zstd: the recorder may have been killed before it compressed, or a user expanded it."""
     other = name.removesuffix(".zstd") if name.endswith(".zstd") else f"{name}.zstd"
     return other if (folder / other).is_file() and not (folder / name).is_file() else name
 

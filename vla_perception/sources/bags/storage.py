@@ -1,6 +1,6 @@
 """What both kinds of storage files have in common: limits, order of time, compressed files.
 
-A storage file tells which topics it holds, how often, from when to when, and gives its messages in the order of their
+A storage file says which topics it holds, how often, from when to when, and gives its messages in the order of their
 recording. Nothing that a file says of itself is taken for memory: records, chunks and messages have limits, and what
 is compressed is expanded only as far as it says.
 

@@ -59,14 +59,14 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
 
     def check(self, expected: Mapping[str, tuple[int, ...]], unused: Callable[[str], bool]) -> None:
-        """Raises one CheckpointError that lists every tensor that is missing, surplus, or wrong in shape or dtype.
+        """Raises one CheckpointError that lists every tensor that is missing, unexpected, or wrong in shape or dtype.
 
         Args:
             expected: canonical name → shape of what the model needs.
             unused: true for canonical names that may be present and are not read.
         """
         missing = [name for name in expected if name not in self.tensors]
-        surplus = [name for name in {**self.tensors, **self.adapters} if name not in expected and not unused(name)]
+        unexpected = [name for name in {**self.tensors, **self.adapters} if name not in expected and not unused(name)]
         wrong = []
         for name, shape in expected.items():
             stored = self.tensors.get(name)
@@ -83,7 +83,7 @@ class Checkpoint:
             for title, names in (
                 ("missing tensors", missing),
                 ("tensors of the wrong shape or dtype", wrong),
-                ("surplus tensors", surplus),
+                ("unexpected keys", unexpected),
             )
             if names
         ]

@@ -54,7 +54,7 @@ _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "
 #: Bytes that are read in one go.
 _CHUNK = 1 << 26
 _TORCH_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-#: All that a file of weights names: everything else in a pickle is there to run code, or is no weight.
+#: All that a file of weights names: everything else in a pickle is there to run code, or is not a weight.
 _PICKLE_GLOBALS = {
     "torch._utils _rebuild_tensor_v2",
     "torch._utils _rebuild_parameter",
@@ -163,7 +163,7 @@ class MemoryTensors:
     path = None
 
     def check_unchanged(self) -> None:
-        """They are nobody else's."""
+        """They are not shared."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = tensors
@@ -209,7 +209,7 @@ class PickledTensors:
         if node is None:
             return {}
         if not isinstance(node, Mapping) or not all(isinstance(value, torch.Tensor) for value in node.values()):
-            raise CheckpointError(f"{self.path}: {'.'.join(keys)} is no state dict of tensors")
+            raise CheckpointError(f"{self.path}: {'.'.join(keys)} is not a state dict of tensors")
         prefix = "/".join(keys)
         result = {}
         for name, value in node.items():
@@ -266,7 +266,7 @@ def parse_header(header: bytes, payload: int) -> dict[str, dict]:
     """safetensors header → entries, checked: dtypes known, sizes right, no tensor beyond `payload` bytes or over another.
 
     Raises:
-        CheckpointError: the header is no such thing.
+        CheckpointError: the header is not one.
     """
     entries = parse_json(header, "its header")
     entries.pop("__metadata__", None)
@@ -379,7 +379,7 @@ def _check_archive(stream: BinaryIO) -> None:
         archive = zipfile.ZipFile(stream)
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise CheckpointError(
-            f"{name} is no zip archive as torch.save writes it ({error}); it is truncated, or of before torch 1.6: "
+            f"{name} is not a zip archive as torch.save writes it ({error}); it is truncated, or of before torch 1.6: "
             "then save it again with a recent torch"
         ) from error
     pickles, roots = [], set()
@@ -406,7 +406,7 @@ def _check_archive(stream: BinaryIO) -> None:
         for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):
             if opcode.name not in _CALLING:
                 continue
-            # All but GLOBAL take names from the stack, where they cannot be told; torch.save writes GLOBAL alone.
+            # All but GLOBAL take names from the stack, where this check cannot see them; torch.save writes GLOBAL alone.
             named = str(argument) if opcode.name == "GLOBAL" else opcode.name
             if named not in _PICKLE_GLOBALS:
                 raise CheckpointError(
@@ -433,7 +433,7 @@ def _check_directory(stream: BinaryIO) -> None:
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or len(tail) < at + 22 or stream.read(4) != b"PK\x03\x04":
         raise CheckpointError(
-            f"{stream.name} is no zip archive as torch.save writes it; it is truncated, or of before torch 1.6: "
+            f"{stream.name} is not a zip archive as torch.save writes it; it is truncated, or of before torch 1.6: "
             "then save it again with a recent torch"
         )
     here = size - len(tail) + at
@@ -449,9 +449,9 @@ def _check_directory(stream: BinaryIO) -> None:
             sound &= begin in (wide_begin, 0xFFFFFFFF)
             length, begin, here = wide_length, wide_begin, said
     if length > 4 * MAX_HEADER:
-        raise CheckpointError(f"{stream.name}: a directory of {length} bytes is no .pt file of weights")
+        raise CheckpointError(f"{stream.name}: a directory of {length} bytes is not a .pt file of weights")
     if not sound or begin + length != here:
         raise CheckpointError(
-            f"{stream.name} is no zip archive as torch.save writes it: its directory is not where its end says"
+            f"{stream.name} is not a zip archive as torch.save writes it: its directory is not where its end says"
         )
     stream.seek(0)

@@ -75,7 +75,7 @@ def _scale(file: Path, a: StoredTensor) -> float:
     settings = file.parent / "lora_adapter" / "adapter_config.json"
     alpha = read_json(settings).get("lora_alpha") if settings.is_file() else min(rank, 16)
     if not isinstance(alpha, (int, float)) or not 0 < alpha < 1e6:
-        raise CheckpointError(f"{settings}: lora_alpha {alpha!r:.100} is no number that can be used")
+        raise CheckpointError(f"{settings}: lora_alpha {alpha!r:.100} is not a usable number")
     return float(alpha) / rank
 
 

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 #: First byte, and the one after the last.
 Span = tuple[int, int]
-#: Bytes between two spans that are rather fetched and dropped than left out with a request of their own.
+#: Bytes between two spans that are rather fetched and dropped than left out with a separate request.
 GAP = 1 << 20
 #: Seconds before another try, and so how many tries without a single new byte there are.
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)

@@ -51,7 +51,7 @@ _SPARE = 64 << 20
 
 
 def is_id(text: str) -> bool:
-    """Whether `text` has the form of a Hugging Face id, ``org/name`` or ``org/name@revision``, and is no path here."""
+    """Whether `text` has the form of a Hugging Face id, ``org/name`` or ``org/name@revision``, and is not a path here."""
     return _ID.fullmatch(text) is not None and not exists(Path(text))
 
 
@@ -93,7 +93,7 @@ def _parse(name: str) -> tuple[str, str, Path]:
     """Repository, revision, and its folder in the cache."""
     match = _ID.fullmatch(name)
     if match is None:
-        raise CheckpointError(f"{name!r} is no Hugging Face id; write org/name or org/name@revision")
+        raise CheckpointError(f"{name!r} is not a Hugging Face id; write org/name or org/name@revision")
     return match["repository"], match["revision"] or "main", cache_directory() / "hub" / match["repository"]
 
 
@@ -209,13 +209,13 @@ def _check_config(repository: str, folder: Path) -> None:
         return
     if "timm_model_ids" not in config:
         raise CheckpointError(
-            f"{repository} is no OpenVLA or Prismatic model, and no π0, π0.5 or SmolVLA policy of LeRobot's: its config.json has no timm_model_ids. Its architecture "
+            f"{repository} is not an OpenVLA or Prismatic model, and no π0, π0.5 or SmolVLA policy of LeRobot's: its config.json has no timm_model_ids. Its architecture "
             f"is {str(config.get('architectures') or config.get('model_type'))[:200]}"
         )
 
 
 def _names(folder: Path) -> ModuleType:
-    """What tells by its name whether a tensor is fetched."""
+    """Decides by a tensor's name whether it is fetched."""
     config = folder / "config.json"
     return lerobot if config.is_file() and lerobot.is_policy(read_json(config)) else tensor_names
 

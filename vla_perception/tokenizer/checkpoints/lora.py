@@ -112,7 +112,7 @@ def read_adapter(
     """Canonical name → (peft's name of the module, A, B), and canonical name → tensor that is replaced as a whole.
 
     Args:
-        of_film: the encoders were wrapped for FiLM, and are in a file of their own: what is here of them is left out.
+        of_film: the encoders were wrapped for FiLM, and are in a separate file: what is here of them is left out.
     """
     file = directory / "adapter_model.safetensors"
     if not file.is_file():
@@ -122,7 +122,7 @@ def read_adapter(
     halves: dict[str, dict[str, StoredTensor]] = {}
     modules: dict[str, str] = {}
     whole: dict[str, StoredTensor] = {}
-    surplus, twice = [], []
+    unexpected, twice = [], []
     for stored in stored_tensors.values():
         name = unwrapped(stored.name).removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
         name = re.sub(r"\.modules_to_save(\.default)?\.", ".", unwrapped(name))
@@ -132,7 +132,7 @@ def read_adapter(
         module = low_rank.group(1) if low_rank else ""
         canonical = canonical_name(f"{module}.weight" if low_rank else name, checkpoint.config)
         if canonical is None or canonical not in checkpoint.tensors:
-            surplus.append(stored.name)
+            unexpected.append(stored.name)
             continue
         places = halves.setdefault(canonical, {}) if low_rank else whole
         place = low_rank.group(2) if low_rank else canonical
@@ -143,11 +143,11 @@ def read_adapter(
             modules[canonical] = module
     odd = [name for name, pair in halves.items() if len(pair) != 2]
     problems = (
-        ("tensors that fit no part", surplus),
+        ("tensors that fit no part", unexpected),
         ("tensors with one half of a pair", odd),
         ("tensors twice", twice),
     )
-    if surplus or odd or twice:
+    if unexpected or odd or twice:
         parts = [listing(title, names) for title, names in problems if names]
         raise CheckpointError(f"{directory} does not fit {checkpoint.path}: {'; '.join(parts)}")
     return {name: (modules[name], pair["A"], pair["B"]) for name, pair in halves.items()}, whole
@@ -164,5 +164,5 @@ def _scale(settings: Mapping, module: str, rank: int) -> float:
             break
     scale = float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     if not abs(scale) < 1e30:  # it becomes a float32 number
-        raise ValueError(f"lora_alpha {alpha!r:.200} is no number that can be used")
+        raise ValueError(f"lora_alpha {alpha!r:.200} is not a usable number")
     return scale

@@ -1,9 +1,9 @@
-"""From a model's name to its checkpoint: the one place that tells the kinds of names apart.
+"""From a model's name to its checkpoint: the one place that distinguishes the kinds of names.
 
 | name | kind | who reads it |
 | --- | --- | --- |
 | a preset's, and no folder is called so | ``preset`` | presets.py; random weights, so there is no checkpoint |
-| path of a folder or file here | ``path`` | `open_checkpoint`, which tells the layouts apart |
+| path of a folder or file here | ``path`` | `open_checkpoint`, which distinguishes the layouts |
 | ``org/name``, ``org/name@revision`` | ``hub`` | hub.py makes it a folder here |
 | ``timm:NAME…``, ``hf-hub:…``, ``local-dir:…``, a name that timm knows | ``timm`` | timm_encoders.py |
 

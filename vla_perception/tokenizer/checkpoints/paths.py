@@ -9,7 +9,7 @@ from vla_perception.tokenizer.checkpoints import CheckpointError
 
 
 def local_path(path: str | os.PathLike) -> Path:
-    """The path with ``~`` written out; as it is where nobody knows a home directory."""
+    """The path with ``~`` written out; as it is where no home directory is known."""
     return Path(os.path.expanduser(path))
 
 
@@ -38,7 +38,7 @@ def is_file(path: Path) -> bool:
 
 
 def cache_directory() -> Path:
-    """``$XDG_CACHE_HOME/vla_perception``, ``~/.cache/vla_perception`` by default, also where the first is no absolute path.
+    """``$XDG_CACHE_HOME/vla_perception``, ``~/.cache/vla_perception`` by default, also where the first is not an absolute path.
 
     Raises:
         CheckpointError: there is no home directory (neither HOME nor an entry of the user's), nor XDG_CACHE_HOME.
@@ -52,7 +52,7 @@ def cache_directory() -> Path:
             raise RuntimeError("no absolute path")
     except RuntimeError as error:
         raise CheckpointError(
-            "there is no home directory to keep files in: HOME is not set, or no absolute path; set it, or XDG_CACHE_HOME "
+            "there is no home directory to keep files in: HOME is not set, or not an absolute path; set it, or XDG_CACHE_HOME "
             "and HF_HOME"
         ) from error
     return home / ".cache" / "vla_perception"

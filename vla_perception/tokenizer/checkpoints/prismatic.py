@@ -26,7 +26,7 @@ def open_run(path: Path) -> Checkpoint:
     """A run directory, or one ``.pt`` file within its ``checkpoints/``.
 
     Raises:
-        CheckpointError: several ``.pt`` files and none is the latest, an unknown vision backbone, surplus parts, …
+        CheckpointError: several ``.pt`` files and none is the latest, an unknown vision backbone, unexpected keys, …
     """
     file = path if path.is_file() else _newest(path)
     run = next((folder for folder in (file.parent.parent, file.parent) if (folder / "config.json").is_file()), None)
@@ -134,9 +134,9 @@ def _renamed(
 ) -> dict[str, StoredTensor]:
     """The tensors by their canonical names; CheckpointError that lists those that have none."""
     named = [(canonical(unwrapped(name)), name) for name in stored]
-    surplus = [name for known, name in named if known is None]
-    if surplus:
-        raise CheckpointError(f"{file}: {listing('tensors that belong to no known part', surplus)}")
+    unexpected = [name for known, name in named if known is None]
+    if unexpected:
+        raise CheckpointError(f"{file}: {listing('tensors that belong to no known part', unexpected)}")
     if len(dict(named)) < len(named):
         raise CheckpointError(f"{file}: {len(named) - len(dict(named))} tensors are there twice, in different wrappers")
     return {known: stored[name] for known, name in named}  # type: ignore[misc]

@@ -156,7 +156,7 @@ def _own_facts(source: str) -> tuple[str, Mapping[str, Any], dict[str, object], 
     overrides = settings.get("model_args") or {}
     facts = settings.get("pretrained_cfg") or settings
     if "architecture" not in settings or not isinstance(facts, dict) or not isinstance(overrides, dict):
-        raise CheckpointError(f"{folder / 'config.json'} is no configuration of a timm model")
+        raise CheckpointError(f"{folder / 'config.json'} is not a configuration of a timm model")
     architecture, tag = check_architecture(settings["architecture"], str(folder / "config.json")), facts.get("tag")
     if tag and not (isinstance(tag, str) and re.fullmatch(r"[\w.-]{1,200}", tag, re.ASCII)):
         raise CheckpointError(f"{folder / 'config.json'}: the tag {tag!r:.200} is not a name")

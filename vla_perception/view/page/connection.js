@@ -17,7 +17,7 @@ export function unpack(buffer) {
 }
 
 export class Connection {
-  /** `onMessage(message)` gets objects that have a `type`; `onState(connected)` is told when that changes. */
+  /** `onMessage(message)` gets objects that have a `type`; `onState(connected)` is called when that changes. */
   constructor(onMessage, onState) {
     this.onMessage = onMessage;
     this.onState = onState;

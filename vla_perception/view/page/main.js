@@ -150,7 +150,7 @@ function showTokenizers(message) {
 function waiting(message, shown) {
   if (shown === undefined) return `No tokenizer in ${hello?.title ?? "this domain"} yet: it appears here when it runs.`;
   if (gone(shown)) return "This tokenizer is gone.";
-  if (!message.details?.reception.transport) return "Passive: looks on while somebody else subscribes to the tokens.";
+  if (!message.details?.reception.transport) return "Passive: looks on while another node subscribes to the tokens.";
   if (shown.state && !shown.state.startsWith("active")) return `The tokenizer is ${shown.state}.`;
   return "Waiting for tokens: do the cameras send, and do the warnings on this page say something?";
 }
