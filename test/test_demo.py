@@ -70,9 +70,9 @@ def whole(tmp_path_factory, refused) -> tuple[Path, str]:
     """Where a demo wrote to, and what it printed."""
     out = tmp_path_factory.mktemp("demo")
     process = start_demo("--out", str(out), "--rate", "2")
-    printed, complaints = process.communicate(timeout=240)
-    assert process.returncode == 0, printed + complaints
-    assert complaints == ""
+    printed, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, printed + errors
+    assert errors == ""
     return out, printed
 
 
@@ -175,7 +175,7 @@ def test_the_image(whole):
         assert len(colors) > 100
 
 
-def assert_nobody_is_left(group: int) -> None:
+def assert_no_process_is_left(group: int) -> None:
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
         try:
@@ -198,9 +198,9 @@ def test_view_shows_frames_until_ctrl_c():
                 frames += isinstance(message, bytes)
                 page.send('{"type": "painted"}')
         os.killpg(process.pid, signal.SIGINT)
-        _, complaints = process.communicate(timeout=40)
-        assert process.returncode == 0 and not complaints
-        assert_nobody_is_left(process.pid)
+        _, errors = process.communicate(timeout=40)
+        assert process.returncode == 0 and not errors
+        assert_no_process_is_left(process.pid)
     finally:
         try:
             os.killpg(process.pid, signal.SIGKILL)
@@ -208,16 +208,16 @@ def test_view_shows_frames_until_ctrl_c():
             pass
 
 
-def test_ctrl_c_leaves_nobody_behind(tmp_path):
+def test_ctrl_c_leaves_no_process_behind(tmp_path):
     process = start_demo("--out", str(tmp_path), "--rate", "0.2")
     try:
         for line in process.stdout:
             if "Replaying" in line:
                 break
         os.killpg(process.pid, signal.SIGINT)
-        _, complaints = process.communicate(timeout=40)
-        assert process.returncode == 130 and "Interrupted" in complaints and "Traceback" not in complaints
-        assert_nobody_is_left(process.pid)
+        _, errors = process.communicate(timeout=40)
+        assert process.returncode == 130 and "Interrupted" in errors and "Traceback" not in errors
+        assert_no_process_is_left(process.pid)
     finally:
         try:
             os.killpg(process.pid, signal.SIGKILL)
@@ -227,9 +227,9 @@ def test_ctrl_c_leaves_nobody_behind(tmp_path):
 
 def test_a_process_that_dies_is_quoted(refused):
     out, process = refused
-    _, complaints = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "tokenizer ended with exit code" in complaints and "no-such-model" in complaints
+    assert "tokenizer ended with exit code" in errors and "no-such-model" in errors
     assert not (out / "report.json").exists()
 
 

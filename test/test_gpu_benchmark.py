@@ -88,7 +88,7 @@ def test_every_question_is_answered(kit, tmp_path, capsys, monkeypatch):
     assert answers["start"]["model"] == "tiny-random" and answers["versions"]["device"] == "a fake"
 
 
-def test_a_question_that_fails_is_told_and_the_others_are_asked(kit, tmp_path, capsys, monkeypatch):
+def test_a_question_that_fails_is_reported_and_the_others_are_asked(kit, tmp_path, capsys, monkeypatch):
     file = tmp_path / "gpu.json"
     monkeypatch.setattr(kit.Kit, "products", lambda self: 1 / 0)
     kit.main(["--model", "tiny-random", "--json", str(file), "products", "profile", "--seconds", "900"])

@@ -282,7 +282,7 @@ def test_what_is_launched_on_a_gpu_computes_there_in_bfloat16_by_itself(launch_f
     command += ["--params-file", node.kwargs["parameters"][0], "--params-file", given]
     path = os.pathsep.join(map(str, (ROOT / "test" / "support", ROOT)))
     with RosProcess(list(map(str, command)), free_domain(), {"PYTHONPATH": path}) as process:
-        process.wait_for("ready after")
+        process.wait_for("ready after", 120)
         assert "computes on cuda:0 in bfloat16: a fake, compute capability 9.0" in process.output
         assert re.search(r"ready after .*, runtime graph on \S+ in bfloat16", process.output)
         assert process.stop(signal.SIGTERM) == 0, process.output

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from blocked_imports import run_without
 from packaging.requirements import Requirement
-from ros_harness import free_domain, in_domain, ros_environment, wait_until
+from ros_harness import RosContext, free_domain, ros_environment, wait_until
 
 import vla_perception
 
@@ -201,9 +201,9 @@ def test_a_node_without_ros_says_what_to_install(name):
             os.dup2(writing, 2)
             executables.{name}()
         os.close(writing)
-        told = os.fdopen(reading).read()
-        assert os.waitpid(child, 0)[1] >> 8 == 1, told
-        assert len(told.splitlines()) == 1 and "pip install '.[ros]'" in told, told
+        printed = os.fdopen(reading).read()
+        assert os.waitpid(child, 0)[1] >> 8 == 1, printed
+        assert len(printed.splitlines()) == 1 and "pip install '.[ros]'" in printed, printed
         """,
     )
 
@@ -215,10 +215,10 @@ def test_the_command_says_what_is_missing():
         import contextlib, io
         from vla_perception import cli
 
-        told = io.StringIO()
-        with contextlib.redirect_stderr(told):
+        printed = io.StringIO()
+        with contextlib.redirect_stderr(printed):
             assert cli.main(["describe", "timm:test_vit"]) == 1
-        assert "pip install '.[tokenizer]' in this package's sources" in told.getvalue(), told.getvalue()
+        assert "pip install '.[tokenizer]' in this package's sources" in printed.getvalue(), printed.getvalue()
         """,
     )
 
@@ -229,6 +229,7 @@ def test_the_command_says_what_is_missing():
     [
         ("bag_player", "mcap|lz4|zstandard", [f"bag:={ROOT}/examples/sample_bag"], "pip install mcap pyyaml"),
         ("opencv_camera", "cv2", [f"source:={ROOT}/README.md"], "pip install opencv-python-headless"),
+        ("opencv_camera", "cv2", ["source:=rtsp://127.0.0.1:9/x"], "pip install opencv-python-headless"),
         ("mujoco_camera", "mujoco", [], "pip install mujoco|apt install"),  # without OpenGL that comes first
         ("token_viewer", "cv2", ["image_transport:=compressed"], "pip install opencv-python-headless"),
     ],
@@ -241,10 +242,10 @@ def test_a_node_without_its_extra_says_what_to_install(node, missing, arguments,
         import contextlib, io, re
         from vla_perception.nodes import {node}
 
-        told = io.StringIO()
-        with contextlib.redirect_stderr(told):
+        printed = io.StringIO()
+        with contextlib.redirect_stderr(printed):
             assert {node}.main(["{node}", "--ros-args", *{settings!r}]) == 1
-        assert re.search({cure!r}, told.getvalue()) and "Traceback" not in told.getvalue(), told.getvalue()
+        assert re.search({cure!r}, printed.getvalue()) and "Traceback" not in printed.getvalue(), printed.getvalue()
         """,
     )
 
@@ -353,9 +354,6 @@ def test_the_command_is_on_the_path_of_a_sourced_workspace(install_space):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_the_node_starts_from_a_colcon_install(install_space, number, tmp_path):
     """From the installed files, not from this checkout; seen in the ROS graph; ends cleanly."""
-    import rclpy
-    from rclpy.context import Context
-
     domain = free_domain()
     environment = ros_environment(domain)
     environment = fresh_shell() | {name: environment[name] for name in environment if name.startswith("ROS_")}
@@ -378,16 +376,14 @@ def test_the_node_starts_from_a_colcon_install(install_space, number, tmp_path):
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-    context = Context()
     try:
-        with in_domain(domain):
-            rclpy.init(context=context)
-            node = rclpy.create_node("observer", context=context)
-        wait_until(
-            lambda: "visual_tokenizer" in node.get_node_names() or process.poll() is not None,
-            60,
-            "visual_tokenizer in the graph",
-        )
+        with RosContext(domain) as ros:
+            node = ros.node("observer")
+            wait_until(
+                lambda: "visual_tokenizer" in node.get_node_names() or process.poll() is not None,
+                60,
+                "visual_tokenizer in the graph",
+            )
         assert process.poll() is None, log.read_text()
         process.send_signal(number)
         assert process.wait(30) == 0, log.read_text()
@@ -395,8 +391,6 @@ def test_the_node_starts_from_a_colcon_install(install_space, number, tmp_path):
         if process.poll() is None:
             process.kill()
             process.wait()
-        if context.ok():
-            context.shutdown()
 
 
 def test_a_wheel_has_what_pip_needs(source, tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ros_harness import RosProcess, free_domain, in_domain, wait_until
+from ros_harness import RosContext, RosProcess, wait_until
 
 from vla_perception.tokens import View, VisualTokens, to_message
 
@@ -51,26 +51,16 @@ def test_images_without_ros():
 @pytest.mark.ros
 def test_the_policy_node_receives_tokens(tmp_path):
     pytest.importorskip("torch")
-    import rclpy
-    from rclpy.context import Context
     from sensor_msgs.msg import CompressedImage
 
     program = program_with("import rclpy")
     (tmp_path / "policy.py").write_text(program, encoding="utf-8")
-    domain, context = free_domain(), Context()
-    with in_domain(domain):
-        rclpy.init(context=context)
-        node = rclpy.create_node("tokenizer", context=context)
-    publisher = node.create_publisher(CompressedImage, "tokens", 10)
-    try:
-        with RosProcess([str(tmp_path / "policy.py")], domain) as policy:
-            wait_until(lambda: publisher.get_subscription_count() or policy.process.poll() is not None, 60, "a policy")
-            for sequence in range(3):
-                publisher.publish(to_message(tokens(sequence)))
-            policy.wait_for("('front', 'wrist') (2, 4, 8) float32 from tiny-random")
-    finally:
-        node.destroy_node()
-        context.shutdown()
+    with RosContext() as ros, RosProcess([str(tmp_path / "policy.py")], ros.domain) as policy:
+        publisher = ros.node("tokenizer").create_publisher(CompressedImage, "tokens", 10)
+        wait_until(lambda: publisher.get_subscription_count() or policy.process.poll() is not None, 60, "a policy")
+        for sequence in range(3):
+            publisher.publish(to_message(tokens(sequence)))
+        policy.wait_for("('front', 'wrist') (2, 4, 8) float32 from tiny-random")
 
 
 def test_files_that_it_names_exist():

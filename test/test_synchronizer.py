@@ -264,7 +264,7 @@ def test_frames_out_of_order(rate, behind, lag, swapping):
     assert late.received == frames == late.encoded + late.replaced + late.unmatched + late.pending
 
 
-def test_only_the_newest_set_waits():
+def test_only_the_latest_frame_set_waits():
     accountant = Accountant(take=False)
     for i in range(50):
         accountant.add(FRONT, i * 33)

@@ -56,7 +56,7 @@ def _look_into(kind: str, cdr: bytes) -> None:
 
 
 def _frames():
-    return [("/front/image_raw", 10**9 + index * 10**8, recorded.picture(index, 6, 8)) for index in range(3)]
+    return [("/front/image_raw", 10**9 + index * 10**8, recorded.numbered_image(index, 6, 8)) for index in range(3)]
 
 
 def _written(plugin: str) -> Path:

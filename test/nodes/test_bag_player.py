@@ -17,12 +17,9 @@ import pytest
 pytest.importorskip("rosbags")
 pytest.importorskip("rclpy")
 
-import rclpy
-from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
-from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
-from ros_harness import RosProcess, free_domain, in_domain, wait_until
+from ros_harness import RosContext, RosProcess, free_domain, wait_until
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 from rosgraph_msgs.msg import Clock
@@ -91,11 +88,9 @@ class Listener:
     """Subscriptions to serialised messages; `received[topic]` is a list of (monotonic seconds, bytes)."""
 
     def __init__(self, domain: int, topics: dict[str, type]):
-        self.context = Context()
-        with in_domain(domain):
-            rclpy.init(context=self.context)
-        self.node = Node("listener", context=self.context)
-        self.executor = SingleThreadedExecutor(context=self.context)
+        self._ros = RosContext(domain)
+        self.node = self._ros.node("listener")
+        self.executor = SingleThreadedExecutor(context=self._ros.context)
         self.executor.add_node(self.node)
         self.received: dict[str, list[tuple[float, bytes]]] = {topic: [] for topic in topics}
         qos = QoSProfile(depth=200, reliability=ReliabilityPolicy.RELIABLE)
@@ -117,8 +112,7 @@ class Listener:
 
     def close(self) -> None:
         self.executor.shutdown()
-        self.node.destroy_node()
-        rclpy.shutdown(context=self.context)
+        self._ros.close()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Which settings of a command line and of parameter files are told as ignored, against what rclpy itself takes."""
+"""Which settings of a command line and of parameter files are warned as ignored, against what rclpy itself takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from node_sources import PAGES, node_source
 rclpy = pytest.importorskip("rclpy")
 
 from rcl_interfaces.msg import ParameterDescriptor  # noqa: E402
-from ros_harness import RosProcess, free_domain, in_domain  # noqa: E402
+from ros_harness import RosContext, RosProcess, free_domain  # noqa: E402
 
 from vla_perception.nodes.ignored_parameters import warn_of_ignored, warn_of_ignored_qos  # noqa: E402
 
@@ -29,30 +29,24 @@ def domain():
 
 
 @pytest.fixture
-def told(domain, tmp_path, monkeypatch):
-    """What a node with these arguments tells; FILE among them stands for a parameter file with the text."""
+def warned(domain, tmp_path, monkeypatch):
+    """What a node with these arguments warns of; FILE among them stands for a parameter file with the text."""
 
-    def tell(*arguments, text="", name="visual_tokenizer", others=(), qos=()):
+    def run(*arguments, text="", name="visual_tokenizer", others=(), qos=()):
         (tmp_path / "file.yaml").write_text(text)
         arguments = ["program", "--ros-args", *(str(tmp_path / "file.yaml") if a == "FILE" else a for a in arguments)]
-        context = rclpy.Context()
-        with in_domain(domain):
-            rclpy.init(args=arguments, context=context, domain_id=domain)
-            node = rclpy.create_node(name, context=context, start_parameter_services=False)
         log = Log()
-        monkeypatch.setattr(node, "get_logger", lambda: log)
-        for parameter in (*DECLARED, *qos):
-            node.declare_parameter(parameter, "", ParameterDescriptor(dynamic_typing=True))
-        try:
+        with RosContext(domain, arguments) as ros:
+            node = ros.node(name, start_parameter_services=False)
+            monkeypatch.setattr(node, "get_logger", lambda: log)
+            for parameter in (*DECLARED, *qos):
+                node.declare_parameter(parameter, "", ParameterDescriptor(dynamic_typing=True))
             warn_of_ignored(node, name, others=others, qos=False, arguments=arguments)
             warn_of_ignored_qos(node, arguments=arguments)
             taken = {p for p in DECLARED if node.get_parameter(p).value != ""}
-        finally:
-            node.destroy_node()
-            context.try_shutdown()
         return log, taken
 
-    return tell
+    return run
 
 
 def section(key, *names):
@@ -82,7 +76,7 @@ def section(key, *names):
         ("frobnicate", None),
     ],
 )
-def test_a_misspelt_parameter_is_named_with_the_nearest(told, given, meant):
+def test_a_misspelt_parameter_is_named_with_the_nearest(warned, given, meant):
     for arguments, text in (
         (("-p", f"{given}:=3"), ""),
         (("--param", f"visual_tokenizer:{given}:=3", "-p", "pool:=2"), ""),
@@ -91,16 +85,16 @@ def test_a_misspelt_parameter_is_named_with_the_nearest(told, given, meant):
     ):
         if "-hz" in given and not text:
             continue  # rcl refuses it on the command line, with its own words
-        log, _ = told(*arguments, text=text)
+        log, _ = warned(*arguments, text=text)
         (warning,) = log.warnings
         assert f"/visual_tokenizer has no parameter {given}, so it is ignored" in warning
         assert (f"is {meant} meant?" in warning) if meant else ("ros2 param list" in warning)
         assert ("file.yaml" in warning) == bool(text)
 
 
-def test_what_is_for_several_nodes_may_be_for_another(told):
+def test_what_is_for_several_nodes_may_be_for_another(warned):
     text = section("/**", "pool", "modell", "frame_rate", "camera")
-    log, taken = told("--params-file", "FILE", text=text, others=("camera",))
+    log, taken = warned("--params-file", "FILE", text=text, others=("camera",))
     assert taken == {"pool"}
     assert len(log.warnings) == 1 and "no parameter modell, so it is ignored; is model meant?" in log.warnings[0]
     assert len(log.infos) == 1 and "no parameter frame_rate" in log.infos[0]
@@ -127,9 +121,9 @@ KEYS = [
 
 @pytest.mark.parametrize("namespace", ["", "/robot", "/robot/arm"])
 @pytest.mark.parametrize("key", KEYS)
-def test_a_section_is_told_where_rclpy_does_not_take_it(told, key, namespace):
+def test_a_section_is_named_where_rclpy_does_not_take_it(warned, key, namespace):
     arguments = ("-r", f"__ns:={namespace}") if namespace else ()
-    log, taken = told("--params-file", "FILE", *arguments, text=section(key, "model", "pool"))
+    log, taken = warned("--params-file", "FILE", *arguments, text=section(key, "model", "pool"))
     assert taken in (set(), {"model", "pool"})
     if taken:
         assert not log.warnings
@@ -143,59 +137,59 @@ def test_a_section_is_told_where_rclpy_does_not_take_it(told, key, namespace):
 
 
 @pytest.mark.parametrize("key", ["/**", "/*", "/**/*", "token_viewer", "/other/opencv_camera", "/**/bag_player"])
-def test_sections_for_others_are_not(told, key):
-    log, _ = told("--params-file", "FILE", text=section(key, "pool", "model"))
+def test_sections_for_others_are_not(warned, key):
+    log, _ = warned("--params-file", "FILE", text=section(key, "pool", "model"))
     assert not log.warnings and not log.infos
-    log, _ = told("--params-file", "FILE", text=section(key, "pool") + section("/**/camera", "x"))
+    log, _ = warned("--params-file", "FILE", text=section(key, "pool") + section("/**/camera", "x"))
     assert not log.warnings
 
 
 @pytest.mark.parametrize(
     "key", ["tokenizer", "/robot/*", "/robot/**", "/**/camera", "vla_perception", "/visual_tokenizer/x"]
 )
-def test_a_file_that_has_nothing_for_the_node(told, key):
-    log, taken = told("--params-file", "FILE", text=section(key, "pool", "model"))
+def test_a_file_that_has_nothing_for_the_node(warned, key):
+    log, taken = warned("--params-file", "FILE", text=section(key, "pool", "model"))
     (warning,) = log.warnings
     assert (
         not taken and "file.yaml: nothing in it is for this node, /visual_tokenizer; it has parameters for /" in warning
     )
-    log, taken = told("--params-file", "FILE", text=section(key, "model") + section("visual_tokenizer", "pool"))
+    log, taken = warned("--params-file", "FILE", text=section(key, "model") + section("visual_tokenizer", "pool"))
     assert taken == {"pool"} and not log.warnings
 
 
-def test_a_file_for_several_robots(told):
+def test_a_file_for_several_robots(warned):
     text = section("/robot1/visual_tokenizer", "model") + section("/robot2/visual_tokenizer", "pool")
-    log, taken = told("--params-file", "FILE", "-r", "__ns:=/robot2", text=text)
+    log, taken = warned("--params-file", "FILE", "-r", "__ns:=/robot2", text=text)
     assert taken == {"pool"} and not log.warnings
-    log, taken = told("--params-file", "FILE", "-r", "__ns:=/robot3", text=text)
+    log, taken = warned("--params-file", "FILE", "-r", "__ns:=/robot3", text=text)
     assert not taken and len(log.warnings) == 2
 
 
-def test_a_node_of_another_name(told):
-    log, taken = told("--params-file", "FILE", "-r", "__node:=eyes", text=section("visual_tokenizer", "model"))
+def test_a_node_of_another_name(warned):
+    log, taken = warned("--params-file", "FILE", "-r", "__node:=eyes", text=section("visual_tokenizer", "model"))
     assert not taken and "because this node is /eyes: write /eyes, or /**/eyes" in log.warnings[0]
-    log, taken = told("-r", "__ns:=/robot", "-p", "visual_tokenizer:model:=base", "-p", "other:x:=1")
+    log, taken = warned("-r", "__ns:=/robot", "-p", "visual_tokenizer:model:=base", "-p", "other:x:=1")
     assert not taken and "-p visual_tokenizer:model:=base: the parameters for /visual_tokenizer" in log.warnings[0]
     assert len(log.warnings) == 2 and "-p other:x:=1: nothing in it is for this node" in log.warnings[1]
 
 
-def test_overrides_of_qos(told):
+def test_overrides_of_qos(warned):
     right = "qos_overrides./front/image_raw.subscription.reliability"
     for given, warned in ((right, False), (right.replace("front", "fornt"), True), (right[:-1] + "i", True)):
-        log, _ = told("-p", f"{given}:=reliable", qos=(right,))
+        log, _ = warned("-p", f"{given}:=reliable", qos=(right,))
         assert [f"no parameter {given}, so it is ignored; is {right} meant?" in text for text in log.warnings] == [
             True
         ] * warned
 
 
-def test_settings_that_have_an_effect_are_not_told(told):
+def test_settings_that_have_an_effect_are_not_named(warned):
     text = section("visual_tokenizer", "model", "use_sim_time").replace("use_sim_time: 3", "use_sim_time: true")
-    log, taken = told("--params-file", "FILE", "-p", "pool:=2", "-p", "use_sim_time:=true", text=text)
+    log, taken = warned("--params-file", "FILE", "-p", "pool:=2", "-p", "use_sim_time:=true", text=text)
     assert taken == {"model", "pool"} and not log.warnings and not log.infos
 
 
 @pytest.mark.parametrize("node", PAGES)
-def test_every_node_tells(node):
+def test_every_node_warns(node):
     """With its own name; `NodeParameters` does so when all parameters are declared."""
     tree = ast.parse(node_source(node).read_text())
     calls = [call for call in ast.walk(tree) if isinstance(call, ast.Call)]
@@ -205,7 +199,7 @@ def test_every_node_tells(node):
 
 
 @pytest.mark.ros
-def test_a_process_tells_before_it_ends_for_want_of_what_was_misspelt(tmp_path):
+def test_a_process_warns_before_it_ends_for_want_of_what_was_misspelt(tmp_path):
     (tmp_path / "file.yaml").write_text("/robot/bag_player:\n  ros__parameters: {loop: true}\n")
     arguments = ["-p", "bga:=examples/sample_bag", "--params-file", str(tmp_path / "file.yaml")]
     with RosProcess(["-m", "vla_perception.nodes.bag_player", "--ros-args", *arguments], free_domain()) as process:

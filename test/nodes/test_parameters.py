@@ -11,7 +11,7 @@ import pytest
 rclpy = pytest.importorskip("rclpy")
 
 from rclpy.parameter import Parameter  # noqa: E402
-from ros_harness import free_domain, in_domain  # noqa: E402
+from ros_harness import RosContext, free_domain  # noqa: E402
 
 from vla_perception.nodes.parameters import Changes, NodeParameters, parameter, parameter_specs  # noqa: E402
 
@@ -91,18 +91,14 @@ def declared(domain):
     made = []
 
     def declare(*arguments, **options):
-        context = rclpy.Context()
         words = ["--ros-args", *(word for argument in arguments for word in ("-p", argument))]
-        with in_domain(domain):
-            rclpy.init(args=words, context=context, domain_id=domain)
-            node = rclpy.create_node("camera", context=context, start_parameter_services=False)
-        made.append((node, context))
+        made.append(RosContext(domain, words))
+        node = made[-1].node("camera", start_parameter_services=False)
         return node, NodeParameters(node, Table, "camera", **options)
 
     yield declare
-    for node, context in made:
-        node.destroy_node()
-        context.try_shutdown()
+    for ros in made:
+        ros.close()
 
 
 def test_a_node_has_what_it_was_started_with(declared):

@@ -203,11 +203,11 @@ def test_node_says_once_what_it_cannot_read():
         publisher = listener.publisher(CompressedImage, "tokens")
         listener.collect(Image, "token_image")  # it reads nothing while nobody looks
 
-        def complains():
+        def reports():
             publisher.publish(CompressedImage(format="jpeg"))
             return "not a token message" in process.output
 
-        wait_until(complains, 30, "a complaint")
+        wait_until(reports, 30, "a report")
         for _ in range(3):
             publisher.publish(CompressedImage(format="jpeg"))
         assert process.stop() == 0

@@ -9,7 +9,7 @@ for package in ("av", "pyarrow", "rosbags", "mcap"):
     pytest.importorskip(package)
 import av  # noqa: E402
 from offline_runs import DATASET, MS, ROOT  # noqa: E402
-from recorded import picture, png, write_bag, write_images, write_video  # noqa: E402
+from recorded import numbered_image, png, write_bag, write_images, write_video  # noqa: E402
 
 from vla_perception.offline.recordings import (  # noqa: E402
     Selection,
@@ -36,8 +36,8 @@ def only(source, **changes):
 
 def two_cameras(count, lag_ms=7, period_ms=100):
     for index in range(count):
-        yield "/front/image_raw", 10**9 + index * period_ms * MS, picture(index)
-        yield "/wrist/image_raw", 10**9 + (index * period_ms + lag_ms) * MS, picture(100 + index)
+        yield "/front/image_raw", 10**9 + index * period_ms * MS, numbered_image(index)
+        yield "/wrist/image_raw", 10**9 + (index * period_ms + lag_ms) * MS, numbered_image(100 + index)
 
 
 # --- bags
@@ -54,7 +54,7 @@ def test_a_bag_gives_every_matched_frame_set(tmp_path, plugin, types):
         assert frames.stamps_ns == (10**9 + index * 100 * MS, 10**9 + (index * 100 + 7) * MS)
         assert frames.frame_ids == ("front_optical", "wrist_optical")
         assert frames.time_ns == frames.stamps_ns[1] + 5 * MS, "that of the frame that completed it"
-        np.testing.assert_array_equal(frames.images(), [picture(index), picture(100 + index)])
+        np.testing.assert_array_equal(frames.images(), [numbered_image(index), numbered_image(100 + index)])
     assert recording.details["frames_matched"] == {"front": 5, "wrist": 5}
 
 
@@ -65,8 +65,16 @@ def test_frames_without_a_partner_are_counted_and_not_matched(tmp_path):
     assert recording.details["frames_received"] == {"front": 6, "wrist": 5}
 
 
+def test_cameras_of_depth_or_labels_are_left_out_unless_they_are_named(tmp_path):
+    frames = [*two_cameras(2), *(("/front/depth/image_raw", 10**9 + index, numbered_image(7)) for index in range(2))]
+    bag = write_bag(tmp_path / "bag", frames)
+    assert only(bag).cameras == ("front", "wrist")
+    recording = only(bag, cameras=["far=/front/depth/image_raw"])
+    np.testing.assert_array_equal(next(recording.frame_sets()).images(), [numbered_image(7)])
+
+
 def test_latest_pairs_each_frame_of_the_first_camera(tmp_path):
-    frames = [*two_cameras(4), ("/front/image_raw", 10**9 + 350 * MS, picture(50))]
+    frames = [*two_cameras(4), ("/front/image_raw", 10**9 + 350 * MS, numbered_image(50))]
     recording = only(write_bag(tmp_path / "bag", frames), sync_policy="latest")
     stamps = [tuple(stamp // MS - 1000 for stamp in frames.stamps_ns) for frames in recording.frame_sets()]
     assert stamps == [(100, 7), (200, 107), (300, 207), (350, 307)]
@@ -76,8 +84,11 @@ def test_cameras_are_named_by_topic_and_ordered_as_given(tmp_path):
     bag = write_bag(tmp_path / "bag", two_cameras(2))
     recording = only(bag, cameras=["hand=/wrist/image_raw", "front"])
     assert recording.cameras == ("hand", "front")
-    np.testing.assert_array_equal(next(recording.frame_sets()).images(), [picture(100), picture(0)])
-    with pytest.raises(SourceError, match="/side/image_raw.*topics with images: /front/image_raw, /wrist/image_raw"):
+    np.testing.assert_array_equal(next(recording.frame_sets()).images(), [numbered_image(100), numbered_image(0)])
+    with pytest.raises(
+        SourceError,
+        match="/side/image_raw is not in the bag; it has /front/image_raw, /wrist/image_raw.*--cameras NAME=TOPIC",
+    ):
         only(bag, cameras=["side"])
 
 
@@ -114,7 +125,7 @@ def test_a_folder_of_images_is_in_the_order_of_its_numbers(tmp_path):
     assert recording.cameras == ("front",) and recording.name == "shots"
     for index, frames in enumerate(sets):
         assert frames.timestamp == index / 4 and frames.stamps_ns == (index * 250 * MS,)
-        np.testing.assert_array_equal(frames.images()[0], picture(index))
+        np.testing.assert_array_equal(frames.images()[0], numbered_image(index))
 
 
 def test_a_folder_with_a_subfolder_per_camera(tmp_path):
@@ -200,7 +211,7 @@ def test_every_and_rate(tmp_path):
     assert expected_sets(recording, select(rate=10.0)) == 7 and expected_sets(recording, select(every=6)) == 4
 
 
-def test_sources_of_one_name_are_told_apart(tmp_path):
+def test_sources_of_one_name_are_distinguished(tmp_path):
     for day in ("monday", "tuesday"):
         write_images(tmp_path / day / "run", 1)
     recordings = open_recordings([tmp_path / "monday/run", tmp_path / "tuesday/run"], Selection())
@@ -298,7 +309,7 @@ def test_a_dataset_of_images_and_one_of_version_2(tmp_path):
     for episode in range(2):
         rows = [
             {
-                "observation.images.top": {"bytes": png(picture(episode * 10 + frame)), "path": None},
+                "observation.images.top": {"bytes": png(numbered_image(episode * 10 + frame)), "path": None},
                 "action": [float(frame), 0.5],
                 "next.done": frame == 2,
                 "episode_index": episode,
@@ -313,7 +324,9 @@ def test_a_dataset_of_images_and_one_of_version_2(tmp_path):
         parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     first, second = open_recordings([root], Selection())
     sets = list(second.frame_sets())
-    np.testing.assert_array_equal([frames.images()[0] for frames in sets], [picture(10 + frame) for frame in range(3)])
+    np.testing.assert_array_equal(
+        [frames.images()[0] for frames in sets], [numbered_image(10 + frame) for frame in range(3)]
+    )
     assert [bool(frames.values["next.done"]) for frames in sets] == [False, False, True]
     assert first.cameras == ("top",) and first.details["tasks"] == ["push"]
     info["data_path"] = "../{episode_index}.parquet"

@@ -13,7 +13,7 @@ for package in ("torch", "av", "pyarrow", "rosbags", "mcap"):
     pytest.importorskip(package)
 from offline_runs import MS, ROOT, bfloat16, contents, tokenize  # noqa: E402
 from pixel_tokenizer import PixelTokenizer, cells  # noqa: E402
-from recorded import picture, write_bag, write_images, write_video  # noqa: E402
+from recorded import numbered_image, write_bag, write_images, write_video  # noqa: E402
 
 from vla_perception.offline import run_index, token_file_writer  # noqa: E402
 from vla_perception.offline.recordings import Selection, SourceError, open_recordings  # noqa: E402
@@ -25,9 +25,9 @@ def sources(tmp_path):
     """A bag of two cameras with a damaged image, a folder of images with a damaged one, and a video."""
     frames = []
     for index in range(9):
-        image = None if index == 4 else picture(index)
+        image = None if index == 4 else numbered_image(index)
         frames.append(("/front/image_raw", index * 100 * MS, image))
-        frames.append(("/wrist/image_raw", (index * 100 + 10) * MS, picture(50 + index)))
+        frames.append(("/wrist/image_raw", (index * 100 + 10) * MS, numbered_image(50 + index)))
     write_bag(tmp_path / "drive", frames)
     (write_images(tmp_path / "shots", 7) / "image_2.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
     write_video(tmp_path / "clip.mp4", 5)
@@ -39,13 +39,13 @@ def test_every_frame_set_becomes_its_tokens(tmp_path, sources):
     index, statistics = tokenize(tmp_path / "out", sources, report=told.append)
     with TokenFile(tmp_path / "out/drive.safetensors") as file:
         kept = [number for number in range(9) if number != 4]
-        expected = [[cells(picture(number)), cells(picture(50 + number))] for number in kept]
+        expected = [[cells(numbered_image(number)), cells(numbered_image(50 + number))] for number in kept]
         np.testing.assert_array_equal(file.words, bfloat16(expected))
         assert file.stamps_ns[:, 1].tolist() == [(number * 100 + 10) * MS for number in kept]
         assert file.cameras == ("front", "wrist") and all(map(file.is_sound, range(len(file))))
     with TokenFile(tmp_path / "out/shots.safetensors") as file:
         np.testing.assert_array_equal(
-            file.words[:, 0], bfloat16([cells(picture(number)) for number in (0, 1, 3, 4, 5, 6)])
+            file.words[:, 0], bfloat16([cells(numbered_image(number)) for number in (0, 1, 3, 4, 5, 6)])
         )
     assert index["complete"] and index["totals"]["frames"] == 8 + 6 + 5 == statistics.frame_sets
     assert index["totals"]["frames_skipped"] == 2 and any("frame set 4" in text for text in told)
@@ -230,8 +230,8 @@ def test_images_of_several_sizes_make_one_file(tmp_path):
     from recorded import png
 
     folder = write_images(tmp_path / "shots", 2)
-    (folder / "image_9.png").write_bytes(png(picture(9, 50, 40)))
-    (folder / "image_10.png").write_bytes(png(picture(10, 1, 1)))
+    (folder / "image_9.png").write_bytes(png(numbered_image(9, 50, 40)))
+    (folder / "image_10.png").write_bytes(png(numbered_image(10, 1, 1)))
     index, _ = tokenize(tmp_path / "out", [folder])
     with TokenFile(tmp_path / "out/shots.safetensors") as file:
         assert [(file.frame(i).views[0].height, file.frame(i).views[0].width) for i in range(3)] == [(24, 36)] * 2 + [

@@ -12,7 +12,7 @@ for package in ("pyarrow", "av", "rosbags"):
     pytest.importorskip(package)
 from offline_runs import DATASET, bfloat16, tokenize  # noqa: E402
 from pixel_tokenizer import PixelTokenizer, cells  # noqa: E402
-from recorded import picture, write_images  # noqa: E402
+from recorded import numbered_image, write_images  # noqa: E402
 
 from vla_perception.offline.token_dataset import TokenDataset  # noqa: E402
 from vla_perception.tokens.buffer import FingerprintMismatchError  # noqa: E402
@@ -42,7 +42,7 @@ def words(item):
 
 
 def expected(*numbers):
-    return bfloat16([[cells(picture(number))] for number in numbers])
+    return bfloat16([[cells(numbered_image(number))] for number in numbers])
 
 
 def test_frames_of_all_episodes_one_after_the_other(folder):

@@ -294,7 +294,7 @@ def test_all_of_it_may_be_in_the_wal(tmp_path):
     assert read(file) == SERIES[:3]
 
 
-def test_a_wal_in_a_folder_that_nobody_may_write_to(tmp_path):
+def test_a_wal_in_a_read_only_folder(tmp_path):
     file = sqlite_bag(tmp_path / "x_0.db3", journal="WAL", kill=True)
     (tmp_path / "x_0.db3-shm").unlink()  # on a medium that was mounted read-only it is not there
     tmp_path.chmod(0o555)

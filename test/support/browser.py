@@ -1,4 +1,4 @@
-"""A real Chromium and a running tokenizer with its page: for tests, benchmarks and the pictures in docs/images."""
+"""A real Chromium and a running tokenizer with its page: for tests, benchmarks and the images in docs/images."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def pin(driver, tile: int, x: float, y: float) -> None:
     wait_until(lambda: value(driver, condition), 20, "the heat map of the click")
 
 
-def take_pictures(driver, folder: Path) -> list[Path]:
+def take_screenshots(driver, folder: Path) -> list[Path]:
     """Screenshots of the page that is open and shows frames: components, similarity, and on a phone."""
     from PIL import Image
 
@@ -157,7 +157,7 @@ def main() -> None:
         node.wait_for("ready after", 120)
         driver.get(view.address)
         wait_for_frames(driver, 60, 120)  # colors have settled, and curves have begun
-        for path in take_pictures(driver, ROOT / "docs" / "images"):
+        for path in take_screenshots(driver, ROOT / "docs" / "images"):
             print(path)
         for process in (view, node):
             process.stop(signal.SIGTERM)

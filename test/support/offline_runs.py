@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from pixel_tokenizer import PixelTokenizer
-from recorded import picture, write_bag
+from recorded import numbered_image, write_bag
 
 from vla_perception.offline import run
 from vla_perception.offline.recordings import Selection, open_recordings
@@ -42,6 +42,6 @@ def write_drive(path):
     """A bag of four frame sets of two cameras, and of eight commands."""
     frames = []
     for index in range(4):
-        frames.append(("/front/image_raw", 10**9 + index * 100 * MS, picture(index)))
-        frames.append(("/wrist/image_raw", 10**9 + (index * 100 + 10) * MS, picture(50 + index)))
+        frames.append(("/front/image_raw", 10**9 + index * 100 * MS, numbered_image(index)))
+        frames.append(("/wrist/image_raw", 10**9 + (index * 100 + 10) * MS, numbered_image(50 + index)))
     return write_bag(path, frames, values=[("/command", 10**9 + index * 50 * MS, [index]) for index in range(8)])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 
-def picture(index: int, height: int = 24, width: int = 36) -> np.ndarray:
+def numbered_image(index: int, height: int = 24, width: int = 36) -> np.ndarray:
     """uint8 RGB of smooth content that every index has of its own."""
     y, x = np.mgrid[:height, :width]
     return np.stack(
@@ -27,7 +27,7 @@ def png(image: np.ndarray) -> bytes:
 def write_images(folder: Path, count: int, first: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(first, first + count):
-        (folder / f"image_{index}.png").write_bytes(png(picture(index)))
+        (folder / f"image_{index}.png").write_bytes(png(numbered_image(index)))
     return folder
 
 
@@ -84,7 +84,7 @@ def write_video(path: Path, count: int, rate: int = 10, codec: str = "mpeg4") ->
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = 36, 24, "yuvj420p" if codec == "mjpeg" else "yuv420p"
         for index in range(count):
-            for packet in stream.encode(av.VideoFrame.from_ndarray(picture(index), format="rgb24")):
+            for packet in stream.encode(av.VideoFrame.from_ndarray(numbered_image(index), format="rgb24")):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)

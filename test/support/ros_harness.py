@@ -204,11 +204,13 @@ class RosProcess:
 class RosContext:
     """Nodes of this process on one domain: `with RosContext(domain) as ros: node = ros.node("observer")`.
 
+    `args`: as on the command line of its nodes, from "--ros-args" on.
+
     Attributes: domain (a free one where none is given), context (rclpy's), nodes, spinning (executor, stop event and
     thread of each that is spun).
     """
 
-    def __init__(self, domain: int | None = None) -> None:
+    def __init__(self, domain: int | None = None, args: Sequence[str] = ()) -> None:
         import rclpy
         from rclpy.signals import SignalHandlerOptions
 
@@ -217,7 +219,7 @@ class RosContext:
         self.nodes: list = []
         self.spinning: list = []
         with in_domain(self.domain):
-            rclpy.init(context=self.context, signal_handler_options=SignalHandlerOptions.NO)
+            rclpy.init(args=list(args), context=self.context, signal_handler_options=SignalHandlerOptions.NO)
 
     def __enter__(self):
         return self

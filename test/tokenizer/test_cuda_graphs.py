@@ -271,7 +271,7 @@ def test_one_number_of_views_without_a_graph_leaves_the_others_theirs(cuda, grap
 
 @pytest.mark.parametrize("times, works", [(1, True), (4, True), (5, False)])
 @torch.inference_mode()
-def test_a_capture_that_somebody_broke_off_is_tried_again(cuda, graphs, times, works):
+def test_a_capture_that_another_thread_broke_off_is_tried_again(cuda, graphs, times, works):
     run, tokenizer = graphs
     cuda.failures = [RuntimeError(BROKEN_OFF) for _ in range(times)]
     agree(run, tokenizer, tokenizer.preprocess(images(1)))
@@ -282,7 +282,7 @@ def test_a_capture_that_somebody_broke_off_is_tried_again(cuda, graphs, times, w
 
 
 @torch.inference_mode()
-def test_the_reason_told_is_this_calls_and_not_one_that_the_caller_handles(cuda, graphs):
+def test_the_reason_reported_is_this_calls_and_not_one_that_the_caller_handles(cuda, graphs):
     run, tokenizer = graphs
     pixel_values = tokenizer.preprocess(images(1))
     cuda.failures = [RuntimeError("CUDA out of memory")]
@@ -336,7 +336,7 @@ def test_what_cannot_be_compiled_is_captured_as_it_is(cuda, monkeypatch, caplog)
 
 
 @torch.inference_mode()
-def test_each_failure_is_told_where_neither_compiling_nor_capturing_works(cuda, monkeypatch):
+def test_each_failure_is_reported_where_neither_compiling_nor_capturing_works(cuda, monkeypatch):
     def fails(*_inputs):
         raise AssertionError("no compiler")
 

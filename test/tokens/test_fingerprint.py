@@ -159,7 +159,7 @@ def test_other_interpolations_are_found_too(change, words):
 @pytest.mark.parametrize(
     "mine, theirs", [(1, 1.0), (1, True), (0, False), ([0, 0], [0.0, 0.0]), ({}, None), ({"a": {}}, {})]
 )
-def test_values_that_python_takes_for_equal_are_told_apart(mine, theirs):
+def test_values_that_python_takes_for_equal_are_distinguished(mine, theirs):
     got, inputs = made("openvla-7b")
     ours, others = (json.loads(json.dumps(inputs)) for _ in range(2))
     ours["settings"]["more"], others["settings"]["more"] = mine, theirs

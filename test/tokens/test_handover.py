@@ -197,7 +197,7 @@ def test_transitions(name):
     assert (buffer.received, buffer.lost, buffer.gaps, buffer.restarts) == counters
 
 
-def test_pending_is_told():
+def test_pending_is_reported():
     subscriber = Subscriber()
     subscriber.step("topic", 0)
     subscriber.step("shm", 2, A)

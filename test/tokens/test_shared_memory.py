@@ -112,7 +112,7 @@ def test_a_signal_is_no_failure(ends):
 
 
 @needs_iceoryx2
-def test_a_reader_that_takes_nothing_stops_nobody(ends):
+def test_a_reader_that_takes_nothing_stops_no_other(ends):
     writer, idle, busy = ends(TokenWriter), ends(TokenReader), ends(TokenReader)
     got = []
     for sequence in range(5 * DEPTH):
@@ -271,7 +271,7 @@ def test_shared_memory_waits_for_what_the_topic_still_brings(waiting, source):
 
 @needs_iceoryx2
 @pytest.mark.ros
-def test_shared_memory_that_fails_while_sets_wait_leaves_them_to_the_topic(waiting, source, monkeypatch):
+def test_shared_memory_that_fails_while_messages_wait_leaves_them_to_the_topic(waiting, source, monkeypatch):
     def take(_reader):
         raise SharedMemoryError("broken")
 
@@ -289,7 +289,7 @@ def test_shared_memory_that_fails_while_sets_wait_leaves_them_to_the_topic(waiti
 
 @needs_iceoryx2
 @pytest.mark.ros
-def test_a_set_of_shared_memory_that_the_topic_brings_later_is_not_given_again(waiting, source, monkeypatch):
+def test_a_message_of_shared_memory_that_the_topic_brings_later_is_not_given_again(waiting, source, monkeypatch):
     """The writer goes just after its sets were taken over, while the topic has not been left yet."""
     monkeypatch.setattr(waiting._receiver, "update", lambda: None)
     source.publish(1, 2)
@@ -406,7 +406,7 @@ def test_a_killed_policy_does_not_keep_the_tokenizer_at_work(ros, source):
 
 @needs_iceoryx2
 @pytest.mark.ros
-def test_a_stalled_policy_harms_nobody_and_counts_what_it_missed(ros, source):
+def test_a_stalled_policy_harms_no_other_and_counts_what_it_missed(ros, source):
     source.publisher.open_shared_memory()
     with policy_process(ros) as policy, TokenSubscriber(ros.node()) as tokens:
         until_shared_in(policy, source)

@@ -214,7 +214,7 @@ print(attempt(lambda: services._open_in_trial_process("name")))
 
 
 @needs_iceoryx2
-def test_nobody_else_may_write_what_iceoryx2_leaves(own_shm):
+def test_no_other_user_may_write_what_iceoryx2_leaves(own_shm):
     code = """
 os.umask(0)
 writer, reader = TokenWriter("/tokens", 0), TokenReader("/tokens", 0)

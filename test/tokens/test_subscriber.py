@@ -106,7 +106,7 @@ def test_a_gap_after_a_killed_publisher_has_left_the_list_is_a_loss(ros, monkeyp
 
 
 @pytest.mark.ros
-def test_request_waits_for_a_set_of_its_own(ros):
+def test_request_waits_for_its_own_message(ros):
     with TokenSubscriber(ros.node()) as tokens:
         with pytest.raises(TimeoutError, match="no service /encode"):
             tokens.request(0.3)
@@ -131,7 +131,7 @@ def test_request_and_wait_inside_a_callback_do_not_block_reception(ros):
 
 
 @pytest.mark.ros
-def test_request_tells_the_reason_of_a_refusal(ros):
+def test_request_gives_the_reason_of_a_refusal(ros):
     from std_srvs.srv import Trigger
 
     def refuse(_request, response):
@@ -152,7 +152,7 @@ def test_request_tells_the_reason_of_a_refusal(ros):
 
 
 @pytest.mark.ros
-def test_request_waits_for_the_set_that_was_named_and_takes_no_other(ros):
+def test_request_waits_for_the_message_that_was_named_and_takes_no_other(ros):
     from std_srvs.srv import Trigger
 
     publisher, server = ros.publisher(), ros.node("server")
@@ -173,7 +173,7 @@ def test_request_waits_for_the_set_that_was_named_and_takes_no_other(ros):
 
 
 @pytest.mark.ros
-def test_request_to_a_service_that_is_busy_tells_what_is_known(ros):
+def test_request_to_a_service_that_is_busy_says_what_is_known(ros):
     from std_srvs.srv import Trigger
 
     answers, ended = ["the node is not active"], threading.Event()
@@ -336,7 +336,7 @@ def test_names_follow_namespace_and_remapping(ros):
 
 
 @pytest.mark.ros
-def test_two_publishers_are_told(ros, monkeypatch):
+def test_two_publishers_are_reported(ros, monkeypatch):
     told = []
     monkeypatch.setattr(TokenSubscriber, "_log", lambda _self, text, _error: told.append(text))
     first, second = ros.publisher(), ros.publisher()
@@ -365,7 +365,7 @@ def test_shutdown_ends_a_wait(ros):
 @pytest.mark.ros
 @pytest.mark.parametrize("ended_by", ["close", "shutdown"])
 @pytest.mark.parametrize("before", [0, 1])
-def test_a_request_tells_that_nothing_can_come_any_more(ros, ended_by, before):
+def test_a_request_says_that_nothing_can_come_any_more(ros, ended_by, before):
     import rclpy
     from rclpy.executors import ExternalShutdownException
 
@@ -403,7 +403,7 @@ def test_nothing_is_left_of_one_that_has_ended(ros, ended_by):
 
 @pytest.mark.ros
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_policy_process_ends_when_told_to(number):
+def test_a_policy_process_ends_on_a_signal(number):
     code = (
         "import rclpy\n"
         "from rclpy.executors import ExternalShutdownException\n"

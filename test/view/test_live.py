@@ -116,7 +116,7 @@ def test_images_come_from_the_topics_that_the_tokenizer_subscribes_to(ros):
         assert images[0].data != images[1].data
 
 
-def test_passive_reads_only_beside_somebody_else(ros):
+def test_passive_reads_only_beside_another_subscriber(ros):
     from sensor_msgs.msg import CompressedImage
 
     with live(ros, passive=True) as feed, ros.fake("--rate", 20) as fake:

@@ -86,10 +86,10 @@ def similarity(tokens, view: int, patch: int) -> dict[str, np.ndarray]:
 
 def test_the_page_comes_up_and_frames_change(seen):
     wait_for_frames(seen.driver, 3, 120)
-    picture = "document.querySelector('figure canvas').toDataURL()"
-    first = value(seen.driver, picture)
+    drawn = "document.querySelector('figure canvas').toDataURL()"
+    first = value(seen.driver, drawn)
     wait_for_frames(seen.driver, 3)
-    assert value(seen.driver, picture) != first
+    assert value(seen.driver, drawn) != first
     assert seen.text("#state") == "active"
     assert "Random weights" in seen.text("#banner")
     captions = [element.text for element in seen.driver.find_elements("css selector", "figcaption")]
@@ -235,8 +235,8 @@ def test_it_goes_on_and_curves_move(seen):
     wait_until(lambda: value(seen.driver, drawn) != first, 20, "the curves have moved")
 
 
-def test_pictures_are_taken(seen, tmp_path):
-    for path in browser.take_pictures(seen.driver, tmp_path):
+def test_screenshots_are_taken(seen, tmp_path):
+    for path in browser.take_screenshots(seen.driver, tmp_path):
         pixels = np.asarray(Image.open(path).convert("RGB"))
         width, height = PHONE if "phone" in path.name else WINDOW
         scale = 2 if "phone" in path.name else 1

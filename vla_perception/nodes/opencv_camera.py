@@ -21,7 +21,7 @@ from vla_perception.images.camera_info import read_calibration, uncalibrated
 from vla_perception.nodes.camera_publisher import CameraPublisher
 from vla_perception.nodes.node_runner import GRACE_SEC, Stop, run_node
 from vla_perception.nodes.parameters import Changes, NodeParameters, parameter
-from vla_perception.sources.video import Frame, SourceError, VideoSource
+from vla_perception.sources.video import Frame, SourceError, VideoSource, import_cv2
 
 FIRST_RETRY_SEC = 0.5
 
@@ -69,6 +69,7 @@ class OpencvCamera(Node):
             loop=given.loop,
             timeout_sec=given.timeout_sec,
         )
+        import_cv2()  # without it no source ever opens, a stream neither
         if self._source.kind != "stream":  # a network camera may come up after the robot, a device will not
             self._source.open()
         self._publisher = CameraPublisher(self, given.frame_id)

@@ -20,7 +20,7 @@ from vla_perception.offline.recordings import (
     SourceError,
     safe_name,
 )
-from vla_perception.sources.bags import COMPRESSED_IMAGE, IMAGE, Bag, BagError, BagMessage
+from vla_perception.sources.bags import Bag, BagCamera, BagError, BagMessage
 from vla_perception.synchronizer import SetSynchronizer
 from vla_perception.tokens.message import check_header
 
@@ -177,38 +177,28 @@ def _images(matched: Any, max_pixels: int) -> list[np.ndarray]:
 
 
 def _camera_topics(bag: Bag, selection: Selection) -> dict[str, str]:
-    """Camera → topic, in the order of the views."""
-    there = bag.image_topics()
+    """Camera → topic, in the order of the views: raw images where a camera has both, unless its topic is named."""
     if not selection.cameras:
-        found: dict[str, str] = {}
-        for topic in sorted(there, key=lambda topic: (topic.endswith("/compressed"), topic)):
-            found.setdefault(camera_name(topic), topic)  # raw images where a camera has both
-        if not found:
-            raise SourceError(
-                f"{bag.path} has no topic with images of a camera; it has {', '.join(bag.topics) or 'none'}"
-            )
-        return dict(sorted(found.items()))
-    found = {}
-    for name, where in selection.cameras:
-        candidates = [f"/{where.lstrip('/')}"] if where else [f"/{name}/image_raw", f"/{name}/image_raw/compressed"]
-        candidates += [] if where else [topic for topic in there if camera_name(topic) == name]
-        topic = next((topic for topic in candidates if topic in bag.topics), "")
-        if not topic:
-            raise SourceError(
-                f"{bag.path} has no {candidates[0]} for the camera {name}; topics with images: {', '.join(there) or 'none'}"
-                " (--cameras NAME=TOPIC)"
-            )
-        if bag.topics[topic].type not in (IMAGE, COMPRESSED_IMAGE):
-            raise SourceError(f"{topic} in {bag.path} holds {bag.topics[topic].type}, no images")
-        found[name] = topic
-    return found
+        return {name: _recorded(camera, "") for name, camera in bag.cameras().items()}
+    bases = {name: camera.topic for name, camera in _named_cameras(bag).items()}
+    try:
+        cameras = bag.cameras({name: where or bases.get(name, "") for name, where in selection.cameras})
+    except BagError as error:
+        raise SourceError(f"{error} (--cameras NAME=TOPIC)") from error
+    return {name: _recorded(cameras[name], where) for name, where in selection.cameras}
 
 
-def camera_name(topic: str) -> str:
-    """``/front/image_raw/compressed`` → ``front``, the name that makes the node subscribe to it."""
-    return re.sub(r"(/image(_raw|_rect|_color|_rect_color|_mono)?)?(/compressed)?$", "", topic).strip(
-        "/"
-    ) or topic.strip("/")
+def _named_cameras(bag: Bag) -> dict[str, BagCamera]:
+    try:
+        return bag.cameras()
+    except BagError:  # every topic has to be named
+        return {}
+
+
+def _recorded(camera: BagCamera, where: str) -> str:
+    topics = camera.topics
+    named = next((topic for topic in topics.values() if topic == f"/{where.strip('/')}"), "")
+    return named or topics.get("raw") or topics["compressed"]
 
 
 def _value_topics(bag: Bag, selection: Selection) -> dict[str, tuple[str, str]]:

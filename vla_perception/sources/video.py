@@ -29,6 +29,15 @@ class SourceError(RuntimeError):
     """A source that cannot be opened or broke off. The text says what to do about it."""
 
 
+def import_cv2() -> Any:
+    """OpenCV; SourceError that names the package where it cannot be loaded, which no retry mends."""
+    try:
+        import cv2
+    except ImportError as error:
+        raise SourceError(f"OpenCV cannot be loaded: {error}. pip install opencv-python-headless") from error
+    return cv2
+
+
 @dataclass(frozen=True)
 class Frame:
     """pixels: uint8 [height, width, 3], BGR. age_sec: how long ago it was captured, as far as the driver says."""
@@ -82,11 +91,7 @@ class VideoSource:
 
     def open(self):
         """Raises SourceError if that fails. May take up to `timeout_sec` for a stream."""
-        try:
-            import cv2
-        except ImportError as error:
-            raise SourceError(f"OpenCV cannot be loaded: {error}. pip install opencv-python-headless") from error
-
+        cv2 = import_cv2()
         self.close()
         if self.kind == "device":
             capture = self._open_device(cv2)

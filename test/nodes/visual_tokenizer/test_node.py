@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import struct
-import threading
 import time
 from pathlib import Path
 
@@ -23,10 +22,9 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus  # noqa: E402
 from lifecycle_msgs.msg import Transition  # noqa: E402
 from lifecycle_msgs.srv import ChangeState, GetState  # noqa: E402
 from rcl_interfaces.srv import GetParameters, SetParameters  # noqa: E402
-from rclpy.executors import SingleThreadedExecutor  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 from rclpy.qos import QoSProfile, ReliabilityPolicy  # noqa: E402
-from ros_harness import RosProcess, answer_of, free_domain, in_domain, ros_environment, wait_until  # noqa: E402
+from ros_harness import RosContext, RosProcess, answer_of, free_domain, in_domain, ros_environment, wait_until  # noqa: E402
 from sensor_msgs.msg import CompressedImage, Image  # noqa: E402
 from std_srvs.srv import Trigger  # noqa: E402
 
@@ -72,7 +70,7 @@ def image_message(pixels: np.ndarray, stamp_ns: int, frame_id: str = "camera") -
 
 
 class Robot:
-    """What is around the node: cameras, a policy, somebody who looks at diagnostics, a lifecycle manager."""
+    """What is around the node: cameras, a policy, a reader of diagnostics, a lifecycle manager."""
 
     def __init__(self, domain: int, process: RosProcess) -> None:
         self.process = process
@@ -80,29 +78,15 @@ class Robot:
         self.headers: list = []
         self.diagnostics: list[dict[str, dict[str, str]]] = []
         self.stamp_ns = 10**18
-        self._context = rclpy.Context()
-        with in_domain(domain):
-            rclpy.init(context=self._context, domain_id=domain)
-            self.node = rclpy.create_node("robot", context=self._context)
+        self._ros = RosContext(domain)
+        self.node = self._ros.node("robot")
         self._publishers: dict[tuple, object] = {}
         self._tokens = None
         self.node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
-        self._executor = SingleThreadedExecutor(context=self._context)
-        self._executor.add_node(self.node)
-        self._ended = False
-        self._thread = threading.Thread(target=self._spin, daemon=True)
-        self._thread.start()
-
-    def _spin(self) -> None:
-        while not self._ended:
-            self._executor.spin_once(timeout_sec=0.1)
+        self._ros.spin(self.node)
 
     def close(self) -> None:
-        self._ended = True
-        self._thread.join()
-        self._executor.shutdown()
-        self.node.destroy_node()
-        self._context.try_shutdown()
+        self._ros.close()
 
     def _on_tokens(self, message: CompressedImage) -> None:
         self.headers.append(message.header)
@@ -174,7 +158,7 @@ class Robot:
     def subscribe(self) -> None:
         self._tokens = self.node.create_subscription(CompressedImage, "tokens", self._on_tokens, 20)
         wait_until(lambda: self.node.count_publishers("tokens"), 10, "the node's tokens topic")
-        time.sleep(0.5)  # until the node knows of this subscription, too: it tells nobody
+        time.sleep(0.5)  # until the node knows of this subscription, too: nothing says when
 
     def unsubscribe(self) -> None:
         if self._tokens is not None:
@@ -218,7 +202,7 @@ class Robot:
         wait_until(lambda: len(self.tokens) >= count, timeout, f"{count} token messages, {len(self.tokens)} came")
         return self.tokens
 
-    def told_of(self, camera: str) -> str:
+    def diagnosis_of(self, camera: str) -> str:
         """What the last diagnostics say of a camera; nothing if they are from before it was subscribed to."""
         return self.diagnostics[-1].get(f"camera {camera}", {}).get("message", "")
 
@@ -510,22 +494,24 @@ def test_headers_that_no_message_can_carry_are_refused_at_the_node(robot):
     robot.process.wait_for("camera front: a frame is skipped: its stamp, -1 s and 0 ns, is not a time")
 
 
-def test_two_publishers_on_one_camera_are_told(robot):
+def test_two_publishers_on_one_camera_are_reported(robot):
     robot.start()
     other = rclpy.create_node("second_camera", namespace="arm", context=robot.node.context)
     publisher = other.create_publisher(Image, "/front/image_raw", 20)
     wait_until(publisher.get_subscription_count, 15, "the node subscribes")
     robot.send("front", image_message(image(76), robot.next_stamp()))
     robot.counts("front", lambda counts: counts["received"] > 0)
-    assert robot.told_of("front") == "ok"  # one that sends nothing does no harm
+    assert robot.diagnosis_of("front") == "ok"  # one that sends nothing does no harm
     for _ in range(4):
         robot.send("front", image_message(image(76), robot.next_stamp()))
         publisher.publish(image_message(image(77), robot.next_stamp()))
-    wait_until(lambda: "more than one publisher sends on /front/image_raw" in robot.told_of("front"), 15, "a warning")
-    assert "(listed: /arm/second_camera, /robot)" in robot.told_of("front")
+    wait_until(
+        lambda: "more than one publisher sends on /front/image_raw" in robot.diagnosis_of("front"), 15, "a warning"
+    )
+    assert "(listed: /arm/second_camera, /robot)" in robot.diagnosis_of("front")
     robot.process.wait_for("camera front: more than one publisher sends on /front/image_raw")
     other.destroy_node()
-    wait_until(lambda: robot.told_of("front") == "ok", 15, "no warning")
+    wait_until(lambda: robot.diagnosis_of("front") == "ok", 15, "no warning")
 
 
 def test_on_request(robot):
@@ -554,16 +540,19 @@ def test_on_request(robot):
 
 def test_max_rate(robot):
     robot.start(max_rate_hz=2.0)
-    end = time.monotonic() + 4.0
-    while time.monotonic() < end:
+    begin = time.monotonic()
+
+    def frame_and_tokens() -> bool:
         robot.send("front", image_message(image(90), robot.next_stamp(20)))
-        time.sleep(0.02)
+        return len(robot.tokens) >= 6
+
+    wait_until(frame_and_tokens, 90, "six messages")
     last = robot.stamp_ns
-    wait_until(lambda: robot.tokens and robot.tokens[-1].stamp_ns == last, 10, "tokens of the latest frame")
-    assert 5 <= len(robot.tokens) <= 10
+    wait_until(lambda: robot.tokens[-1].stamp_ns == last, 30, "tokens of the latest frame")
+    assert len(robot.tokens) - 1 <= 2.0 * (time.monotonic() - begin)
 
 
-def test_nothing_is_encoded_while_nobody_subscribes(robot):
+def test_nothing_is_encoded_without_a_subscriber(robot):
     robot.start(subscribe=False)
     for _ in range(HISTORY):  # no more than the subscription's depth: none may be lost on the way
         robot.send("front", image_message(image(100), robot.next_stamp()))
@@ -608,14 +597,14 @@ def test_best_effort_publishers_and_cameras_that_are_missing(robot):
     robot.start()
     robot.send_until_tokens("front", 120, reliability=ReliabilityPolicy.BEST_EFFORT)
     robot.process.wait_for("camera front: publishers offer best_effort")
-    # The camera goes away: told once, and again when it is back.
-    told = robot.process.output.count("camera front: nothing publishes")
+    # The camera goes away: logged once, and again when it is back.
+    reported = robot.process.output.count("camera front: nothing publishes")
     robot.forget("front", reliability=ReliabilityPolicy.BEST_EFFORT)
-    wait_until(lambda: "nothing publishes /front/image_raw" in robot.told_of("front"), 20, "complaint")
-    robot.counts("front")  # a second later it has not been told again
-    assert robot.process.output.count("camera front: nothing publishes") == told + 1
+    wait_until(lambda: "nothing publishes /front/image_raw" in robot.diagnosis_of("front"), 20, "a health problem")
+    robot.counts("front")  # a second later it has not been logged again
+    assert robot.process.output.count("camera front: nothing publishes") == reported + 1
     robot.send_until_tokens("front", 121)  # reliable now
-    wait_until(lambda: robot.told_of("front") == "ok", 10, "no complaint")
+    wait_until(lambda: robot.diagnosis_of("front") == "ok", 10, "no health problem")
     robot.process.wait_for("camera front: frames arrive")
 
 
@@ -634,7 +623,7 @@ def test_qos_overrides_come_first(robot):
     assert subscription.qos_profile.reliability == ReliabilityPolicy.BEST_EFFORT
 
 
-def test_model_and_timing_are_told(robot):
+def test_model_and_timing_are_reported(robot):
     robot.start()
     robot.send("front", image_message(image(130), robot.next_stamp()))
     robot.wait_for_tokens(1)
@@ -658,11 +647,9 @@ def test_a_locked_model_is_settled_for_the_process():
     locked = [name for name, spec in PARAMETERS.items() if spec.locked]
     assert {"model", "adapter", "device", "max_image_pixels"} < set(locked)
 
-    domain, context = free_domain(), rclpy.Context()
-    with in_domain(domain):
-        rclpy.init(args=["--ros-args", "-p", "model_locked:=true"], context=context, domain_id=domain)
-        node = VisualTokenizerNode(lambda _code: None, context=context)
-    try:
+    with RosContext(args=["--ros-args", "-p", "model_locked:=true"]) as ros, in_domain(ros.domain):
+        node = VisualTokenizerNode(lambda _code: None, context=ros.context)
+        ros.nodes.append(node)
         for state in ("unconfigured", "inactive", "unconfigured"):
             node.lifecycle_state = state
             for name in locked:
@@ -675,10 +662,7 @@ def test_a_locked_model_is_settled_for_the_process():
             assert not node.set_parameters([Parameter("model_locked", value=False)])[0].successful
         assert node.set_parameters([Parameter("max_rate_hz", value=3.0)])[0].successful
         assert node.set_parameters([Parameter("cameras", value=["wrist"])])[0].successful
-    finally:
         node.close()
-        node.destroy_node()
-        context.try_shutdown()
 
 
 def test_an_encoding_that_fails_and_tokens_that_are_not_finite(monkeypatch):
@@ -688,16 +672,17 @@ def test_an_encoding_that_fails_and_tokens_that_are_not_finite(monkeypatch):
     from vla_perception.nodes.visual_tokenizer import node as node_module
     from vla_perception.nodes.visual_tokenizer.node import VisualTokenizerNode
 
-    domain, context, model, received, told = free_domain(), rclpy.Context(), Model(), [], []
-    with in_domain(domain):
-        rclpy.init(context=context, domain_id=domain)
-        node = VisualTokenizerNode(lambda _code: None, context=context)
-        policy = rclpy.create_node("policy", context=context)
-    executor = SingleThreadedExecutor(context=context)
-    executor.add_node(policy)
-    policy.create_subscription(CompressedImage, "tokens", lambda message: received.append(from_message(message)), 10)
-    policy.create_subscription(DiagnosticArray, "/diagnostics", told.append, 10)
-    try:
+    model, received, reports = Model(), [], []
+    with RosContext() as ros:
+        with in_domain(ros.domain):
+            node = VisualTokenizerNode(lambda _code: None, context=ros.context)
+        ros.nodes.append(node)
+        policy = ros.node("policy")
+        policy.create_subscription(
+            CompressedImage, "tokens", lambda message: received.append(from_message(message)), 10
+        )
+        policy.create_subscription(DiagnosticArray, "/diagnostics", reports.append, 10)
+        ros.spin(policy)
         monkeypatch.setattr(node_module, "load_tokenizer", lambda *_arguments: model)
         node.trigger_configure()
         assert gc.get_freeze_count() > 0, "the garbage collector would hold up frames"
@@ -711,26 +696,21 @@ def test_an_encoding_that_fails_and_tokens_that_are_not_finite(monkeypatch):
             wait_until(
                 lambda n=i: node._pipeline.report()[0]["front"]["encoded"] == n + 1, 10, f"frame {i} is done with"
             )
-        wait_until(lambda: executor.spin_once(timeout_sec=0.1) or received, 10, "tokens")
+        wait_until(lambda: received, 10, "tokens")
         assert [(message.sequence, message.stamp_ns) for message in received] == [(0, 4)]
         assert (received[0].float32() == 1.5).all()
         for level in (DiagnosticStatus.WARN, DiagnosticStatus.OK):  # once for what failed since the last time
-            told.clear()
+            reports.clear()
             node._on_timer()
-            wait_until(lambda: executor.spin_once(timeout_sec=0.1) or told, 10, "diagnostics")
-            (status,) = [status for status in told[0].status if status.name.endswith(": model")]
+            wait_until(lambda: reports, 10, "diagnostics")
+            (status,) = [status for status in reports[0].status if status.name.endswith(": model")]
             assert status.level == level and status.message.startswith("active")
             values = {item.key: item.value for item in status.values}
             assert (values["encode_errors"], values["non_finite"], values["publish_errors"]) == ("1", "2", "0")
         node.trigger_deactivate()
         node.trigger_cleanup()
         assert gc.get_freeze_count() == 0, "what was loaded would never be collected"
-    finally:
         node.close()
-        executor.shutdown()
-        policy.destroy_node()
-        node.destroy_node()
-        context.try_shutdown()
 
 
 # Processes of their own
@@ -763,8 +743,8 @@ def test_autostart_and_signals_while_it_loads_and_while_it_works():
         robot = Robot(domain, working)
         try:
             wait_until(lambda: robot.diagnostics and "device" in robot.diagnostics[-1]["model"], 10, "diagnostics")
-            told = robot.diagnostics[-1]["model"]
-            assert (told["device"], told["compute_dtype"]) == where.groups()
+            reported = robot.diagnostics[-1]["model"]
+            assert (reported["device"], reported["compute_dtype"]) == where.groups()
             wait_until(lambda: robot.state == "active", 10, "active")
             robot.subscribe()
             for i in range(100):

@@ -116,7 +116,7 @@ def test_a_request_is_answered(bench):
     assert request.wait(0) and "no new frame set since the last request (front: 0." in request.text
 
 
-def test_a_request_whose_set_has_gone_meanwhile_is_answered(bench):
+def test_a_request_whose_frame_set_has_gone_meanwhile_is_answered(bench):
     bench = bench(trigger="on_request")
     first = busy(bench)
     second = bench.pipeline.request()
@@ -135,7 +135,7 @@ def test_a_request_that_waits_when_the_trigger_becomes_continuous_is_answered(be
     assert request.wait(10) and not request.success and "continuous" in request.text
 
 
-def test_a_request_under_way_when_the_node_is_deactivated_is_told_why(bench):
+def test_a_request_under_way_when_the_node_is_deactivated_gets_the_reason(bench):
     bench = bench(trigger="on_request")
     request = busy(bench)
     bench.pipeline.stop()
@@ -199,7 +199,7 @@ def test_a_frame_that_is_rejected_is_counted_and_logged(bench):
     assert not bench.pipeline.reject("front", "", "header") and bench.counts()["received"] == 2
 
 
-def test_an_unreadable_image_takes_nobodys_turn(bench):
+def test_an_unreadable_image_takes_no_turn(bench):
     bench = bench(max_rate_hz=0.01)
     bench.add(UNREADABLE)
     wait_until(lambda: bench.counts()["undecodable"] == 1, 10, "it was looked at")
@@ -208,7 +208,7 @@ def test_an_unreadable_image_takes_nobodys_turn(bench):
     assert "front: a frame is skipped: no image" in bench.reports[0]
 
 
-def test_what_fails_is_counted_and_the_next_set_goes_on(bench):
+def test_what_fails_is_counted_and_the_next_frame_set_goes_on(bench):
     bench = bench(token_dtype="float16")
     # 70000 is beyond float16's range, infinity after the conversion.
     for index, result in enumerate([RuntimeError("CUDA out of memory"), float("nan"), 70000.0, 1.5]):
@@ -221,7 +221,7 @@ def test_what_fails_is_counted_and_the_next_set_goes_on(bench):
     assert "CUDA out of memory" in bench.reports[0] and not bench.failures
 
 
-def test_a_set_that_cannot_be_published_takes_no_number(bench):
+def test_a_frame_set_that_cannot_be_published_takes_no_number(bench):
     bench = bench()
     bench.publishing.pass_through = lambda: 1 / 0
     bench.add()
@@ -264,7 +264,7 @@ def test_an_error_of_the_device_ends_it(bench, error):
         MemoryError(),
     ],
 )
-def test_errors_that_pass_are_counted_and_the_next_set_is_encoded(bench, error):
+def test_errors_that_pass_are_counted_and_the_next_frame_set_is_encoded(bench, error):
     bench = bench()
     bench.model.results.append(error)
     bench.add()
@@ -328,7 +328,7 @@ def test_sets_that_are_prepared_while_another_is_encoded_do_not_mix(bench, devic
     assert bench.counts()["replaced"] > 0
 
 
-def test_compressed_images_of_a_set_are_decoded_side_by_side():
+def test_compressed_images_of_a_frame_set_are_decoded_side_by_side():
     """Each waits for the others: one after the other they would never come to an end. A bad one is the only one lost."""
     cameras = ("front", "side", "wrist", "rear")
     together, undecoded = threading.Barrier(3), []

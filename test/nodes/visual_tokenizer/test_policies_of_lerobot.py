@@ -29,8 +29,8 @@ def test_features_and_tokens_through_the_node(kind, tmp_path):
     size = 56 if kind == "pi05" else 128
     folder = lerobot_checkpoints.write(tmp_path / kind, kind, lerobot_checkpoints.vision_tensors(kind, model), size)
     tokenizer = VisualTokenizer.load(folder, device="cpu", compute_dtype="float32")
-    picture = checkpoints.image(1, 96, 130)
-    features, tokens = lerobot_checkpoints.computed(model, tokenizer.preprocess([picture])[0])
+    image = checkpoints.image(1, 96, 130)
+    features, tokens = lerobot_checkpoints.computed(model, tokenizer.preprocess([image])[0])
 
     domain = free_domain()
     command = ["-m", "vla_perception.nodes.visual_tokenizer", "--ros-args"]
@@ -49,7 +49,7 @@ def test_features_and_tokens_through_the_node(kind, tmp_path):
     ):
         publisher = listener.publisher(Image, "base_0_rgb/image_raw")
         wait_until(publisher.get_subscription_count, 90.0, "the node to subscribe")
-        message = Image(height=96, width=130, encoding="rgb8", step=3 * 130, data=picture.tobytes())
+        message = Image(height=96, width=130, encoding="rgb8", step=3 * 130, data=image.tobytes())
         end = time.monotonic() + 90.0
         while (visual := source.latest) is None:
             assert node.process.poll() is None and time.monotonic() < end, node.output

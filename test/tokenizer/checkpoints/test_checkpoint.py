@@ -103,7 +103,7 @@ def test_missing_wrong_and_unexpected_tensors_are_one_error_that_lists_them(part
         assert words in message
 
 
-def test_a_part_that_nobody_knows_is_refused(parts, tmp_path):
+def test_an_unknown_part_is_refused(parts, tmp_path):
     folder = checkpoints.write(tmp_path / "model", parts[2] | {"other_tower.weight": torch.zeros(2)})
     with pytest.raises(CheckpointError, match="other_tower.weight"):
         VisualTokenizer.from_checkpoint(folder)

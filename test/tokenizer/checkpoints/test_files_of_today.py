@@ -108,7 +108,7 @@ def test_processor_configs_that_say_nothing(tmp_path, content, words):
         ("NF4_OF_TOMORROW", 4),
     ],
 )
-def test_dtypes_of_tensors_that_nobody_reads(tmp_path, dtype, bits):
+def test_dtypes_of_tensors_that_are_not_read(tmp_path, dtype, bits):
     weights = torch.arange(6, dtype=torch.float32).reshape(2, 3)
     header = {
         "language_model.scale": {"dtype": dtype, "shape": [16], "data_offsets": [0, 16 * bits // 8]},

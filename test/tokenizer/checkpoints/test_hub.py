@@ -196,7 +196,7 @@ def tiny_smolvla() -> dict[str, torch.Tensor]:
     return tensors
 
 
-def test_progress_is_told(serve, caplog, monkeypatch):
+def test_progress_is_reported(serve, caplog, monkeypatch):
     monkeypatch.setattr(hub, "_TELL", -1.0)
     serve(repository())
     with caplog.at_level("INFO", logger="vla_perception"):

@@ -163,7 +163,7 @@ class MemoryTensors:
     path = None
 
     def check_unchanged(self) -> None:
-        """They are not shared."""
+        """Nothing can: no other process writes to them."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = tensors
