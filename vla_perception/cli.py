@@ -217,24 +217,10 @@ def _tokenize(given: argparse.Namespace) -> int:
         image_files.check(path, given.max_image_pixels)
     _check_folder(given.out)
     check_model(given.model, **model_options(given))
-    with startup.Progress() as progress:
-        progress("importing PyTorch and timm", begins=True)
-        with startup.imports():
-            import torch
-            from safetensors.torch import save_file
+    tokenizer = offline.load(given, model_options(given))
+    import torch
+    from safetensors.torch import save_file
 
-            from vla_perception.tokenizer.runtime import limit_threads
-            from vla_perception.tokenizer.tokenizer import VisualTokenizer
-
-            limit_threads()
-        progress(f"loading {given.model}", begins=True)
-        tokenizer = VisualTokenizer.load(
-            given.model, device=given.device, compute_dtype=given.compute_dtype, **model_options(given)
-        )
-    for note in tokenizer.notes:
-        print(f"note: {note}", file=sys.stderr)
-    if tokenizer.weights == "random":
-        print(f"note: {tokenizer.model} is a preset with random weights; its tokens mean nothing", file=sys.stderr)
     result = torch.empty(0)
     with startup.Progress() as progress:
         for index, path in enumerate(given.images):  # one at a time: however many there are, only their tokens add up

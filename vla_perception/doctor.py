@@ -1,7 +1,7 @@
-"""``vla-perception doctor``: what this machine will do, and what is wrong with it, each line with its cure.
+"""``vla-perception doctor``: how this machine will compute, and its problems, each with a cure.
 
-Every check looks at one thing and reports `Finding`s. A failure keeps the tokenizer from working here; a warning makes it
-slower, or other than it seems.
+Each check yields `Finding`s about one subject. ``fail``: the tokenizer cannot work here; ``warn``: it works more slowly,
+or not as expected.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which frames of several cameras go through the encoders together. No ROS in here, no threads, no clock.
 
-Newest wins, on frame sets: each camera keeps a short history, so that a camera that lags still finds its partners, and
+The latest frame set wins: each camera keeps a short history, so that a camera that lags still finds its partners, and
 of the frame sets that came out of it only the latest waits to be taken. Every frame is accounted for, at every moment:
 received = encoded + replaced + unmatched + undecodable + pending.
 """
@@ -16,7 +16,7 @@ from vla_perception.options import SYNC_POLICIES
 from vla_perception.tokens.arrivals import RECENT, Order, StampOrder
 
 #: Frames that a camera keeps while their partners are on the way: 8 make up for a lag of 250 ms at 30 Hz. As many as
-#: stamps are remembered to recognise a late one, so what may still find its place in the history is not taken for a jump.
+#: stamps are remembered to recognise a late one: what may still find its place in the history is not taken for a jump.
 HISTORY = RECENT
 
 
@@ -62,21 +62,21 @@ class Counts:
 
 
 class SetSynchronizer:
-    """Frames in, one at a time; sets out, latest first. Not thread-safe: guard it with one lock.
+    """Frames in, one at a time; frame sets out, latest first. Not thread-safe: guard it with one lock.
 
-    approximate: frames whose stamps all lie within `slop_sec` of each other make a set; each frame is in one set at
-        most. Of several possible sets the one with the closest stamps is made. A slop above half a camera's
-        period may pair neighbours where a frame is missing.
-    latest: each frame of the first camera makes a set with the latest frame of every other, if that one is not
-        further than `max_age_sec` from it in stamp; a frame of another camera may be in several sets.
+    approximate: frames whose stamps all lie within `slop_sec` of each other make a frame set; each frame is in one at
+        most. Of several possible ones that with the closest stamps is made. A slop above half a camera's period may
+        pair neighbours where a frame is missing.
+    latest: each frame of the first camera makes a frame set with the latest frame of every other, if that one is not
+        further than `max_age_sec` from it in stamp; a frame of another camera may be in several frame sets.
 
     A frame that is a little older than the same camera's latest one is late (`arrivals.StampOrder` says where the line
     is). approximate: it goes to its place in the history and finds its partners like any other, unless a newer frame
-    of its camera was in a set already. latest: the newer one stays. So no set is older than one before it.
+    of its camera was in a frame set already. latest: the newer one stays. So no frame set is older than one before it.
 
     A frame that is much older means that time has been set back (a bag that loops, a simulation that is reset): what
-    was kept from before is dropped, of this camera and of those that are yet to follow, so that no set mixes before
-    and after.
+    was kept from before is dropped, of this camera and of those that are yet to follow, so that no frame set mixes
+    before and after.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class SetSynchronizer:
         self.max_age_sec = max_age_sec
         self._history: dict[str, deque[Frame]] = {camera: deque() for camera in self.cameras}
         self._orders: dict[str, StampOrder] = {}
-        self._matched_ns: dict[str, int] = {}  # stamp of each camera's frame in the last set
+        self._matched_ns: dict[str, int] = {}  # stamp of each camera's frame in the last frame set
         self._waiting: FrameSet | None = None
         self._taken: list[FrameSet] = []
         self._policy = ""
@@ -112,7 +112,7 @@ class SetSynchronizer:
 
     @property
     def waiting(self) -> bool:
-        """Whether `take` would give a set."""
+        """Whether `take` would give a frame set."""
         return self._waiting is not None
 
     def last_stamp_ns(self, camera: str) -> int | None:
@@ -121,7 +121,7 @@ class SetSynchronizer:
         return None if order is None else order.latest_ns
 
     def add(self, camera: str, stamp_ns: int, image: object) -> bool:
-        """A frame has arrived. Returns whether it completed a set, which then waits in place of any older one."""
+        """A frame has arrived. Returns whether it completed a frame set, which then waits in place of any older one."""
         frame = Frame(camera, stamp_ns, image)
         counts = self.counts[camera]
         counts.received += 1
@@ -150,25 +150,25 @@ class SetSynchronizer:
         self.counts[camera].undecodable += 1
 
     def take(self) -> FrameSet | None:
-        """The waiting set, to be worked on and then given to `encoded`, `replaced` or `undecodable`."""
+        """The waiting frame set, to be worked on and then given to `encoded`, `replaced` or `undecodable`."""
         frames, self._waiting = self._waiting, None
         if frames is not None:
             self._taken.append(frames)
         return frames
 
     def encoded(self, frames: FrameSet) -> None:
-        """A taken set has gone through the encoders."""
+        """A taken frame set has gone through the encoders."""
         self._taken.remove(frames)
         for frame in frames:
             self._settle(frame, "encoded")
 
     def replaced(self, frames: FrameSet) -> None:
-        """A taken set has been given up for a newer one."""
+        """A taken frame set has been given up for a newer one."""
         self._taken.remove(frames)
         self._release(frames, "replaced")
 
     def undecodable(self, frames: FrameSet, bad: Sequence[Frame]) -> None:
-        """Frames of a taken set could not be decoded; its others have lost their partners."""
+        """Frames of a taken frame set could not be decoded; its others have lost their partners."""
         self._taken.remove(frames)
         for frame in bad:
             self._settle(frame, "undecodable")
@@ -177,7 +177,7 @@ class SetSynchronizer:
         self._release(frames, "unmatched")
 
     def clear(self) -> None:
-        """Drops what is kept and forgets past stamps; taken sets and the counts go on."""
+        """Drops what is kept and forgets past stamps; taken frame sets and the counts go on."""
         self._orders.clear()
         self._matched_ns.clear()
         for history in self._history.values():
@@ -205,7 +205,7 @@ class SetSynchronizer:
         return frames
 
     def _closest_set(self) -> FrameSet | None:
-        """The set with the smallest spread of stamps, the latest of equals; None if no spread is within the slop."""
+        """The frame set of the smallest spread of stamps, the latest of equals; None if none is within the slop."""
         best: FrameSet | None = None
         best_spread = round(self.slop_sec * 1e9)
         for start in (frame.stamp_ns for history in self._history.values() for frame in history):

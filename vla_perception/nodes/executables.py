@@ -1,8 +1,8 @@
-"""The nodes' executables: they take signals before they import what takes long, and leave without Python's way out.
+"""Entry points of the nodes: signals are handled before slow imports; the process ends without finalization.
 
-Imports nothing that takes time: until rclpy is there (seconds on a busy machine) a signal finds Python's own handlers,
-which end the process with a traceback or not with 0. What precedes this module, the start of Python itself (twice with
-ROS 2's wheels), is not this package's.
+Imports nothing slow: until rclpy is imported (seconds on a busy machine) a signal finds Python's own handlers, which end
+the process with a traceback or not with 0. The start of Python itself (twice with ROS 2's wheels) comes before this
+module.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _WRITE_SEC = 0.3
 def begin() -> None:
     """From here on SIGINT and SIGTERM end this process with 0, at once; to be called before rclpy is imported.
 
-    There is nothing yet to be torn down. `run_node` gives another action.
+    Nothing has to be torn down yet. `run_node` installs another action.
     """
     on_signal(lambda: os._exit(0))
     with contextlib.suppress(OSError):
@@ -75,9 +75,9 @@ _reading: int | None = None
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process, with everything written that was printed or logged.
+    """Ends the process after flushing output and logs, without Python's finalization.
 
-    What others see of it (DDS, shared memory, devices, files) was ended before. Python would go on to collect every
+    DDS, shared memory, devices and files have been closed before. Python would go on to collect every
     object of torch and the model, for seconds on a busy machine, and to wait for threads that nothing can interrupt
     (a model being read), or crash in them.
     """

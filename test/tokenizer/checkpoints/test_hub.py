@@ -197,7 +197,7 @@ def tiny_smolvla() -> dict[str, torch.Tensor]:
 
 
 def test_progress_is_reported(serve, caplog, monkeypatch):
-    monkeypatch.setattr(hub, "_TELL", -1.0)
+    monkeypatch.setattr(hub, "_PROGRESS_SEC", -1.0)
     serve(repository())
     with caplog.at_level("INFO", logger="vla_perception"):
         hub.fetch(ID)

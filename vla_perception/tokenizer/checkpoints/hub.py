@@ -45,8 +45,8 @@ _ADAPTER = "adapter_model.safetensors"
 #: Bytes after which what was written is made to last a power failure, and counted as fetched.
 _STEP = 64 << 20
 #: Seconds between two lines about the progress, where there is no terminal.
-_TELL = 10.0
-#: Free space that is left over, for small files and everybody else.
+_PROGRESS_SEC = 10.0
+#: Free space that is left, for small files and other programs.
 _SPARE = 64 << 20
 
 
@@ -401,15 +401,15 @@ def _progress(what: str, total: int, done: int):
 
     begun = f"{done / 1e6:.0f} MB of them are there" if done > _STEP else "kept for the next time"
     log.info("%s: fetching the vision part, %.0f MB (%s)", what, total / 1e6, begun)
-    shown, told = done, time.monotonic()
+    shown, logged = done, time.monotonic()
     with tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=what, disable=not sys.stderr.isatty()) as bar:
 
         def show(count: int) -> None:
-            nonlocal shown, told
+            nonlocal shown, logged
             shown += count
             bar.update(count)
-            if bar.disable and time.monotonic() - told > _TELL:
-                told = time.monotonic()
+            if bar.disable and time.monotonic() - logged > _PROGRESS_SEC:
+                logged = time.monotonic()
                 log.info("%s: %.0f of %.0f MB", what, shown / 1e6, total / 1e6)
 
         yield show
