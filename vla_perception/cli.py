@@ -328,7 +328,7 @@ def _doctor(given: argparse.Namespace) -> int:
             progress.clear()
             if not given.json:
                 print(finding, flush=True)
-            progress(f"doctor: looked at {finding.subject}, goes on", begins=True)
+            progress(f"doctor: checked {finding.subject}", begins=True)
     result = doctor.as_dict(findings)
     if given.json:
         print(json.dumps(result, indent=2))

@@ -51,7 +51,7 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        subject: what was looked at.
+        subject: what was checked.
         state: ``ok``, ``warn`` or ``fail``.
         text: what was found.
         cure: what to do about it; empty for ``ok``.
@@ -67,7 +67,7 @@ class Finding:
 
 
 def examine(model: str | None = None, *, check: bool = False) -> Iterator[Finding]:
-    """Everything that is looked at, one after the other; a check that breaks is a finding, too.
+    """All checks, one after the other; a check that breaks is a finding, too.
 
     Args:
         model: whatever `VisualTokenizer.load` takes; None for no look at a model.

@@ -175,11 +175,11 @@ def test_a_node_of_another_name(warned):
 
 def test_overrides_of_qos(warned):
     right = "qos_overrides./front/image_raw.subscription.reliability"
-    for given, warned in ((right, False), (right.replace("front", "fornt"), True), (right[:-1] + "i", True)):
+    for given, expected in ((right, False), (right.replace("front", "fornt"), True), (right[:-1] + "i", True)):
         log, _ = warned("-p", f"{given}:=reliable", qos=(right,))
         assert [f"no parameter {given}, so it is ignored; is {right} meant?" in text for text in log.warnings] == [
             True
-        ] * warned
+        ] * expected
 
 
 def test_settings_that_have_an_effect_are_not_named(warned):
