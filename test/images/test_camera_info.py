@@ -52,7 +52,7 @@ def test_an_old_file_without_model_and_projection(calibration):
         ("  rows: 3\n  cols: 4", "  rows: 4\n  cols: 3", "projection_matrix says rows 4 and cols 3, expected 3 and 4"),
         ("  rows: 3\n  cols: 3", "  cols: 3", "camera_matrix says rows [?] and cols 3, expected 3 and 3"),
         ("camera_matrix:", "cameramatrix:", "camera_matrix is missing"),
-        ("image_width: 64", "image_width: [", "no YAML"),
+        ("image_width: 64", "image_width: [", "not YAML"),
     ],
 )
 def test_a_bad_file_is_refused(calibration, old, new, why):

@@ -379,7 +379,7 @@ def test_a_cache_has_an_absolute_path(monkeypatch, home, given, expected):
     monkeypatch.setenv("HOME", home)
     monkeypatch.setenv("XDG_CACHE_HOME", given)
     if expected is None:
-        with pytest.raises(CheckpointError, match="no absolute path"):
+        with pytest.raises(CheckpointError, match="not an absolute path"):
             cache_directory()
     else:
         assert cache_directory() == Path(expected) / "vla_perception"

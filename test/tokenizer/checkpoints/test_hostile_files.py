@@ -178,7 +178,7 @@ def pickles(marker) -> dict[str, tuple[bytes, str]]:
     return {
         "a pickle that runs code": (archive(pickle.dumps(Runs(f"touch {marker}"), 2)), "is refused: its pickle calls"),
         "the same, protocol 4": (archive(pickle.dumps(Runs(f"touch {marker}"), 4)), "is refused: its pickle calls"),
-        "the same, of before torch 1.6": (pickle.dumps(Runs(f"touch {marker}"), 2), "no zip archive"),
+        "the same, of before torch 1.6": (pickle.dumps(Runs(f"touch {marker}"), 2), "not a zip archive"),
         "names from where they cannot be told": (
             archive(b"\x80\x02X\x05\0\0\0torchX\x04\0\0\0Size\x93."),
             "is refused: its pickle calls 'STACK_GLOBAL'",
@@ -206,11 +206,11 @@ def pickles(marker) -> dict[str, tuple[bytes, str]]:
             two_directories(*(archive(plain, others={f"archive/{name}": plain}) for name in SAME_LENGTH)),
             "its directory is not",
         ),
-        "something before the archive": (b"#!/bin/sh\n" + state, "no zip archive"),
+        "something before the archive": (b"#!/bin/sh\n" + state, "not a zip archive"),
         "something behind the archive": (state + b"\0" * 8, "its directory is not|no zip archive"),
         "a wide end record elsewhere": (moved_end(state), "its directory is not"),
-        "empty": (b"", "no zip archive"),
-        "truncated": (state[: len(state) // 2], "no zip archive"),
+        "empty": (b"", "not a zip archive"),
+        "truncated": (state[: len(state) // 2], "not a zip archive"),
         "a compressed bomb": (archive(b"\x80\x02" + b"0" * 300_000_000, zipfile.ZIP_DEFLATED), "is compressed"),
         "no pickle within": (archive(b""), "cannot be read|damaged"),
         "an endless pickle": (archive(b"\x80\x02" + b"(" * 900_000), "cannot be read|damaged"),

@@ -195,8 +195,8 @@ def test_scales(base, tmp_path, settings, expected):
         ({"r": 8}, "r is 8, but projector.fc2 has the rank 4"),
         ({"r": "4"}, "r is '4'"),
         ({"r": [4]}, "r is"),
-        ({"lora_alpha": 1e308}, "no number that can be used"),
-        ({"lora_alpha": -1e40}, "no number"),
+        ({"lora_alpha": 1e308}, "not a usable number"),
+        ({"lora_alpha": -1e40}, "not a usable number"),
     ],
 )
 def test_settings_that_the_tensors_contradict(base, tmp_path, settings, words):
