@@ -106,7 +106,7 @@ class Robot:
     @functools.cache  # noqa: B019 (one robot per module)
     def _client(self, kind, name):
         client = self.node.create_client(kind, name)
-        assert client.wait_for_service(30.0), name
+        assert client.wait_for_service(90.0), name
         return client
 
     def call_async(self, kind, name: str, **fields):
