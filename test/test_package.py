@@ -152,6 +152,7 @@ FOR_ALL = r"(?:options|fingerprint_inputs|printable|byte_array|condition)\b"
         ),
         ("view/recorded.py", r"vla_perception\.(nodes|doctor|bench|cli)\b.*|rclpy"),
         ("fingerprint_inputs.py", r"(?!__future__|collections.abc|hashlib|json).*"),
+        ("condition.py", r"vla_perception\..*|torch|rclpy"),
         ("printable.py", r"vla_perception\..*"),
         ("byte_array.py", r"vla_perception\..*"),
         ("cli.py", r"rclpy"),
