@@ -6,6 +6,8 @@ one that every ROS 2 has and that holds a vector of numbers and a name, ``sensor
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
@@ -13,7 +15,9 @@ from rclpy.subscription import Subscription
 from sensor_msgs.msg import ChannelFloat32
 
 from vla_perception.printable import printable
-from vla_perception.tokenizer import VisualTokenizer
+
+if TYPE_CHECKING:
+    from vla_perception.tokenizer.tokenizer import VisualTokenizer
 
 
 class ConditionTopic:
