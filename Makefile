@@ -12,6 +12,7 @@ MARKDOWN := $(wildcard *.md docs/*.md examples/*.md examples/*/*.md test/*/*.md)
 
 UV := .bootstrap/bin/uv
 KILTED := .venv/.installed
+LOWEST := .venv-lowest/.installed
 JAZZY := .venv-jazzy/.installed
 
 # A sourced ROS 2, or a Python of ROS 2's wheels that started this make, must not reach into the environments here.
@@ -22,7 +23,7 @@ unexport AMENT_PREFIX_PATH COLCON_PREFIX_PATH CMAKE_PREFIX_PATH ROS_DISTRO RMW_I
 export UV_HTTP_TIMEOUT ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check format test test-ros test-jazzy test-rest audit fuzz soak environments clean
+.PHONY: help demo check format test test-ros test-jazzy test-rest test-lowest audit fuzz soak environments clean
 
 help:
 	@echo "make demo    replay the sample bag through the node, print a table, write out/demo/"
@@ -30,6 +31,7 @@ help:
 	@echo "make check   formatters, linter, types, spelling; seconds"
 	@echo "make format  what of these can be mended by itself"
 	@echo "make test    run the tests, and those that touch ROS again under Jazzy's rclpy"
+	@echo "make test-lowest   some of them with the oldest versions that setup.py allows"
 	@echo "make audit   known vulnerabilities of the installed packages"
 	@echo "make fuzz    damaged input for everything that reads any; MINUTES=1 for each of 20 targets"
 	@echo "make soak    MINUTES=60: the node for an hour among policies that come, go, stop and die; a table of what grows"
@@ -57,6 +59,25 @@ test-jazzy: $(JAZZY)
 
 test-rest: $(KILTED)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not ros" --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
+
+# With the oldest version of everything that setup.py allows, on the oldest Python: nobody would notice otherwise that a
+# bound is wrong. The tests without ROS that need no further package, and one through the node.
+LOWEST_PYTHON ?= 3.10
+LOWEST_TESTS := test/images test/sources test/tokens test/offline test/visualization test/test_synchronizer.py \
+  test/tokenizer/test_options.py test/tokenizer/test_preprocess.py test/tokenizer/checkpoints/test_open.py \
+  test/tokenizer/checkpoints/test_checkpoint.py
+test-lowest: $(LOWEST)
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -m "not ros" --numprocesses=2 --dist=loadfile $(LOWEST_TESTS) \
+	  $(PYTEST_ARGS)
+	.venv-lowest/bin/python -m pytest test/test_sample_bag_tokens.py test/nodes/visual_tokenizer/test_node.py \
+	  -k "sample_bag or test_two_cameras_approximate" $(PYTEST_ARGS)
+
+$(LOWEST): setup.py | $(UV)
+	@[ -x .venv-lowest/bin/python ] || $(UV) venv --quiet --python '$(LOWEST_PYTHON)' .venv-lowest
+	$(UV) pip install --python .venv-lowest/bin/python --resolution lowest-direct \
+	  --editable '.[tokenizer,ros,shm,offline,view,sim]'
+	$(UV) pip install --python .venv-lowest/bin/python pytest pytest-xdist packaging scikit-image
+	@touch $@
 
 # atheris has wheels for some Pythons only; without it inputs are not led by coverage, and the program says so.
 fuzz: $(KILTED)
@@ -106,5 +127,5 @@ $(JAZZY): setup.py setup.cfg package.xml requirements/jazzy.txt | $(UV)
 	@touch $@
 
 clean:
-	rm -rf .bootstrap .venv .venv-jazzy build install log out dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .bootstrap .venv .venv-jazzy .venv-lowest build install log out dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

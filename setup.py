@@ -15,7 +15,9 @@ TOKENIZER = [
     "torchvision>=0.19",
     "timm>=1.0.26,<2",  # before, files are unpickled; another major version may name or compute something differently
     "huggingface_hub>=1.0,<3",  # timm brings it; range requests are made with its client, which changed with 1.0
-    "pillow>=10.1,<13",  # 13 resizes tall images in another order than models saw: 15 % of pixels differ
+    # Before, grey PNGs of 16 bits cannot be told from 32; 13 resizes tall images in another order than models saw: 15 % of
+    # pixels differ.
+    "pillow>=10.3,<13",
     # Refuses damaged JPEG, which Pillow and OpenCV fill with grey, and decodes as TensorFlow does where told to.
     "simplejpeg>=1.7",
     OPENCV,
@@ -38,7 +40,7 @@ ROS = [
 # not on an aarch64 board, where pip would look for a Rust compiler. The layout of the memory changes from series to
 # series; processes of different ones do not see each other, and do with the topic.
 SHM = ["iceoryx2>=0.10,<0.11; platform_machine == 'x86_64' and sys_platform == 'linux'"]
-BAGS = ["mcap>=1.1", "pyyaml"]  # mcap brings zstandard and lz4
+BAGS = ["mcap>=1.1", "pyyaml>=6"]  # mcap brings zstandard and lz4
 # Recorded data → tokens (docs/offline.md).
 OFFLINE = [
     *BAGS,

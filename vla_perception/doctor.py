@@ -33,7 +33,7 @@ _PACKAGES = {
     "torchvision": ("0.19", ""),
     "timm": ("1.0.26", "2"),
     "huggingface_hub": ("1.0", "3"),
-    "pillow": ("10.1", "13"),
+    "pillow": ("10.3", "13"),
     "numpy": ("1.26", ""),
     "simplejpeg": ("1.7", ""),
 }
