@@ -246,6 +246,14 @@ def test_the_device_and_the_precision_are_left_open_unless_given(launch_file):
     assert (given["device"], given["compute_dtype"]) == ("cuda:1", "float16")
 
 
+@pytest.mark.parametrize(("respawn", "left"), [("true", "on_exit"), ("false", "respawn")])
+def test_a_tokenizer_that_ends_is_started_again_or_ends_the_launch(launch_file, respawn, left):
+    """What the policy sees then: test_faults.py."""
+    (node,) = kinds(launch_file("tokenizer.launch.py").run(cameras="front", respawn=respawn), "Node")
+    assert node.kwargs.get("respawn", False) is (respawn == "true") and left not in node.kwargs
+    assert node.kwargs.get("respawn_delay", 2.0) == 2.0
+
+
 #: The node on a machine with one GPU, which is made up: what would run there runs on the CPU.
 NODE_ON_A_GPU = """
 import pytest, torch

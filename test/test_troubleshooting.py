@@ -15,7 +15,7 @@ SOURCES = [
     *(PACKAGE / "tokens").glob("*.py"),
 ]
 #: Methods that log at WARN or above (of some the first argument says what it is about), and functions that return messages of /diagnostics.
-LOGGING = {"warning", "error", "fatal", "report", "_log_throttled", "_leave_shared_memory"}
+LOGGING = {"warning", "error", "fatal", "report", "_log_throttled", "_leave_shared_memory", "BrokenImportError"}
 SUBJECT_FIRST = {"report", "_log_throttled"}
 FINDINGS = {"health_problem", "_several_publishers", "of", "timing_level"}
 #: A template with less text of its own is another one handed on.
@@ -54,8 +54,8 @@ def messages_of(path):
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 assigned.setdefault(node.targets[0].id, []).append(node.value)
         for node in ast.walk(function):
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in LOGGING:
-                first = node.func.attr in SUBJECT_FIRST
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in LOGGING:
+                first = getattr(node.func, "attr", "") in SUBJECT_FIRST
                 given = [
                     value
                     for argument in node.args[first : first + 1]

@@ -33,6 +33,8 @@ from vla_perception.fast_dds import OLD_PROFILE_DISTROS, PROFILE_VARIABLES
 from vla_perception.spelling import nearest
 
 BOOLEANS = ["true", "false"]
+#: Seconds until a tokenizer that has ended is started again (respawn).
+RESPAWN_SEC = 2.0
 #: Arguments of `ros2 launch` itself, which it hands on among the others.
 LAUNCH_OPTIONS = ("launch-prefix", "launch-prefix-filter")
 
@@ -109,6 +111,12 @@ def _process_arguments() -> dict[str, DeclareLaunchArgument]:
             default_value="false",
             choices=BOOLEANS,
             description="Whether to start the token viewer, which shows tokens as colors on the topic token_image.",
+        ),
+        "respawn": DeclareLaunchArgument(
+            "respawn",
+            default_value="false",
+            choices=BOOLEANS,
+            description="Whether the tokenizer is started again whenever it has ended, instead of ending the launch.",
         ),
         "autostart": DeclareLaunchArgument(
             "autostart",
@@ -283,6 +291,7 @@ def tokenizer(
     shared = {key: given[key] for key in ("image_transport",) if key in given}
     if cameras:
         given["cameras"] = list(cameras)
+    respawn = is_true(context, "respawn")
     remappings = [*((f"{name}/image_raw", topic) for name, topic in cameras.items() if topic), *remappings]
     actions: list = [
         node(
@@ -299,8 +308,12 @@ def tokenizer(
                 ),
             ],
             remappings=remappings,
-            # Without it nothing here is of use.
-            on_exit=ends_everything("visual_tokenizer"),
+            # Without it nothing here is of use: it is started again, or all ends.
+            **(
+                {"respawn": True, "respawn_delay": RESPAWN_SEC}
+                if respawn
+                else {"on_exit": ends_everything("visual_tokenizer")}
+            ),
         )
     ]
     if is_true(context, "view"):

@@ -8,6 +8,7 @@ module.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import logging
 import os
@@ -95,6 +96,9 @@ def leave(code: int) -> NoReturn:
 
 def _run(name: str) -> NoReturn:
     begin()
+    with contextlib.suppress(RuntimeError, ValueError, OSError):  # without stderr
+        # A library that dies, of memory that is not there, say, ends with its name and not silently.
+        faulthandler.enable()
     try:
         node = importlib.import_module(f"vla_perception.nodes.{name}")
     except ModuleNotFoundError as error:  # what else a node needs, it imports when it starts

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from vla_perception.tokenizer import VisualTokenizer
 
 
+class BrokenImportError(RuntimeError):
+    """PyTorch's import broke off, as without memory; it cannot begin again in this process."""
+
+
 def load_tokenizer(
     parameters: TokenizerParameters, logger: RcutilsLogger, cancelled: threading.Event
 ) -> VisualTokenizer | None:
@@ -30,6 +34,7 @@ def load_tokenizer(
 
     Raises:
         ValueError: what is wrong with the model or its options, as a sentence.
+        BrokenImportError: only another process can load it.
         Exception: whatever else loading raised.
     """
     begun = time.monotonic()
@@ -47,7 +52,12 @@ def load_tokenizer(
         try:
             result.append(_load(parameters, logger))
         except ImportError as error:
-            result.append(ValueError(f"{error}; run `pip install '.[tokenizer]'` in vla_perception's sources"))
+            if "torch" in str(error) and not isinstance(error, ModuleNotFoundError):
+                result.append(
+                    BrokenImportError(f"PyTorch could not be imported, and only a new process can try again: {error}")
+                )
+            else:
+                result.append(ValueError(f"{error}; run `pip install '.[tokenizer]'` in vla_perception's sources"))
         except BaseException as error:
             result.append(error)
         finished.set()

@@ -29,7 +29,12 @@ from vla_perception.nodes.visual_tokenizer.cameras import Cameras
 from vla_perception.nodes.visual_tokenizer.condition import ConditionTopic
 from vla_perception.nodes.visual_tokenizer.diagnostics import Diagnostics, FailureLog, FrameSetMonitor
 from vla_perception.nodes.visual_tokenizer.empty_views import EmptyViews
-from vla_perception.nodes.visual_tokenizer.loading import freeze_loaded_objects, load_tokenizer, release_memory
+from vla_perception.nodes.visual_tokenizer.loading import (
+    BrokenImportError,
+    freeze_loaded_objects,
+    load_tokenizer,
+    release_memory,
+)
 from vla_perception.nodes.visual_tokenizer.parameters import PARAMETERS, TokenizerParameters
 from vla_perception.nodes.visual_tokenizer.pipeline import Pipeline
 from vla_perception.nodes.visual_tokenizer.token_publisher import TokenPublisher
@@ -123,7 +128,11 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         parameters = self.parameters.values
         if parameters.bond:
             self._bond.check()
-        tokenizer = load_tokenizer(parameters, self.get_logger(), self._closing)
+        try:
+            tokenizer = load_tokenizer(parameters, self.get_logger(), self._closing)
+        except BrokenImportError as error:
+            self._end_after_failure(str(error))
+            return TransitionCallbackReturn.FAILURE
         if tokenizer is None:
             return TransitionCallbackReturn.FAILURE
         if parameters.shared_memory:
