@@ -161,7 +161,7 @@ def _matrix(content: dict, name: str, rows: int, columns: int | None, default: l
         return default
     matrix = content.get(name)
     data = matrix.get("data") if isinstance(matrix, dict) else None
-    if not isinstance(data, list):
+    if not isinstance(matrix, dict) or not isinstance(data, list):
         raise ValueError(f"{name} is missing or has no data")
     try:
         values = [float(text) for text in data]
