@@ -60,9 +60,12 @@ def run_child(*arguments: str, corpus: Path | None = None, python_path: str = ""
                 stderr=errors,
                 cwd=folder,
             )
+            ended = True
             try:
                 output, _ = process.communicate(timeout=timeout)
             except subprocess.TimeoutExpired:
+                # The engine ends an input that takes long, so this is a machine without time for the start.
+                ended = False
                 process.kill()
                 output, _ = process.communicate()
             errors.seek(max(0, errors.seek(0, os.SEEK_END) - 4000))
@@ -77,10 +80,12 @@ def run_child(*arguments: str, corpus: Path | None = None, python_path: str = ""
                 found.append(Found(record[0], bytes.fromhex(record[1]), record[2], record[3]))
             elif isinstance(record, list) and len(record) == 2:
                 inputs[record[0]] = record[1]
-        if process.returncode < 0 and current.exists():
+        if not ended:
+            said += f"\nnot at its end after {timeout:.0f} s"
+        elif process.returncode < 0:
             target, data = Current.read(current)
             found.append(Found(target, data, _name(-process.returncode), f"the process died; it said: {said[-2000:]}"))
-    return Outcome(found, inputs, process.returncode, said)
+    return Outcome(found, inputs, process.returncode if ended else 1, said)
 
 
 def _name(number: int) -> str:

@@ -80,7 +80,7 @@ class _Dataset:
         except SourceError:
             raise
         except Exception as error:  # noqa: BLE001 - pyarrow's errors, and whatever odd content leads to
-            raise SourceError(f"{self.root}/meta: the list of episodes cannot be read: {error}") from error
+            raise SourceError(f"{self.root}/meta: the list of episodes cannot be read: {str(error):.500}") from error
         return sorted(found, key=lambda episode: episode.index)
 
     def _episodes_of_v3(self) -> Iterator[_Episode]:
