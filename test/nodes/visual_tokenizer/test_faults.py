@@ -149,6 +149,8 @@ def test_a_camera_that_is_killed_and_one_that_is_paused(robot, node):
 
 
 def test_a_camera_that_changes_size_and_encoding_while_it_runs(robot, node):
+    with camera(robot):  # node and policy know each other from here on
+        robot.tokens_again(60)
     random = np.random.default_rng(0)
     for encoding, shape in (
         ("rgb8", (96, 128, 3)),
