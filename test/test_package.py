@@ -259,6 +259,12 @@ def test_a_policy_needs_rclpy_and_numpy_only():
 # --- how long its parts are
 
 
+def test_names_of_test_files_differ():
+    """pytest imports them by their names alone."""
+    names = [path.name for path in (ROOT / "test").rglob("test_*.py")]
+    assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})
+
+
 def test_files_and_functions_are_short():
     """Files of at most 500 lines, functions of at most 60: longer ones hold two ideas."""
     long_files, long_functions = {}, {}
