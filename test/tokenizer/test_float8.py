@@ -244,7 +244,7 @@ def test_kernels_that_fail_or_compute_something_else_are_refused(kernels, monkey
     "change, reason",
     [
         (
-            lambda block: setattr(block.mlp, "act", nn.GELU(approximate="tanh")),
+            lambda block: setattr(block.mlp, "act", nn.SiLU()),
             "does not know the blocks of encoder siglip",
         ),
         (lambda block: setattr(block.attn, "q_norm", nn.LayerNorm(64)), "does not know the blocks of encoder siglip"),

@@ -55,7 +55,21 @@ def test_pixel_values_are_those_of_the_policies_own_code(reference, strategy):
         elif way == "jax":  # whose own sums, in float32, are some roundings from the exact ones
             np.testing.assert_allclose(found, ways[way], rtol=0, atol=5e-7)
         else:
-            np.testing.assert_allclose(found, ways[way], rtol=0, atol=2.0**-23)
+            np.testing.assert_array_equal(found, ways[way])
+
+
+@pytest.mark.parametrize("strategy", RESIZE_WITH_PAD)
+def test_the_number_of_threads_changes_nothing(strategy):
+    """PyTorch's own bilinear resize takes another path in one thread."""
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            found.append(Preprocessor([encoder(224, strategy)])([image(480, 640), image(720, 405)])[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("device", DEVICES)
