@@ -23,6 +23,7 @@ afterwards, or a process does not end as it should.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -114,7 +115,11 @@ def policy(domain: int, *, shared_memory: bool) -> RosProcess:
 
 
 def messages_of(process: RosProcess) -> list[dict]:
-    return [json.loads(line) for line in process.output.splitlines() if line.startswith("{")]
+    found = []
+    for line in process.output.splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # a line that a warning runs into
+            found += [json.loads(line)] if line.startswith("{") else []
+    return found
 
 
 # What is measured

@@ -97,3 +97,23 @@ def test_it_is_not_looked_for_work_again_and_again_until_a_callback_has_begun(ru
     assert len(looked) < 1.5 * len(
         called
     )  # rclpy's MultiThreadedExecutor looks twice, and much more beside an encoding
+
+
+def test_an_executor_that_stands_still_ends_the_process(run, monkeypatch, capfd):
+    """As where a thread that found no memory while it began holds the lock of all pools: no signal, no exception."""
+    monkeypatch.setattr(process, "_STILL_SEC", 1.5)
+    released, calls = threading.Event(), []
+    submit = process.ThreadPoolExecutor.submit
+
+    def submit_or_wait(self, *arguments):
+        calls.append(1)
+        if len(calls) > 100:
+            released.wait(60)
+        return submit(self, *arguments)
+
+    monkeypatch.setattr(process.ThreadPoolExecutor, "submit", submit_or_wait)
+    try:
+        assert run(lambda _stop: None, 4) == 1
+        assert len(calls) == 101 and "has stood still" in capfd.readouterr().err
+    finally:
+        released.set()

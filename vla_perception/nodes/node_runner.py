@@ -40,6 +40,8 @@ Stop = Callable[[int], None]
 GRACE_SEC = 0.5
 #: Seconds from the first signal, or `stop`, after which the process leaves with whatever has not ended yet.
 _LIMIT_SEC = 1.5
+#: Seconds without a round of the executor, which takes 1.1 s at most, after which the process ends.
+_STILL_SEC = 15.0
 #: Seconds that a callback may wait for a thread before others are looked for.
 _BUSY_SEC = 0.1
 
@@ -152,6 +154,7 @@ class _ThreadedExecutor(Executor):
     of a core (measured: 30 Hz of 640 × 480, 2 cores). This one waits until the callback has begun.
 
     Attributes:
+        rounds: counts calls of `spin_once`.
         pool: the threads. `shutdown` does not wait for callbacks that still run, so its owner does that.
     """
 
@@ -159,9 +162,11 @@ class _ThreadedExecutor(Executor):
         super().__init__()
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="callback")
         self._running: list[Future] = []
+        self.rounds = 0
 
     def spin_once(self, timeout_sec: float | None = None) -> None:
         """Begins one callback that is ready within `timeout_sec`. Raises what one that has ended did."""
+        self.rounds += 1
         for future in [future for future in self._running if future.done()]:
             self._running.remove(future)
             future.result()
@@ -200,7 +205,7 @@ def _spin(node: Node, stop: Stop, codes: queue.SimpleQueue[int], threads: int) -
 
     spinner = threading.Thread(target=spin, name="executor", daemon=True)
     spinner.start()
-    code = codes.get()
+    code = _code_of_the_end(executor, stop, codes)
     if hasattr(node, "close"):
         try:
             node.close()
@@ -214,6 +219,31 @@ def _spin(node: Node, stop: Stop, codes: queue.SimpleQueue[int], threads: int) -
     if not spinner.is_alive() and executor.shutdown(timeout_sec=GRACE_SEC):
         node.destroy_node()
     return code
+
+
+def _code_of_the_end(executor: Executor, stop: Stop, codes: queue.SimpleQueue[int]) -> int:
+    """Waits for the end, and ends a node whose executor stands still for `_STILL_SEC`, which nothing else would notice.
+
+    A thread that finds no memory while it begins leaves who started it waiting for ever (CPython), with a lock that every
+    pool of the process needs.
+    """
+    rounds, still = -1, 0
+    while True:
+        try:
+            return codes.get(timeout=_STILL_SEC / 3)
+        except queue.Empty:
+            if not isinstance(executor, _ThreadedExecutor):
+                continue  # its callbacks may take long
+        # Counted here, not by the clock: a process that was stopped (SIGSTOP) goes on.
+        still = still + 1 if executor.rounds == rounds else 0
+        rounds = executor.rounds
+        if still >= 3:
+            print(
+                f"the executor has stood still for {_STILL_SEC:g} s (a thread that found no memory while it began?): the "
+                "process ends, so that a supervisor can start another one",
+                file=sys.stderr,
+            )
+            stop(1)
 
 
 def _print_error(program: str, error: Exception) -> int:
