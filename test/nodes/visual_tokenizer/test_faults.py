@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import resource
 import shutil
 import signal
@@ -171,14 +172,14 @@ def test_a_policy_that_is_stopped_costs_the_others_nothing(robot, node):
         policy.process.send_signal(signal.SIGSTOP)
         before = robot.policy.received
         wait_until(lambda: robot.policy.received > before + 15, 30, "tokens at the other policy")
-        printed = len(policy.output.splitlines())
+
+        def ages() -> list[int]:
+            return [int(age) for age in re.findall(r"(\d+) ms old", policy.output)]
+
+        printed = len(ages())
         policy.process.send_signal(signal.SIGCONT)
-        wait_until(lambda: len(policy.output.splitlines()) > printed + 1, 30, "tokens after SIGCONT")
-        # The latest, not those of the pause one after the other.
-        ages = [
-            int(line.split(" ms old")[0].split()[-1]) for line in policy.output.splitlines()[printed + 1 : printed + 2]
-        ]
-        assert ages[0] < 5000
+        wait_until(lambda: len(ages()) > printed + 1, 30, "tokens after SIGCONT")
+        assert ages()[printed + 1] < 5000  # the latest, not those of the pause one after the other
         policy.process.kill()
         robot.tokens_again()
 
