@@ -90,7 +90,7 @@ def test_the_page_comes_up_and_frames_change(seen):
     first = value(seen.driver, drawn)
     wait_for_frames(seen.driver, 3)
     assert value(seen.driver, drawn) != first
-    assert seen.text("#state") == "active"
+    wait_until(lambda: seen.text("#state") == "active", 30, "the state of the running tokenizer")
     assert "Random weights" in seen.text("#banner")
     captions = [element.text for element in seen.driver.find_elements("css selector", "figcaption")]
     expected = [f"{camera} {space}" for camera in browser.CAMERAS for space in ("dinov2", "siglip", "projected tokens")]
