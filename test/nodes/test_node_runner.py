@@ -1,9 +1,11 @@
 """How a node's callbacks are run."""
 
 import logging
+import queue
 import signal
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -117,3 +119,20 @@ def test_an_executor_that_stands_still_ends_the_process(run, monkeypatch, capfd)
         assert len(calls) == 101 and "has stood still" in capfd.readouterr().err
     finally:
         released.set()
+
+
+@pytest.mark.parametrize(("late", "code"), [(0.0, 1), (1.0, 7)])
+def test_a_process_that_is_late_as_a_whole_goes_on(monkeypatch, late, code):
+    """It was stopped, or one thread kept Python to itself (importing PyTorch from a slow disk): again and again, here."""
+    given, polls = [], []
+
+    def get(timeout: float) -> int:
+        polls.append(timeout + late)
+        if given or len(polls) == 100:
+            return (*given, 7)[0]
+        raise queue.Empty
+
+    monkeypatch.setattr(process, "time", SimpleNamespace(monotonic=lambda: sum(polls)))
+    executor, codes = SimpleNamespace(rounds=0), SimpleNamespace(get=get)
+    assert process._code_of_the_end(executor, given.append, codes) == code
+    assert late or process._STILL_SEC <= sum(polls) < process._STILL_SEC + 3

@@ -42,6 +42,8 @@ GRACE_SEC = 0.5
 _LIMIT_SEC = 1.5
 #: Seconds without a round of the executor, which takes 1.1 s at most, after which the process ends.
 _STILL_SEC = 15.0
+#: Seconds that the main thread may wake up late in a process whose threads get on.
+_LATE_SEC = 0.5
 #: Seconds that a callback may wait for a thread before others are looked for.
 _BUSY_SEC = 0.1
 
@@ -205,7 +207,8 @@ def _spin(node: Node, stop: Stop, codes: queue.SimpleQueue[int], threads: int) -
 
     spinner = threading.Thread(target=spin, name="executor", daemon=True)
     spinner.start()
-    code = _code_of_the_end(executor, stop, codes)
+    # Without threads, callbacks run in the executor's own, and may take long.
+    code = _code_of_the_end(executor, stop, codes) if isinstance(executor, _ThreadedExecutor) else codes.get()
     if hasattr(node, "close"):
         try:
             node.close()
@@ -221,23 +224,23 @@ def _spin(node: Node, stop: Stop, codes: queue.SimpleQueue[int], threads: int) -
     return code
 
 
-def _code_of_the_end(executor: Executor, stop: Stop, codes: queue.SimpleQueue[int]) -> int:
+def _code_of_the_end(executor: _ThreadedExecutor, stop: Stop, codes: queue.SimpleQueue[int]) -> int:
     """Waits for the end, and ends a node whose executor stands still for `_STILL_SEC`, which nothing else would notice.
 
     A thread that finds no memory while it begins leaves who started it waiting for ever (CPython), with a lock that every
     pool of the process needs.
     """
-    rounds, still = -1, 0
+    rounds, still = -1, 0  # still: seconds
     while True:
+        begun = time.monotonic()
         try:
-            return codes.get(timeout=_STILL_SEC / 3)
+            return codes.get(timeout=1.0)
         except queue.Empty:
-            if not isinstance(executor, _ThreadedExecutor):
-                continue  # its callbacks may take long
-        # Counted here, not by the clock: a process that was stopped (SIGSTOP) goes on.
-        still = still + 1 if executor.rounds == rounds else 0
+            # This thread was late, too: the process was stopped (SIGSTOP), or one thread kept Python to itself (the GIL).
+            late = time.monotonic() - begun > 1.0 + _LATE_SEC
+        still = still + 1 if executor.rounds == rounds and not late else 0
         rounds = executor.rounds
-        if still >= 3:
+        if still >= _STILL_SEC:
             print(
                 f"the executor has stood still for {_STILL_SEC:g} s (a thread that found no memory while it began?): the "
                 "process ends, so that a supervisor can start another one",
