@@ -140,8 +140,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="STEP",
-        help="what is done to images first: rotate180, crop:x,y,width,height, jpeg, lanczos3, center_crop_tf, "
-        "center_crop_pil",
+        help="what is done to images first, in the order given (docs/nodes.md says what each does): "
+        + ", ".join(options.IMAGE_TRANSFORMS).replace("crop,", "crop:x,y,width,height,"),
     )
 
 

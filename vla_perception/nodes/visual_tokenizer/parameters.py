@@ -102,8 +102,8 @@ class TokenizerParameters:
     )
     runtime: str = parameter(
         "auto",
-        "How the network runs: auto; eager; onednn (CPU); graph (CUDA graphs); compile (torch.compile, which takes a "
-        "minute or more when the node is configured).",
+        "How the network runs: auto; eager; onednn (CPU); graph (CUDA graphs); compile (torch.compile, which takes half "
+        "a minute or more when the node is configured).",
         choices=options.RUNTIMES,
         **_MODEL,
     )
