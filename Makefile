@@ -33,7 +33,7 @@ help:
 	@echo "make test    run the tests, and those that touch ROS again under Jazzy's rclpy"
 	@echo "make test-lowest   some of them with the oldest versions that setup.py allows"
 	@echo "make audit   known vulnerabilities of the installed packages"
-	@echo "make fuzz    damaged input for everything that reads any; MINUTES=1 for each of 20 targets"
+	@echo "make fuzz    damaged input for everything that reads any; MINUTES=1 for each target"
 	@echo "make soak    MINUTES=60: the node for an hour among policies that come, go, stop and die; a table of what grows"
 	@echo "make clean   remove environments, build outputs and out/"
 

@@ -8,7 +8,7 @@ time, from `--policies 1 --cameras 1 --rate 5 --size 640x480`. A row:
 
 offered_hz   frame sets a second that the cameras publish; offered_mb_s: bytes of their images
 tokens_hz    token messages a second at each policy, the least and the most
-late_ms      age of the tokens at the policies, p50 and p99 of all
+late_p50_ms, late_p99_ms: age of the tokens at the policies
 lost         messages that a policy missed on the way: what DDS or shared memory drop
 replaced     share of frames that a newer one replaced before they were encoded: what the node drops
 accounted    whether received = encoded + replaced + unmatched + undecodable + pending in every report
