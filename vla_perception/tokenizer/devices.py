@@ -1,7 +1,7 @@
-"""Where a tokenizer computes and in what precision, where the user leaves it open: ``auto``.
+"""Chooses device and precision where the user gives ``auto``, and checks those that the user names.
 
 ``device: auto`` is the first CUDA device on which an operation succeeds, otherwise the CPU; ``compute_dtype: auto`` is
-what the device multiplies fastest at a precision that models are evaluated in.
+bfloat16 on CUDA (float16 before Ampere) and float32 on a CPU.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ from pathlib import Path
 
 import torch
 
-#: Name → dtype of weights and results; those of ``float8`` are float8 within the encoders' blocks alone (float8.py).
+#: Name → dtype of weights and results; for ``float8`` that of everything but the encoders' linear layers (float8.py).
 TORCH_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float8": torch.bfloat16,
 }
-#: Compute capability from which on CUDA devices (Ampere) multiply bfloat16.
+#: Lowest compute capability of CUDA devices that multiply bfloat16 (Ampere).
 _BFLOAT16_CAPABILITY = (8, 0)
 #: The same for float8 (Ada, then Hopper).
 _FLOAT8_CAPABILITY = (8, 9)
-#: There with NVIDIA's driver: then a machine has a GPU, whatever PyTorch says. The second one is Jetson's.
+#: NVIDIA's driver makes these files: with one of them a machine has a GPU, whatever PyTorch says. The second is Jetson's.
 _DRIVER_FILES = (Path("/dev/nvidiactl"), Path("/dev/nvhost-ctrl-gpu"))
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and in what precision a tokenizer computes.
+    """The device and the precision of a tokenizer.
 
     Attributes:
         device: a device on which an operation has succeeded.
         compute_dtype: a key of `TORCH_DTYPES`.
-        reason: why it is these, as part of a sentence.
-        warnings: sentences about what this choice costs, or what keeps a GPU from being used.
+        reason: why these were chosen, as part of a sentence.
+        warnings: sentences about what this choice costs, or why a GPU is not used.
     """
 
     device: torch.device
@@ -52,15 +52,15 @@ class Placement:
 
 
 def place(device: str = "auto", compute_dtype: str = "auto") -> Placement:
-    """The device and the precision for what a user asks for; a short operation is run on the device.
+    """Chooses device and precision from what a user gives; runs a short operation on the device.
 
     Args:
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; other devices of PyTorch's are taken as they are.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, or another device of PyTorch's.
         compute_dtype: ``auto``, or a key of `TORCH_DTYPES`. ``auto`` is bfloat16 on CUDA from compute capability 8.0
             (Ampere) on, float16 before, and float32 on a CPU; never float8.
 
     Raises:
-        ValueError: no such precision, not on this device, or a device that does not work; says why.
+        ValueError: the precision is unknown or not supported by the device, or the device does not work; says why.
     """
     if compute_dtype != "auto" and compute_dtype not in TORCH_DTYPES:
         raise ValueError(f"unknown compute dtype {compute_dtype!r}; choose one of auto, {', '.join(TORCH_DTYPES)}")
@@ -93,7 +93,7 @@ def place(device: str = "auto", compute_dtype: str = "auto") -> Placement:
 
 
 def float8_unavailable_reason(device: torch.device) -> str:
-    """Why there is no float8 on this device, as a sentence with what to do; empty if there is."""
+    """Why this device cannot compute in float8, and what to do, in one sentence; empty if it can."""
     instead = "choose auto or bfloat16"
     if device.type != "cuda" or torch.version.cuda is None:
         return f"compute_dtype float8 needs an NVIDIA GPU of compute capability 8.9 or more, not {device}; {instead}"
@@ -107,7 +107,7 @@ def float8_unavailable_reason(device: torch.device) -> str:
 
 
 def _first_that_works() -> tuple[torch.device, str, list[str]]:
-    """The device for ``auto``, why it is that one, and warnings if there is a GPU and it is not used."""
+    """The device for ``auto``, the reason for it, and warnings if the machine has a GPU that is not used."""
     failures = []
     try:
         torch.cuda.init()
@@ -145,7 +145,7 @@ def _checked(name: str) -> torch.device:
 
 
 def _operate(device: torch.device) -> None:
-    """Allocates, computes and reads back; fails where a driver is too old, a kernel is missing or memory is taken."""
+    """Allocates, computes and reads back; fails if the driver is too old, a kernel is missing or memory is short."""
     if torch.ones(2, device=device).sum().item() != 2.0:
         raise RuntimeError("it computes 1 + 1 wrong")
 

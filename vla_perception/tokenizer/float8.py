@@ -1,9 +1,9 @@
 """``compute_dtype: float8``: encoders whose linear layers multiply in float8 (e4m3), on CUDA.
 
-Quantized are the weights and the inputs of the four linear layers of every block, `qkv`, `proj`, `fc1` and `fc2`:
-weights once, with a scale per output channel, inputs as they come, with a scale per token (float8_kernels.py); a scale
-is the row's largest value over 448, e4m3's largest. Products are summed in float32. All else is bfloat16 as in
-``compute_dtype: bfloat16``: patch embedding, residual stream, attention, layer norms, projector, tokens.
+The weights and inputs of the four linear layers of every block, `qkv`, `proj`, `fc1` and `fc2`, are quantized: weights
+once, with a scale per output channel; inputs in every call, with a scale per token (float8_kernels.py). A scale is the
+row's largest absolute value over 448, the largest of e4m3. Products are summed in float32. Everything else is bfloat16 as
+in ``compute_dtype: bfloat16``: patch embedding, residual stream, attention, layer norms, projector, tokens.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from vla_perception.tokenizer.dependent_launches import attempt
 from vla_perception.tokenizer.encoder import PatchEncoder
 from vla_perception.tokenizer.fused_blocks import FusedBlock, _gamma, _is_plain, _on, _Pending, _sum, is_tanh
 
-#: Quick sums of Hopper's tensor cores, of some 14 bits: a tenth of what float8 itself rounds off.
+#: Hopper's tensor cores sum faster with some 14 bits; the error is a tenth of float8's own rounding.
 FAST_ACCUMULATION = True
-#: Relative L2 between a block and timm's; a right one is below half of it.
+#: Bound on the relative L2 between a block and timm's; that of a correct block is below half of it.
 _TOLERANCE = 0.1
 
 
 class Float8Linear(nn.Module):
-    """`nn.Linear` by `torch._scaled_mm`.
+    """`nn.Linear` computed by `torch._scaled_mm`.
 
     Attributes:
         weight: [out, in], float8.
-        scale: [1, out], float32: what a row of `weight` is to be multiplied by.
+        scale: [1, out], float32: the factor of each row of `weight`.
         bias: [out] in the dtype of the results, or None.
     """
 
@@ -65,7 +65,7 @@ def quantize_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Float8Block(FusedBlock):
-    """`FusedBlock` with the linear layers in float8. The block that it is made of is used up."""
+    """`FusedBlock` with the linear layers in float8. It takes over the modules of `block`, which is of no use then."""
 
     def __init__(self, block: Any, hand_on: bool) -> None:
         super().__init__(block, hand_on)
@@ -93,12 +93,12 @@ def _linears(block: Any) -> list[tuple[nn.Module, str]]:
 
 
 def quantize_encoders(network: nn.Module) -> None:
-    """`Float8Block` in the place of every block, freeing the weights of one after the other.
+    """Replaces every block by a `Float8Block`, one after the other, and frees its weights.
 
-    Of each encoder the first block is tried beside timm's, so that kernels that do not work here give no tokens.
+    Compares the first block of each encoder with timm's, so that kernels that do not work here give no tokens.
 
     Raises:
-        ValueError: an encoder's blocks are not as OpenVLA's are, or the kernels do not run or give something else. The
+        ValueError: an encoder's blocks differ in kind from OpenVLA's, or the kernels do not run or compute other values. The
             network is of no use then.
     """
     for encoder in (module for module in network.modules() if isinstance(module, PatchEncoder)):
@@ -112,7 +112,7 @@ def quantize_encoders(network: nn.Module) -> None:
                 f"compute_dtype float8 needs widths that are multiples of 16, and those of encoder {name} are "
                 f"{', '.join(map(str, sorted(widths)))}; choose bfloat16"
             )
-        # With a cls token the layer that patch features are taken from is not the last one.
+        # With a cls token the layer that gives the patch features is not the last one.
         last = {encoder.layer, len(blocks) - 1}
         try:
             with _on(blocks[0].norm1.weight.device):
@@ -132,7 +132,7 @@ def quantize_encoders(network: nn.Module) -> None:
 
 @torch.inference_mode()
 def _replace(encoder: PatchEncoder, last: set[int]) -> float:
-    """Returns the relative L2 between the first block's results before and after."""
+    """Replaces an encoder's blocks; returns the relative L2 between the first block's results before and after."""
     blocks: Any = encoder.vit.blocks
     weight = blocks[0].norm1.weight
     rows, columns = encoder.grid

@@ -5,13 +5,13 @@
 ``onednn``
     CPU: linear layers on oneDNN, whose weights are laid out once for the processor.
 ``graph``
-    CUDA: the whole network is captured once per number of views and then launched as one; encoders run on a stream
-    each, so that one's small products fill what the other's leave idle (cuda_graphs.py).
+    CUDA: the whole network is captured once per number of views and then launched as one graph; each encoder has a
+    separate stream, so that the small products of one run on multiprocessors that the other leaves idle (cuda_graphs.py).
 ``compile``
-    `torch.compile` fuses what lies between the matrix products; on CUDA the result is captured as for ``graph``.
+    `torch.compile` fuses the operations between the matrix products; on CUDA the result is captured as for ``graph``.
 ``auto``
-    ``graph`` on CUDA; on a CPU ``onednn`` where it is known to gain, ``eager`` elsewhere. Compiling is left to a user who
-    wants it: it takes a minute or more at every start.
+    ``graph`` on CUDA; on a CPU ``onednn`` where it is known to be faster, ``eager`` elsewhere. Never ``compile``: compiling
+    takes half a minute or more at every start.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ log = logging.getLogger(__name__)
 
 
 class Runtime:
-    """Runs the network as it is: ``eager``.
+    """Runs the network unchanged: ``eager``.
 
     Attributes:
-        name: what runs, one of `RUNTIMES` without ``auto``.
-        fallback: what does not run as was asked for, and why; empty if all does.
-        kernels: between the matrix products: ``pytorch``, or ``triton``; the first with a reason where the second was
-            wanted.
+        name: the runtime in use, one of `RUNTIMES` without ``auto``.
+        fallback: what does not run in the runtime that was requested, and why; empty if everything does.
+        kernels: whose kernels run between the matrix products: ``triton``, or ``pytorch``, with the reason where ``triton``
+            was wanted.
     """
 
     def __init__(self, network: TokenizerNetwork, device: torch.device, dtype: torch.dtype) -> None:
@@ -58,15 +58,15 @@ class Runtime:
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """One [views, 3, side, side] per encoder, of any dtype, anywhere → features and tokens on the device.
 
-        Both are the caller's: no later call writes into them. Features may be None where they are not asked for. To be
-        called in `torch.inference_mode`.
+        The caller owns both: no later call writes into them. Features may be None if they are not requested. Call it in
+        `torch.inference_mode`.
         """
         return self._run([pixels.to(self._device, self._dtype, non_blocking=True) for pixels in pixel_values])
 
     def from_images(
         self, plan: PreprocessPlan, images: Sequence[np.ndarray], features: bool = True
     ) -> tuple[torch.Tensor | None, torch.Tensor] | None:
-        """Preprocessing and network in one, where a runtime has that for these images; None where it has not."""
+        """Preprocessing and network in one launch; None if the runtime cannot do that for these images."""
         return None
 
     def _run(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,7 +74,7 @@ class Runtime:
 
 
 class OneDnn(Runtime):
-    """Linear layers with packed weights on a CPU. The network's own weights are given up for them at the first call."""
+    """Linear layers with packed weights on a CPU. The first call packs the network's weights and frees the originals."""
 
     def __init__(self, network: TokenizerNetwork, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(network, device, dtype)
@@ -93,7 +93,7 @@ class OneDnn(Runtime):
 
 
 class Compiled(Runtime):
-    """Branches and projector compiled, one by one, for each number of views anew."""
+    """Compiles each branch and the projector separately, for each number of views."""
 
     def __init__(self, network: TokenizerNetwork, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(network, device, dtype)
@@ -106,9 +106,9 @@ class Compiled(Runtime):
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` on oneDNN with the weight in the layout that oneDNN likes best on this processor.
+    """`nn.Linear` on oneDNN, with the weight in the layout that oneDNN prefers on this processor.
 
-    The two operations are those that Inductor calls when it freezes a model for a CPU.
+    Inductor calls the same two operations when it freezes a model for a CPU.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -123,13 +123,13 @@ class PackedLinear(nn.Module):
 def make_runtime(
     name: str, network: TokenizerNetwork, device: torch.device, dtype: torch.dtype, in_float8: bool = False
 ) -> Runtime:
-    """The runtime called `name`; it may change the network's modules for its purpose.
+    """Makes the runtime called `name`, which may replace modules of the network.
 
     Args:
         in_float8: the encoders' blocks multiply in float8 (float8.py).
 
     Raises:
-        ValueError: there is no such runtime, or not on this device, or not in float8.
+        ValueError: there is no such runtime, or it does not support this device or float8.
     """
     if name not in RUNTIMES:
         raise ValueError(f"unknown runtime {name!r}; choose one of {', '.join(RUNTIMES)}")
@@ -168,9 +168,9 @@ def make_runtime(
 def onednn_gains(dtype: torch.dtype) -> bool:
     """Whether packed weights are known to be faster on this processor.
 
-    A rule and no trial run: a choice by the clock would make the last bits of tokens differ from one start to the
-    next. Measured on AVX-512 of AMD's (Zen 4), where PyTorch's float32 products go to an MKL that keeps its best
-    kernels for Intel: 1.3 to 1.6 times as fast in float32, 1.1 in bfloat16.
+    A rule and not a timing, with which the last bits of tokens could differ from one start to the next. Measured on AMD's
+    Zen 4 with AVX-512, where PyTorch computes float32 products with MKL, whose fastest kernels are for Intel processors
+    only: 1.3 to 1.6 times as fast in float32, 1.1 in bfloat16.
     """
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
@@ -188,11 +188,11 @@ def _processor_vendor() -> str:
 
 
 def limit_threads(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Lets torch use no more threads than a container's CPU quota has cores; returns how many it uses.
+    """Limits torch's threads to the cores of a container's CPU quota; returns how many it uses.
 
-    torch counts the machine's cores. With 64 threads on a quota of 4 cores all of them are stopped for most of the
-    time. Leaves a number that the user has set (``OMP_NUM_THREADS``) alone. It is for programs: a library should not
-    change a process's settings.
+    torch takes the machine's number of cores. On a quota of 4 cores the kernel stops 64 threads for most of the time.
+    Keeps a number that the user has set (``OMP_NUM_THREADS``). For programs: a library should not change a process's
+    settings.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         try:

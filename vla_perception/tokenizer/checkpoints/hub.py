@@ -1,12 +1,12 @@
 """Hugging Face ids → checkpoint directories that hold the vision part alone.
 
-Of a model's safetensors files only the headers and the bytes of vision and projector tensors are fetched, for
-``openvla/openvla-7b`` about a tenth of 15 GB. They become one safetensors file in the cache, ::
+Fetches the headers of a model's safetensors files, and then only the bytes of vision and projector tensors: for
+``openvla/openvla-7b`` about a tenth of 15 GB. Writes them to one safetensors file in the cache, ::
 
     $XDG_CACHE_HOME/vla_perception/hub/ORG/NAME/COMMIT/NAME/{config.json, …, model.safetensors}
 
-which loads without a network from then on. ``HF_HUB_OFFLINE``, ``HF_TOKEN``, ``HF_ENDPOINT`` and a login with
-``hf auth login`` are in force; files that lie in Hugging Face's own cache are read there.
+which loads without a network from then on. Respects ``HF_HUB_OFFLINE``, ``HF_TOKEN``, ``HF_ENDPOINT`` and a login with
+``hf auth login``, and reads files that are in Hugging Face's own cache from there.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _SMALL_FILES = (
     "adapter_config.json",
 )
 _ADAPTER = "adapter_model.safetensors"
-#: Bytes after which what was written is made to last a power failure, and counted as fetched.
+#: After so many bytes the file is flushed to the disk, so that they survive a power failure, and they count as fetched.
 _STEP = 64 << 20
-#: Seconds between two lines about the progress, where there is no terminal.
+#: Seconds between log lines about the progress, if there is no terminal.
 _PROGRESS_SEC = 10.0
-#: Free space that is left, for small files and other programs.
+#: Free bytes that are kept for small files and other programs.
 _SPARE = 64 << 20
 
 
@@ -56,9 +56,9 @@ def is_id(text: str) -> bool:
 
 
 def fetch(name: str) -> Path:
-    """The directory with the vision part of a model on the Hugging Face hub; fetches what is not there yet.
+    """The directory with the vision part of a model on the Hugging Face hub; fetches what the cache lacks.
 
-    Without a revision it is the latest commit; where the hub cannot be asked, the latest that was fetched.
+    Without a revision it is the latest commit; if the hub cannot be reached, the latest commit that was fetched.
 
     Args:
         name: ``org/name`` or ``org/name@revision``: a branch, a tag or a full commit hash.
@@ -78,7 +78,7 @@ def fetch(name: str) -> Path:
 
 
 def fetch_configuration(name: str) -> Path:
-    """As `fetch`, but a directory that may hold the configuration files alone: weights are not fetched for it.
+    """As `fetch`, but without fetching weights: the directory may hold only the configuration files.
 
     Raises:
         CheckpointError: as `fetch`.
@@ -168,7 +168,7 @@ def _fetch(root: Path, repository: str, commit: str, files: Collection[str]) -> 
 
 
 def _configuration(root: Path, repository: str, commit: str, files: Collection[str]) -> Path:
-    """The small files, checked, in a folder that gets the name that is looked for only when weights are there, too."""
+    """Fetches and checks the small files, in a partial folder: it gets its final name once it has the weights, too."""
     _refuse(repository, files)
     target = root / f"{commit}.partial" / root.name
     for file in _SMALL_FILES:
@@ -178,7 +178,7 @@ def _configuration(root: Path, repository: str, commit: str, files: Collection[s
 
 
 def _refuse(repository: str, files: Collection[str]) -> None:
-    """What cannot become tokens is refused before anything is fetched."""
+    """Refuses a model that cannot be fetched in parts, or has no weights to read, before anything is fetched."""
     film = sorted(file for file in files if re.fullmatch(r"vision_backbone--.*_checkpoint\.pt", file))
     if film:
         raise CheckpointError(
@@ -215,13 +215,13 @@ def _check_config(repository: str, folder: Path) -> None:
 
 
 def _names(folder: Path) -> ModuleType:
-    """Decides by a tensor's name whether it is fetched."""
+    """The module that decides by a tensor's name whether it is fetched."""
     config = folder / "config.json"
     return lerobot if config.is_file() and lerobot.is_policy(read_json(config)) else tensor_names
 
 
 def _shards(repository: str, commit: str, files: Collection[str], names: ModuleType) -> list[str]:
-    """The safetensors files that hold something else than the language model."""
+    """The safetensors files that hold tensors of the vision part."""
     if _INDEX in files:
         index = read_json(_small(repository, commit, _INDEX))
         weight_map = index.get("weight_map")
@@ -275,7 +275,7 @@ def _sources(repository: str, commit: str, files: Sequence[str]) -> list[LocalFi
 
 @dataclass(frozen=True)
 class _Piece:
-    """Tensors that are read in one go: ascending spans of one file."""
+    """Tensors that are read in one call: ascending spans of one file."""
 
     source: LocalFile | RemoteFile
     spans: list[Span]
@@ -284,10 +284,10 @@ class _Piece:
 def _assemble(
     target: Path, sources: Sequence[LocalFile | RemoteFile], about: Mapping[str, str], names: ModuleType
 ) -> None:
-    """One safetensors file of the wanted tensors of several; takes up an earlier, interrupted attempt.
+    """Writes the wanted tensors of several safetensors files to one; resumes an earlier, interrupted attempt.
 
-    The header is the same in every attempt and tensors follow in the order in which they are read, so the number of
-    bytes that are there says what is left.
+    Every attempt has the same header, and tensors follow in the order in which they are read, so the number of bytes in
+    the partial file says which are left.
     """
     if target.is_file():
         return
@@ -340,7 +340,7 @@ def _assemble(
 def _plan(
     sources: Sequence[LocalFile | RemoteFile], about: Mapping[str, str], parts: ModuleType
 ) -> tuple[bytes, list[_Piece]]:
-    """Header of the file to be, and what follows it."""
+    """The header of the new file, and the tensors that follow it."""
     found: list[tuple[int, int, int, str, dict, int]] = []
     names: set[str] = set()
     for number, source in enumerate(sources):
@@ -357,7 +357,7 @@ def _plan(
             # Wide dtypes first, as safetensors writes them: everything stays aligned.
             width = -_width(entry["dtype"])
             found.append((width, number, entry["data_offsets"][0], name, entry, begin))
-    # Before anything of them is fetched: under another name the language model would come, too.
+    # Before any tensor is fetched: with other names the language model would be fetched, too.
     parts.refuse_unknown(about["repository"], (name for name in names if not parts.is_known(name)))
     if not found:
         raise CheckpointError(f"{about['repository']} has no tensor of a vision part; is it a vision-language model?")
@@ -396,7 +396,7 @@ def _left(pieces: Sequence[_Piece], done: int) -> Iterator[bytes]:
 
 @contextmanager
 def _progress(what: str, total: int, done: int):
-    """A bar on a terminal, otherwise a line in the log now and then; yields what is called with each number of bytes."""
+    """A bar on a terminal, otherwise log lines; yields a function to call with each number of bytes that arrived."""
     from huggingface_hub.utils import tqdm
 
     begun = f"{done / 1e6:.0f} MB of them are there" if done > _STEP else "kept for the next time"
@@ -417,7 +417,7 @@ def _progress(what: str, total: int, done: int):
 
 @contextmanager
 def _explained(repository: str, revision: str) -> Iterator[None]:
-    """Says of whatever goes wrong what can be done about it."""
+    """Turns every error into a `CheckpointError` that says what to do."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         EntryNotFoundError,
