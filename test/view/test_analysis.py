@@ -31,6 +31,13 @@ def test_spaces_are_the_encoders_and_what_they_became():
         patch_vectors(random_tokens(features=False), "dinov2")
 
 
+def test_features_on_a_finer_grid_than_tokens_are_no_space():
+    """As of SmolVLA, whose projector makes one token of several patches."""
+    features = np.random.default_rng(0).normal(size=(2, 4 * 48, 20)).astype(np.float32)
+    tokens = replace(random_tokens(), features=features, pixel_shuffle=2)
+    assert spaces(tokens) == (TOKENS,) and Patches(tokens, TOKENS).norms.shape == (2, 48)
+
+
 def test_a_cls_token_is_no_patch():
     rng = np.random.default_rng(0)
     data = rng.normal(size=(1, 1 + 48, 16)).astype(np.float32)

@@ -2,7 +2,8 @@
 
 A *space* is one kind of vector per patch: an encoder's name, what that encoder gave before the projector; `JOINED`, what
 all of them gave, one behind the other; `TOKENS`, what the projector made of it. Encoders are known where the message
-carries features, or there is no projector.
+carries features, or there is no projector. Where the projector shuffles pixels, features lie on a finer grid than tokens,
+and only the latter are shown.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ FIT_PATCHES = 256
 def spaces(tokens: VisualTokens) -> tuple[str, ...]:
     """The spaces of a message, in the order in which a token goes through them."""
     projected = tokens.projector != "none"
-    if projected and tokens.features is None:
+    if projected and (tokens.features is None or tokens.pixel_shuffle > 1):
         return (TOKENS,)
     names = tuple(str(encoder["name"]) for encoder in tokens.encoders)
     return (*names, *[JOINED] * (len(names) > 1), *[TOKENS] * projected)
