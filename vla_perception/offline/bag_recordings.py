@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vla_perception.images.decode import check_message_size, compressed_to_rgb, image_to_rgb
+from vla_perception.images.decode import check_message_size, decode_image
 from vla_perception.offline.recordings import (
     DamagedError,
     FrameError,
@@ -168,12 +168,7 @@ def _header(message: Any) -> Any:
 
 
 def _images(matched: Any, max_pixels: int) -> list[np.ndarray]:
-    return [
-        compressed_to_rgb(frame.image, max_pixels)
-        if hasattr(frame.image, "format")
-        else image_to_rgb(frame.image, max_pixels)
-        for frame in matched
-    ]
+    return [decode_image(frame.image, max_pixels) for frame in matched]
 
 
 def _camera_topics(bag: Bag, selection: Selection) -> dict[str, str]:
