@@ -16,6 +16,7 @@ from recorded import write_images  # noqa: E402
 
 from vla_perception import cli  # noqa: E402
 from vla_perception.offline import verify  # noqa: E402
+from vla_perception.sources.bags import Bag  # noqa: E402
 
 
 @pytest.fixture
@@ -51,6 +52,25 @@ def test_two_runs_of_the_same_bits(tmp_path, drive):
         report = verify.compare(verify.Stored(tmp_path / a), verify.Stored(tmp_path / b))
         assert (report.frames, report.equal, report.is_good) == (4, 4, True), (a, b)
     assert verify.check(verify.Stored(tmp_path / "b")).is_good
+
+
+def test_a_damaged_message_of_a_bag_is_a_problem(tmp_path, drive):
+    """Its sequence of bytes claims more than there are: what comes before it counts."""
+    from rosbags.rosbag2 import StoragePlugin, Writer
+
+    from vla_perception.offline.bag_recordings import typestore
+
+    tokenize(tmp_path / "out", [drive], output="mcap")
+    with (
+        Bag(tmp_path / "out/drive") as bag,
+        Writer(tmp_path / "odd", version=9, storage_plugin=StoragePlugin.MCAP) as odd,
+    ):
+        messages = list(bag.messages(["/tokens"]))
+        topic = odd.add_connection("/tokens", messages[0].type, typestore=typestore())
+        for index, message in enumerate(messages):
+            odd.write(topic, message.time_ns, message.cdr if index < 2 else message.cdr[:-9])
+    report = verify.check(verify.Stored(tmp_path / "odd"))
+    assert (report.frames, report.equal, report.problems) == (2, 2, ["odd: a message ends too early"])
 
 
 def test_a_difference_is_measured_and_the_settings_named(tmp_path, drive, capsys):

@@ -13,6 +13,7 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
 from vla_perception.sources.bags import Bag, BagError, compressed_format, header_stamp_ns, with_header_stamp
+from vla_perception.sources.bags.cdr import read_compressed_image, read_image
 from vla_perception.tokens import FORMAT
 
 SAMPLE = Path(__file__).parents[2] / "examples" / "sample_bag"
@@ -128,6 +129,26 @@ def test_cdr_in_big_endian():
     assert (header_stamp_ns(cdr), compressed_format(cdr)) == (7_000_000_009, "jpeg")
     assert header_stamp_ns(with_header_stamp(cdr, 11)) == 11
     assert compressed_format(cdr[:18]) == "" and compressed_format(b"") == ""
+
+
+@pytest.mark.parametrize("little", [True, False])
+@pytest.mark.parametrize("frame_id", ["", "a", "ab", "abc", "abcd", "Kamera-Ü"])
+def test_image_messages_are_read_without_their_definition(frame_id, little):
+    """As by rosbags; and of less than all of its bytes, nothing is read."""
+    new = TYPES.types
+    header = new["std_msgs/msg/Header"](new["builtin_interfaces/msg/Time"](5, 7), frame_id)
+    data = np.arange(24, dtype=np.uint8)
+    raw = {"height": 2, "width": 4, "encoding": "rgb8", "is_bigendian": 1, "step": 12, "data": data}
+    for kind, read, fields in (
+        ("sensor_msgs/msg/Image", read_image, raw),
+        ("sensor_msgs/msg/CompressedImage", read_compressed_image, {"format": "jpeg; ü", "data": data}),
+    ):
+        cdr = bytes(TYPES.serialize_cdr(new[kind](header=header, **fields), kind, little_endian=little))
+        found = vars(read(cdr))
+        assert found | {"data": bytes(found["data"])} == fields | {"data": data.tobytes()}
+        for length in range(len(cdr)):
+            with pytest.raises(ValueError):
+                read(cdr[:length])
 
 
 def test_the_sample_bag():

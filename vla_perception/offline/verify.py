@@ -13,6 +13,7 @@ from vla_perception.offline import run_index
 from vla_perception.offline.recordings import SourceError
 from vla_perception.offline.token_file import TokenFile
 from vla_perception.sources.bags import COMPRESSED_IMAGE, Bag, compressed_format
+from vla_perception.sources.bags.cdr import read_compressed_image
 from vla_perception.tokens import codec
 from vla_perception.tokens.codec import TokenFormatError
 from vla_perception.tokens.fingerprint import difference
@@ -102,7 +103,7 @@ class Stored:
         return list(self._parts)
 
     def frames(self, recording: str) -> Iterator[VisualTokens]:
-        """All of a recording's, in their order; TokenFormatError or BagError where it is damaged."""
+        """All of a recording's, in their order; ValueError where it is damaged."""
         path = self._parts[recording]
         if path.suffix == ".safetensors":
             with TokenFile(path) as file:
@@ -113,7 +114,7 @@ class Stored:
             topics = [topic.name for topic in bag.topics.values() if topic.type == COMPRESSED_IMAGE]
             for message in bag.messages(topics):
                 if compressed_format(message.cdr).startswith(codec.FORMAT_OF_ANY_VERSION):
-                    yield VisualTokens.from_bytes(_data(message.cdr))
+                    yield VisualTokens.from_bytes(read_compressed_image(message.cdr).data)
 
     def file(self, recording: str) -> TokenFile | None:
         """The recording's token file; None of a bag."""
@@ -135,13 +136,6 @@ class Stored:
             "fingerprint_inputs": frame.fingerprint_inputs,
             **{name: getattr(frame, name) for name in ("model", "weights", "compute_dtype", "projector", "pool")},
         }
-
-
-def _data(cdr: bytes) -> bytes:
-    """The `data` of a serialised CompressedImage of tokens."""
-    from vla_perception.offline.bag_recordings import typestore
-
-    return typestore().deserialize_cdr(cdr, COMPRESSED_IMAGE).data.tobytes()
 
 
 def check(a: Stored) -> Report:

@@ -30,11 +30,11 @@ from rclpy.topic_endpoint_info import TopicEndpointInfo
 from sensor_msgs.msg import CompressedImage, Image
 from std_srvs.srv import Trigger
 
-from vla_perception.images import decode
+from vla_perception.images.decode import MAX_PIXELS, check_message_size
 from vla_perception.sources.bags import header_stamp_ns
 from vla_perception.tokens import TokenSubscriber, VisualTokens
 from vla_perception.view.health import LogBook, Reception, Status, TokenizerHealth
-from vla_perception.view.snapshot import ImageHistory, LazyImage, PageImage, Snapshot, encode_rgb, stream_kind
+from vla_perception.view.snapshot import ImageHistory, LazyImage, PageImage, Snapshot, page_image
 
 #: Seconds between two looks at what nodes and topics there are, and before a first tokenizer is found.
 LOOK_SEC, FIRST_LOOK_SEC = 0.5, 0.05
@@ -401,10 +401,5 @@ def _full_name(info: TopicEndpointInfo) -> str:
 def _page_image(kind: type, data: bytes) -> PageImage:
     """ValueError for an image that cannot be read."""
     message: Any = deserialize_message(data, kind)
-    decode.check_message_size(message, decode.MAX_PIXELS)
-    if isinstance(message, CompressedImage):
-        stream = bytes(message.data)
-        if (of := stream_kind(message.format, stream)) is not None:
-            return PageImage(of, stream)
-        return encode_rgb(decode.compressed_to_rgb(message))
-    return encode_rgb(decode.image_to_rgb(message))
+    check_message_size(message, MAX_PIXELS)
+    return page_image(message)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from vla_perception.images.decode import decode_image
 from vla_perception.sources.bags import (
     COMPRESSED_IMAGE,
     Bag,
@@ -20,9 +18,10 @@ from vla_perception.sources.bags import (
     compressed_format,
     header_stamp_ns,
 )
+from vla_perception.sources.bags.cdr import read_compressed_image, read_image
 from vla_perception.tokens import VisualTokens
 from vla_perception.tokens.message import FORMAT
-from vla_perception.view.snapshot import ImageHistory, LazyImage, PageImage, encode_rgb, stream_kind
+from vla_perception.view.snapshot import ImageHistory, LazyImage, PageImage, encode_rgb, page_image
 
 if TYPE_CHECKING:
     from vla_perception.offline.recordings import FrameSet, Recording
@@ -97,14 +96,14 @@ class BagFrames:
                 history.add(message.topic, header_stamp_ns(message.cdr), message.cdr)
             elif message.time_ns == time_ns:
                 if not skip:
-                    tokens = VisualTokens.from_bytes(_Cdr(message.cdr).compressed_image().data)
+                    tokens = VisualTokens.from_bytes(read_compressed_image(message.cdr).data)
                     break
                 skip -= 1
         if tokens is None:
             raise ValueError(f"{self._bag.path} lacks a message of {self.name} that it had before")
         types = {topic: self._bag.topics[topic].type for topic in self._cameras}
         images = tuple(
-            None if match is None else LazyImage(_recorded_image(types[match[0]], match[2]), match[1])
+            None if match is None else LazyImage(partial(_recorded_image, types[match[0]], match[2]), match[1])
             for match in history.match(tokens.views, self._cameras)
         )
         return tokens, images
@@ -115,18 +114,8 @@ def _holds_tokens(bag: Bag, topic: str) -> bool:
     return message is not None and compressed_format(message.cdr) == FORMAT
 
 
-def _recorded_image(kind: str, cdr: bytes) -> Callable[[], PageImage]:
-    def make() -> PageImage:
-        reader = _Cdr(cdr)
-        if kind != COMPRESSED_IMAGE:
-            return encode_rgb(decode_image(reader.image()))
-        message = reader.compressed_image()
-        stream = bytes(message.data)
-        if (of := stream_kind(message.format, stream)) is not None:
-            return PageImage(of, stream)
-        return encode_rgb(decode_image(message))
-
-    return make
+def _recorded_image(kind: str, cdr: bytes) -> PageImage:
+    return page_image(read_compressed_image(cdr) if kind == COMPRESSED_IMAGE else read_image(cdr))
 
 
 class _FrameSets:
@@ -268,45 +257,3 @@ class ComputedFrames:
             for image, stamp_ns in zip(images, frames.stamps_ns)
         )
         return replace(tokens, views=views), shown
-
-
-class _Cdr:
-    """Reads the two image messages out of their CDR bytes. ValueError where these are too short."""
-
-    def __init__(self, cdr: bytes) -> None:
-        self._data = memoryview(cdr)
-        self._order = "<" if len(cdr) > 1 and cdr[1] & 1 else ">"
-        self._at = 12  # behind the encapsulation and the stamp
-        self._sequence()  # frame_id
-
-    def compressed_image(self) -> SimpleNamespace:
-        format = str(self._sequence()[:-1], "utf-8", "replace")
-        return SimpleNamespace(format=format, data=self._sequence())
-
-    def image(self) -> SimpleNamespace:
-        height, width = self._number(), self._number()
-        encoding = str(self._sequence()[:-1], "utf-8", "replace")
-        is_bigendian = self._data[self._at]
-        self._at += 1
-        step = self._number()
-        return SimpleNamespace(
-            height=height, width=width, encoding=encoding, is_bigendian=is_bigendian, step=step, data=self._sequence()
-        )
-
-    def _number(self) -> int:
-        self._at += -(self._at - 4) % 4
-        try:
-            (value,) = struct.unpack_from(f"{self._order}I", self._data, self._at)
-        except struct.error:
-            raise ValueError("a message ends too early") from None
-        self._at += 4
-        return value
-
-    def _sequence(self) -> memoryview:
-        """A string with its zero, or a sequence of bytes."""
-        length = self._number()
-        part = self._data[self._at : self._at + length]
-        if len(part) < length:
-            raise ValueError("a message ends too early")
-        self._at += length
-        return part

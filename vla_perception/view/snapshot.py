@@ -6,9 +6,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from vla_perception.images.decode import decode_image
 from vla_perception.images.streams import MAX_PIXELS, check_size
 from vla_perception.tokens import View, VisualTokens
 
@@ -64,6 +66,15 @@ class Snapshot:
     tokens: VisualTokens
     images: tuple[LazyImage | None, ...]
     before: VisualTokens | None = field(default=None, repr=False)
+
+
+def page_image(message: Any) -> PageImage:
+    """An image message, any object with the fields of Image or CompressedImage. ValueError if it cannot be read."""
+    if not hasattr(message, "encoding"):
+        stream = bytes(message.data)
+        if (kind := stream_kind(message.format, stream)) is not None:
+            return PageImage(kind, stream)
+    return encode_rgb(decode_image(message))
 
 
 def encode_rgb(rgb: np.ndarray) -> PageImage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from types import SimpleNamespace
 
 
 def header_stamp_ns(cdr: bytes) -> int:
@@ -28,7 +29,7 @@ def compressed_format(cdr: bytes) -> str:
     """The `format` of a serialised CompressedImage; "" if the bytes are not one."""
     try:
         return _string(cdr, _string(cdr, 12)[1])[0]
-    except (ValueError, struct.error):
+    except ValueError:
         return ""
 
 
@@ -36,7 +37,7 @@ def image_encoding(cdr: bytes) -> str:
     """The `encoding` of a serialised Image; "" if the bytes are not one."""
     try:
         return _string(cdr, _aligned(_string(cdr, 12)[1]) + 8)[0]  # behind frame_id, height and width
-    except (ValueError, struct.error):
+    except ValueError:
         return ""
 
 
@@ -45,16 +46,58 @@ def compressed_data(cdr: bytes) -> bytes:
     try:
         start = _aligned(_string(cdr, _string(cdr, 12)[1])[1]) + 4
         return cdr[start : start + 32]
-    except (ValueError, struct.error):
+    except ValueError:
         return b""
 
 
+def read_compressed_image(cdr: bytes) -> SimpleNamespace:
+    """A serialised CompressedImage: its `format`, and `data` as a view of the bytes. ValueError if they are too few."""
+    form, end = _sequence(cdr, _sequence(cdr, 12)[1])  # behind frame_id
+    return SimpleNamespace(format=_text(form), data=_sequence(cdr, end)[0])
+
+
+def read_image(cdr: bytes) -> SimpleNamespace:
+    """A serialised Image without its header, `data` as a view of the bytes. ValueError if they are too few."""
+    height, end = _number(cdr, _sequence(cdr, 12)[1])  # behind frame_id
+    width, end = _number(cdr, end)
+    encoding, end = _sequence(cdr, end)
+    step, start = _number(cdr, end + 1)
+    return SimpleNamespace(
+        height=height,
+        width=width,
+        encoding=_text(encoding),
+        is_bigendian=cdr[end],
+        step=step,
+        data=_sequence(cdr, start)[0],
+    )
+
+
+def _text(string: memoryview) -> str:
+    return str(string[:-1], "utf-8", "replace")
+
+
+def _sequence(cdr: bytes, position: int) -> tuple[memoryview, int]:
+    """The whole sequence of bytes, or string with its zero, whose length is there, and where it ends."""
+    length, start = _number(cdr, position)
+    if start + length > len(cdr):
+        raise ValueError("a message ends too early")
+    return memoryview(cdr)[start : start + length], start + length
+
+
 def _string(cdr: bytes, position: int) -> tuple[str, int]:
-    """The string whose length is at `position`, or at the next aligned place, and where it ends."""
+    """The string whose length is there, as much of it as there is, and where it ends."""
+    length, start = _number(cdr, position)
+    return cdr[start : start + length].rstrip(b"\0").decode(), start + length
+
+
+def _number(cdr: bytes, position: int) -> tuple[int, int]:
+    """The number of 32 bits at `position` or at the next aligned place, and where it ends."""
     position = _aligned(position)
-    (length,) = struct.unpack_from(f"{_byte_order(cdr)}I", cdr, position)
-    end = position + 4 + length
-    return cdr[position + 4 : end].rstrip(b"\0").decode(), end
+    try:
+        (value,) = struct.unpack_from(f"{_byte_order(cdr)}I", cdr, position)
+    except struct.error:
+        raise ValueError("a message ends too early") from None
+    return value, position + 4
 
 
 def _aligned(position: int) -> int:
