@@ -54,23 +54,32 @@ def test_two_runs_of_the_same_bits(tmp_path, drive):
     assert verify.check(verify.Stored(tmp_path / "b")).is_good
 
 
-def test_a_damaged_message_of_a_bag_is_a_problem(tmp_path, drive):
-    """Its sequence of bytes claims more than there are: what comes before it counts."""
+def write_cut_off(path, source, whole):
+    """A bag of the same token messages, which behind the first `whole` ones lack their ends."""
     from rosbags.rosbag2 import StoragePlugin, Writer
 
     from vla_perception.offline.bag_recordings import typestore
 
-    tokenize(tmp_path / "out", [drive], output="mcap")
-    with (
-        Bag(tmp_path / "out/drive") as bag,
-        Writer(tmp_path / "odd", version=9, storage_plugin=StoragePlugin.MCAP) as odd,
-    ):
+    with Bag(source) as bag, Writer(path, version=9, storage_plugin=StoragePlugin.MCAP) as cut_off:
         messages = list(bag.messages(["/tokens"]))
-        topic = odd.add_connection("/tokens", messages[0].type, typestore=typestore())
+        topic = cut_off.add_connection("/tokens", messages[0].type, typestore=typestore())
         for index, message in enumerate(messages):
-            odd.write(topic, message.time_ns, message.cdr if index < 2 else message.cdr[:-9])
+            cut_off.write(topic, message.time_ns, message.cdr if index < whole else message.cdr[:-9])
+
+
+def test_a_damaged_message_of_a_bag_is_a_problem(tmp_path, drive):
+    """Its sequence of bytes claims more than there are: what comes before it counts."""
+    tokenize(tmp_path / "out", [drive], output="mcap")
+    write_cut_off(tmp_path / "odd", tmp_path / "out/drive", whole=2)
     report = verify.check(verify.Stored(tmp_path / "odd"))
     assert (report.frames, report.equal, report.problems) == (2, 2, ["odd: a message ends too early"])
+
+
+def test_what_is_damaged_from_the_first_message_on_is_compared_with_a_report(tmp_path, drive):
+    tokenize(tmp_path / "out", [drive], output="mcap")
+    write_cut_off(tmp_path / "odd", tmp_path / "out/drive", whole=0)
+    report = verify.compare(verify.Stored(tmp_path / "odd"), verify.Stored(tmp_path / "out/drive"))
+    assert report.problems == ["odd: a message ends too early"] and not report.is_good
 
 
 def test_a_difference_is_measured_and_the_settings_named(tmp_path, drive, capsys):

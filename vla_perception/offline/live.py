@@ -9,10 +9,9 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CompressedImage
 
-from vla_perception.offline.verify import Report, Stored, differing_models
+from vla_perception.offline.verify import Report, Stored, differing_models, model_of
 from vla_perception.tokens.codec import TokenFormatError
 from vla_perception.tokens.message import from_message
-from vla_perception.tokens.visual_tokens import VisualTokens
 
 
 def compare_live(a: Stored, topic: str, silence_sec: float = 10.0) -> Report:
@@ -40,7 +39,7 @@ def compare_live(a: Stored, topic: str, silence_sec: float = 10.0) -> Report:
             return
         report.compare(frame(), tokens, f"sequence {tokens.sequence}")
         if not report.settings:
-            report.settings = differing_models(a.model(), _model(tokens))
+            report.settings = differing_models(a.model, model_of(tokens))
 
     context = rclpy.Context()
     rclpy.init(context=context)
@@ -59,8 +58,3 @@ def compare_live(a: Stored, topic: str, silence_sec: float = 10.0) -> Report:
         rclpy.try_shutdown(context=context)
     report.only_a = len(known)
     return report
-
-
-def _model(tokens: VisualTokens) -> dict:
-    names = ("fingerprint", "fingerprint_inputs", "model", "weights", "compute_dtype", "projector", "pool")
-    return {name: getattr(tokens, name) for name in names}

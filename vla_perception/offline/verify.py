@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from vla_perception.offline.token_file import TokenFile
 from vla_perception.sources.bags import COMPRESSED_IMAGE, Bag, compressed_format
 from vla_perception.sources.bags.cdr import read_compressed_image
 from vla_perception.tokens import codec
-from vla_perception.tokens.codec import TokenFormatError
 from vla_perception.tokens.fingerprint import difference
 from vla_perception.tokens.visual_tokens import VisualTokens
 
@@ -104,22 +104,25 @@ class Stored:
 
     def frames(self, recording: str) -> Iterator[VisualTokens]:
         """All of a recording's, in their order; ValueError where it is damaged."""
-        path = self._parts[recording]
-        if path.suffix == ".safetensors":
-            with TokenFile(path) as file:
+        file = self.file(recording)
+        if file is not None:
+            with file:
                 for index in range(len(file)):
                     yield file.frame(index)
             return
-        with Bag(path) as bag:
+        with Bag(self._parts[recording]) as bag:
             topics = [topic.name for topic in bag.topics.values() if topic.type == COMPRESSED_IMAGE]
             for message in bag.messages(topics):
                 if compressed_format(message.cdr).startswith(codec.FORMAT_OF_ANY_VERSION):
                     yield VisualTokens.from_bytes(read_compressed_image(message.cdr).data)
 
+    def is_file(self, recording: str) -> bool:
+        """Whether it is a token file, which gives any frame at once; a bag is read from its beginning to its end."""
+        return self._parts[recording].suffix == ".safetensors"
+
     def file(self, recording: str) -> TokenFile | None:
         """The recording's token file; None of a bag."""
-        path = self._parts[recording]
-        return TokenFile(path) if path.suffix == ".safetensors" else None
+        return TokenFile(self._parts[recording]) if self.is_file(recording) else None
 
     def by_stamps(self, recording: str) -> Mapping[tuple[int, ...], Any]:
         """The frames' images' stamps → what gives the frame."""
@@ -128,14 +131,16 @@ class Stored:
             return {tuple(map(int, stamps)): (lambda i=i: file.frame(i)) for i, stamps in enumerate(file.stamps_ns)}
         return {frame.stamps_ns: (lambda frame=frame: frame) for frame in self.frames(recording)}
 
+    @cached_property
     def model(self) -> Mapping[str, Any]:
         """What its first frame says about the model."""
-        frame = next(self.frames(self.recordings[0]))
-        return {
-            "fingerprint": frame.fingerprint,
-            "fingerprint_inputs": frame.fingerprint_inputs,
-            **{name: getattr(frame, name) for name in ("model", "weights", "compute_dtype", "projector", "pool")},
-        }
+        return model_of(next(self.frames(self.recordings[0])))
+
+
+def model_of(tokens: VisualTokens) -> dict[str, Any]:
+    """What a message says about the model, for `differing_models`."""
+    names = ("fingerprint", "fingerprint_inputs", "model", "weights", "compute_dtype", "projector", "pool")
+    return {name: getattr(tokens, name) for name in names}
 
 
 def check(a: Stored) -> Report:
@@ -158,19 +163,18 @@ def check(a: Stored) -> Report:
         except (ValueError, OSError) as error:
             report.problem(f"{name}: {error}")
             continue
-        _check_entry(a, name, frames, report)
+        _check_entry(a, name, file, frames, report)
     if a.index and not a.index.get("complete"):
         report.problem("the run is not complete: the same command goes on with it")
     return report
 
 
-def _check_entry(a: Stored, name: str, frames: int, report: Report) -> None:
+def _check_entry(a: Stored, name: str, file: TokenFile | None, frames: int, report: Report) -> None:
     entry = next((entry for entry in a.index.get("recordings", []) if entry["name"] == name), None)
     if entry is None:
         return
     if entry["frames"] != frames:
         report.problem(f"{name}: {frames} frames, and the index says {entry['frames']}")
-    file = a.file(name)
     if file is not None and file.fingerprint != a.index["model"]["fingerprint"]:
         report.problem(
             f"{name}: fingerprint {file.fingerprint[:16]}…, and the index says {a.index['model']['fingerprint'][:16]}…"
@@ -196,8 +200,7 @@ def compare(a: Stored, b: Stored) -> Report:
 
 
 def _compare_recordings(a: Stored, name: str, b: Stored, other: str, report: Report) -> None:
-    # A bag is read from its beginning to its end; a file gives any frame at once.
-    swapped = b.file(other) is None
+    swapped = not b.is_file(other)
     if swapped:
         a, name, b, other = b, other, a, name
     known, unpaired = dict(b.by_stamps(other)), 0
@@ -216,8 +219,8 @@ def what_differs(a: Stored, b: Stored) -> list[str]:
     if a.index and b.index:
         return run_index.differences(a.index, b.index)
     try:
-        return differing_models(a.model(), b.model())
-    except (TokenFormatError, StopIteration):
+        return differing_models(a.model, b.model)
+    except (ValueError, StopIteration):  # what is damaged is a problem already
         return []
 
 
