@@ -11,11 +11,11 @@ import pytest
 
 for package in ("torch", "av", "pyarrow", "rosbags", "mcap"):
     pytest.importorskip(package)
-from offline_runs import MS, ROOT, bfloat16, contents, tokenize  # noqa: E402
+from offline_runs import DATASET, MS, ROOT, bfloat16, contents, tokenize  # noqa: E402
 from pixel_tokenizer import PixelTokenizer, cells  # noqa: E402
 from recorded import numbered_image, write_bag, write_images, write_video  # noqa: E402
 
-from vla_perception.offline import run_index, token_file_writer  # noqa: E402
+from vla_perception.offline import run, run_index, token_file_writer  # noqa: E402
 from vla_perception.offline.recordings import Selection, SourceError, open_recordings  # noqa: E402
 from vla_perception.offline.token_file import TokenFile  # noqa: E402
 
@@ -64,6 +64,19 @@ def test_the_index_says_what_the_tokens_are_made_of(tmp_path, sources):
     assert index["model"]["fingerprint"] == PixelTokenizer.fingerprint
     assert {"torch", "av", "numpy"} <= set(index["environment"]["versions"]) and index["environment"]["threads"] >= 1
     assert index["batch_tolerance"] is None
+
+
+def test_a_file_of_several_episodes_is_hashed_once(tmp_path, monkeypatch):
+    """Also where each episode is a call of its own, as a worker of Ray gets them."""
+    hashed = []
+    real = run_index.file_digest
+    monkeypatch.setattr(run_index, "file_digest", lambda file: hashed.append(file.name) or real(file))
+    settings = run.RunSettings(tmp_path / "out", Selection())
+    with run_index.Digests() as digests:
+        for recording in open_recordings([DATASET], Selection()):
+            run.encode_recordings([recording], PixelTokenizer(), settings, digests=digests)
+    assert len(hashed) == len(set(hashed)) > 2
+    assert len(list((tmp_path / "out").rglob("*.safetensors"))) == 3
 
 
 def test_a_batch_is_measured_against_single_frame_sets(tmp_path, sources):

@@ -34,6 +34,7 @@ class _Worker:
     ) -> None:
         self._recordings = {each.name: each for each in open_recordings(sources, settings.selection, [])}
         self._tokenizer, self._settings = load(), settings
+        self._digests = run_index.Digests()  # a dataset's episodes share their files
 
     def begin(self) -> dict:
         """The index of the run; written by the first worker that is asked."""
@@ -41,14 +42,17 @@ class _Worker:
 
     def built(self) -> dict:
         """What a run by this worker alone would say of itself."""
-        settings = self._settings.as_index(self._tokenizer)
-        return run_index.build(self._tokenizer.metadata(), settings, run_index.environment())
+        return run.new_index(self._settings, self._tokenizer)
 
     def encode(self, name: str) -> tuple[list[dict[str, str]], int, list[str]]:
         """One recording: what was left out, its frame sets, and what was reported."""
         reported: list[str] = []
         failed, statistics = run.encode_recordings(
-            [self._recordings[name]], self._tokenizer, self._settings, report=reported.append
+            [self._recordings[name]],
+            self._tokenizer,
+            self._settings,
+            report=reported.append,
+            digests=self._digests,
         )
         return failed, statistics.frame_sets, reported[:100]
 

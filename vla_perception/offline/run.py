@@ -8,6 +8,7 @@ same batches, and give the same bits.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
@@ -173,6 +174,7 @@ class _Run:
         settings: RunSettings,
         report: Callable[[str], None],
         advance: Callable[[int], None],
+        digests: run_index.Digests,
     ) -> None:
         self.tokenizer, self.settings = tokenizer, settings
         self.encoder = Encoder(tokenizer, settings.token_dtype)
@@ -185,7 +187,7 @@ class _Run:
         self._encoded: queue.Queue[_Encoded | _End | None] = queue.Queue(_QUEUED)
         cores = len(os.sched_getaffinity(0))
         self._decoders = ThreadPoolExecutor(max(1, min(8, cores // 2)), thread_name_prefix="decoder")
-        self._digests = run_index.Digests()
+        self._digests = digests
         self._writers: list[TokenFileWriter] = []
 
     def __call__(self, recordings: Sequence[Recording]) -> None:
@@ -205,7 +207,6 @@ class _Run:
             for thread in threads:
                 thread.join()
             self._decoders.shutdown(wait=False, cancel_futures=True)
-            self._digests.close()
             for writer in self._writers:
                 writer.close()
             self.statistics.seconds = time.perf_counter() - began
@@ -395,12 +396,14 @@ def encode_recordings(
     *,
     report: Callable[[str], None] = lambda _: None,
     advance: Callable[[int], None] = lambda _: None,
+    digests: run_index.Digests | None = None,
 ) -> tuple[list[dict[str, str]], Statistics]:
     """Writes the token files that are not there yet; goes on with those that were begun.
 
     Args:
         report: called with what is skipped, a sentence each.
         advance: called with the number of frame sets just done.
+        digests: of earlier calls, whose recordings are in part of the same files.
 
     Returns:
         What was left out (name, source, error), and what it took.
@@ -409,9 +412,15 @@ def encode_recordings(
         ValueError: with `on_error` ``stop``, what was damaged.
         OSError: a source cannot be read, or the folder not be written.
     """
-    run = _Run(tokenizer, settings, report, advance)
-    run(recordings)
+    with run_index.Digests() if digests is None else contextlib.nullcontext(digests) as shared:
+        run = _Run(tokenizer, settings, report, advance, shared)
+        run(recordings)
     return run.failed, run.statistics
+
+
+def new_index(settings: RunSettings, tokenizer: VisualTokenizer) -> dict:
+    """The index of a run by this process that has not written anything yet."""
+    return run_index.build(tokenizer.metadata(), settings.as_index(tokenizer), run_index.environment())
 
 
 def begin(settings: RunSettings, tokenizer: VisualTokenizer, recordings: Sequence[Recording]) -> dict:
@@ -420,7 +429,7 @@ def begin(settings: RunSettings, tokenizer: VisualTokenizer, recordings: Sequenc
     Raises:
         run_index.RunIndexError: the folder holds a run of other settings.
     """
-    index = run_index.build(tokenizer.metadata(), settings.as_index(tokenizer), run_index.environment())
+    index = new_index(settings, tokenizer)
     settings.out.mkdir(parents=True, exist_ok=True)
     if (settings.out / run_index.NAME).exists():
         before = run_index.read(settings.out)

@@ -189,7 +189,7 @@ def entry_of(name: str, file: TokenFile) -> dict:
 
 
 class Digests:
-    """SHA-256 of source files, computed beside the encoding; each file once."""
+    """SHA-256 of source files, computed beside the encoding; each file once. A context manager."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="digest")
@@ -215,7 +215,10 @@ class Digests:
             **({"files": listed} if len(listed) <= _LISTED else {}),
         }
 
-    def close(self) -> None:
+    def __enter__(self) -> Digests:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
