@@ -89,6 +89,8 @@ def test_it_says_how_to_go_on(tmp_path, tokenize, monkeypatch):
         (["--rate", "-1"], "above 0"),
         (["--episodes", "1"], "no source is one"),
         (["--values", "action=/command"], "no source is a bag"),
+        (["--values", "action"], "--values 'action': expected NAME=TOPIC"),
+        (["--values", "a=/x", "a=/y"], "--values names one value twice"),
         (["--cameras", "a", "a"], "one camera twice"),
         (["--cameras", "a", "b"], "has no folder a"),
     ],

@@ -18,14 +18,15 @@ from vla_perception.offline.recordings import (  # noqa: E402
     open_recordings,
     parse_cameras,
     parse_episodes,
+    parse_values,
     selected,
 )
 
 
 def select(**changes):
-    for name in ("cameras", "values"):
+    for name, parse in (("cameras", parse_cameras), ("values", parse_values)):
         if name in changes:
-            changes[name] = parse_cameras(changes[name])
+            changes[name] = parse(changes[name])
     return Selection(**changes)
 
 

@@ -154,7 +154,7 @@ def run(given: argparse.Namespace, choices: dict[str, Any]) -> int:
         raise ValueError("--rate and --image-rate are frames per second, above 0")
     selection = sources.Selection(
         cameras=sources.parse_cameras(given.cameras),
-        values=sources.parse_cameras(given.values),
+        values=sources.parse_values(given.values),
         every=given.every,
         rate=given.rate,
         episodes=None if given.episodes is None else sources.parse_episodes(given.episodes),

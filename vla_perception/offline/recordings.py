@@ -145,15 +145,28 @@ class Selection:
 
 def parse_cameras(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """``["front=/camera/color/image_raw", "wrist"]`` → (name, where) pairs. ValueError if they make no sense."""
+    return _named("--cameras", texts, "NAME or NAME=TOPIC, NAME=KEY, NAME=FOLDER", "camera")
+
+
+def parse_values(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """``["action=/arm/command:position"]`` → (name, where) pairs. ValueError if they make no sense."""
+    pairs = _named("--values", texts, "NAME=TOPIC[:FIELD]", "value")
+    for text, (_, where) in zip(texts, pairs):
+        if not where:
+            raise ValueError(f"--values {text!r}: expected NAME=TOPIC[:FIELD]")
+    return pairs
+
+
+def _named(option: str, texts: Sequence[str], expected: str, what: str) -> tuple[tuple[str, str], ...]:
     pairs = []
     for text in texts:
         name, _, where = text.partition("=")
         if not name or len(name) > 200:
-            raise ValueError(f"--cameras {text!r}: expected NAME or NAME=TOPIC, NAME=KEY, NAME=FOLDER")
+            raise ValueError(f"{option} {text!r}: expected {expected}")
         pairs.append((name, where))
     names = [name for name, _ in pairs]
     if len(set(names)) != len(names):
-        raise ValueError(f"--cameras names one camera twice: {' '.join(names)}")
+        raise ValueError(f"{option} names one {what} twice: {' '.join(names)}")
     return tuple(pairs)
 
 
