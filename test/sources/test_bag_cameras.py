@@ -41,6 +41,19 @@ def test_the_sample_bags_cameras():
             bag.cameras({"top": ""})
 
 
+def test_topics_are_looked_into_once(monkeypatch):
+    """However often the cameras of an open bag are asked for, by their names and by topics."""
+    pytest.importorskip("mcap")
+    looked = []
+    real = Bag.messages
+    monkeypatch.setattr(Bag, "messages", lambda bag, topics: looked.extend(topics) or real(bag, topics))
+    with Bag(SAMPLE_BAG) as bag:
+        bag.cameras()
+        bag.cameras({"front": ""})
+        bag.image_topics().clear()
+        assert bag.image_topics() == ["/front/image_raw/compressed", "/wrist/image_raw/compressed"] == sorted(looked)
+
+
 def test_names_topics_and_camera_infos():
     cameras = find_cameras(TYPES)
     assert list(cameras) == ["camera_color", "top"]

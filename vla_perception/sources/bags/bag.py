@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 
@@ -99,12 +99,17 @@ class Bag:
         """Topics with a camera's images, sorted: Image and CompressedImage by type, and by what was recorded.
 
         Depth, labels and token messages have those types too: a topic whose first messages say so in their `encoding`
-        or `format` is left out, and so are topics without messages. Raises BagError as `messages` does.
+        or `format` is left out, and so are topics without messages. They are looked at once. Raises BagError as
+        `messages` does.
         """
+        return list(self._image_topics)
+
+    @cached_property
+    def _image_topics(self) -> tuple[str, ...]:
         topics = [topic for topic in self.topics.values() if topic.type in (IMAGE, COMPRESSED_IMAGE) and topic.messages]
         if len(topics) > IMAGE_TOPICS_LIMIT:
             raise BagError(f"{self.path} has {len(topics)} image topics: name those to play")
-        return [topic.name for topic in topics if self._is_camera(topic)]
+        return tuple(topic.name for topic in topics if self._is_camera(topic))
 
     def camera_topics(self) -> list[str]:
         """What cameras published: `image_topics` and CameraInfo, sorted by name."""
