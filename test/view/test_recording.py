@@ -164,6 +164,21 @@ def test_images_are_encoded_when_they_are_looked_at(tmp_path):
         assert feed.snapshot(name, 1).before.sequence == 0
 
 
+def test_a_datasets_episodes_are_listed_before_anything_is_decoded(monkeypatch):
+    """Of thousands of episodes the page shows one."""
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("av")
+    from vla_perception.offline import lerobot
+    from vla_perception.offline.recordings import Selection, open_recordings
+    from vla_perception.view.recorded import ComputedFrames
+
+    recordings = open_recordings([ROOT / "test/data/lerobot/moving_crops"], Selection())
+    times = [[frames.timestamp for frames in recording.frame_sets()] for recording in recordings]
+    monkeypatch.setattr(lerobot, "frames_of", lambda *_: pytest.fail("a video is decoded"))
+    for recording, expected in zip(recordings, times, strict=True):
+        assert np.allclose(ComputedFrames(recording, None).times, expected, atol=1e-3)
+
+
 def test_tokens_that_tokenize_wrote_are_shown_over_their_images(tmp_path):
     pytest.importorskip("timm")
     from vla_perception.cli import main

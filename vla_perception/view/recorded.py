@@ -186,7 +186,7 @@ class TokenFileFrames:
     def _images(self) -> _FrameSets | None:
         if not self._looked:
             self._looked = True
-            recording = getattr(self._file, "metadata", {}).get("recording")
+            recording = self._file.metadata.get("recording")
             if isinstance(recording, Mapping):
                 self._sources = self._source(str(recording.get("source", "")), str(recording.get("name", "")))
         return self._sources
@@ -213,8 +213,9 @@ class ComputedFrames:
         self._sets = _FrameSets(recording)
         self._cameras = recording.cameras
         self._tokenizer = tokenizer
-        rate = recording.details.get("rate_hz")
-        if isinstance(rate, float) and rate > 0:  # of a video, whose frames would all have to be decoded
+        # Of a video or a dataset's episode, whose frames would all have to be decoded.
+        rate = recording.details.get("rate_hz") or recording.details.get("fps")
+        if isinstance(rate, float) and rate > 0:
             self.times: Sequence[float] = [index / rate for index in range(recording.expected_sets())]
         else:
             self.times = [frames.timestamp for frames in recording.frame_sets()]
