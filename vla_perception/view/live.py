@@ -329,14 +329,10 @@ class LiveFeed:
         tokenizer = self._tokenizers[topic]
         matches = self._history.match(tokens.views, tokenizer.image_topics)
         images = tuple(None if match is None else self._lazy(*match) for match in matches)
-        facts = {
-            name: getattr(tokens, name)
-            for name in ("model", "weights", "fingerprint", "compute_dtype", "dtype", "projector", "token_strategy")
-        }
         with self._lock:
             before = tokenizer.snapshot.tokens if tokenizer.snapshot is not None else None
             tokenizer.snapshot = Snapshot(topic, tokens, images, before)
-            tokenizer.health.on_tokens(facts, tokens.age(time.time_ns()), time.monotonic())
+            tokenizer.health.on_tokens(tokenizer.snapshot.facts, tokens.age(time.time_ns()), time.monotonic())
         self.changed()
 
     def _lazy(self, topic: str, stamp_ns: int, data: bytes) -> LazyImage:

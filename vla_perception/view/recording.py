@@ -89,10 +89,7 @@ class RecordingFeed:
     def _facts(self, topic: str) -> dict[str, str]:
         """Of a message that was read already: this is asked for ten times a second."""
         kept = next((kept for (of, _), kept in tuple(self._kept.items()) if of == topic), None)
-        if kept is None:
-            return {}
-        names = ("model", "weights", "fingerprint", "compute_dtype", "dtype", "projector", "token_strategy")
-        return {name: str(getattr(kept.tokens, name)) for name in names}
+        return {} if kept is None else kept.facts
 
     def samples(self, topic: str) -> list[dict[str, object]]:
         return []

@@ -67,6 +67,12 @@ class Snapshot:
     images: tuple[LazyImage | None, ...]
     before: VisualTokens | None = field(default=None, repr=False)
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """What the message says about the tokenizer."""
+        names = ("model", "weights", "fingerprint", "compute_dtype", "dtype", "projector", "token_strategy")
+        return {name: getattr(self.tokens, name) for name in names}
+
 
 def page_image(message: Any) -> PageImage:
     """An image message, any object with the fields of Image or CompressedImage. ValueError if it cannot be read."""
