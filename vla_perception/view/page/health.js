@@ -21,7 +21,7 @@ function list(target, pairs) {
 const COUNTERS = ["received", "encoded", "replaced", "unmatched", "undecodable", "pending"];
 
 /** A column for each camera, a row for each counter: many cameras scroll, and names of counters stay readable. */
-export function showCameras(cameras) {
+function showCameras(cameras) {
   const row = (name, cells) => {
     const made = document.createElement("tr");
     const head = element("th", name);

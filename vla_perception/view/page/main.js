@@ -4,7 +4,7 @@ import { Chart, Samples } from "./charts.js";
 import { Connection } from "./connection.js";
 import { addLog, showDetails } from "./health.js";
 import { asPython } from "./python.js";
-import { Tiles, corners } from "./tiles.js";
+import { Tiles, corners, middle } from "./tiles.js";
 
 const $ = (id) => document.getElementById(id);
 const STAGES = ["decode", "preprocess", "encode", "publish"];
@@ -25,8 +25,7 @@ const tiles = new Tiles($("tiles"), $("legends"), {
     const pinned = tiles.shown.pin?.hold;
     if (tiles.shown.mode !== "similarity" || pinned) return;
     if (patch < 0) return connection.send({ type: "untouch" });
-    const points = corners(of, tiles.frame.grid, patch);
-    const [x, y] = [0, 1].map((axis) => points.reduce((sum, point) => sum + point[axis], 0) / 4);
+    const [x, y] = middle(of, tiles.frame.grid, patch);
     connection.send({ type: "touch", camera: of.camera, box: [x, y, x, y], hold: false });
   },
   onRelease: release,
@@ -149,12 +148,11 @@ function showTokenizers(message) {
 
 function waiting(message, shown) {
   if (shown === undefined) return `No tokenizer in ${hello?.title ?? "this domain"} yet: it appears here when it runs.`;
-  if (gone(shown)) return "This tokenizer is gone.";
+  if (shown.gone) return "This tokenizer is gone.";
   if (!message.details?.reception.transport) return "Passive: looks on while another node subscribes to the tokens.";
   if (shown.state && !shown.state.startsWith("active")) return `The tokenizer is ${shown.state}.`;
   return "Waiting for tokens: do the cameras send, and do the warnings on this page say something?";
 }
-const gone = (tokenizer) => tokenizer.gone;
 
 /** A box to tick for each space, where there are several; those that are not ticked are not computed. */
 const hidden = new Set(["encoders joined"]);
@@ -234,7 +232,7 @@ function notice(text) {
   $("notice").textContent = text;
   $("notice").hidden = !text;
   clearTimeout(silence);
-  if (text && document.body.classList.contains("disconnected") === false) silence = setTimeout(() => notice(""), 8000);
+  if (text && !document.body.classList.contains("disconnected")) silence = setTimeout(() => notice(""), 8000);
 }
 
 function median(values) {

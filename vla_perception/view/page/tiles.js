@@ -27,6 +27,12 @@ export function corners(view, grid, patch) {
   });
 }
 
+/** The middle [x, y] of a patch in pixels of the image. */
+export function middle(view, grid, patch) {
+  const points = corners(view, grid, patch);
+  return [0, 1].map((axis) => points.reduce((sum, point) => sum + point[axis], 0) / 4);
+}
+
 export class Tiles {
   /**
    * `onTouch(camera, box, hold)`: a place was touched, in pixels; `onPoint(view, space, patch)`: the pointer is there,
@@ -224,13 +230,12 @@ class Tile {
     if (grid === null || (step === undefined && event.key !== "Enter" && event.key !== " ")) return;
     event.preventDefault();
     if (step !== undefined) {
-      const middle = Math.floor(grid[0] / 2) * grid[1] + Math.floor(grid[1] / 2);
-      const next = this.cursor < 0 ? middle : this.cursor + step;
+      const central = Math.floor(grid[0] / 2) * grid[1] + Math.floor(grid[1] / 2);
+      const next = this.cursor < 0 ? central : this.cursor + step;
       if (next >= 0 && next < grid[0] * grid[1]) this.point(next);
     } else if (this.cursor >= 0) {
-      const points = corners(this.view, grid, this.cursor);
-      const middle = [0, 1].map((axis) => points.reduce((sum, point) => sum + point[axis], 0) / 4);
-      this.tiles.onTouch(this.view.camera, [...middle, ...middle], true);
+      const place = middle(this.view, grid, this.cursor);
+      this.tiles.onTouch(this.view.camera, [...place, ...place], true);
     }
   }
 
