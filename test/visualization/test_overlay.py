@@ -31,6 +31,14 @@ def test_patches_are_painted_where_they_lie():
     assert np.array_equal(overlay(colors, view_of(WHOLE), image, 1.0), expected)
 
 
+def test_features_on_a_finer_grid_are_painted_where_they_lie():
+    """Of a projector that makes one token of 2 × 2 patches."""
+    colors = noise(2 * ROWS, 2 * COLUMNS, 3)
+    expected = colors.repeat(5, axis=0).repeat(6, axis=1)
+    assert np.array_equal(overlay(colors, view_of(WHOLE).on_finer_grid(2)), expected)
+    assert view_of(WHOLE).on_finer_grid(1) == view_of(WHOLE)
+
+
 def test_pixels_that_no_token_sees_keep_the_image():
     colors = np.full((ROWS, COLUMNS, 3), 255, np.uint8)
     crop = (COLUMNS / 24, 0, -12 * COLUMNS / 24, 0, ROWS / HEIGHT, 0)  # the middle 24 columns

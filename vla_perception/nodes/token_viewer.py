@@ -168,7 +168,8 @@ class TokenViewer(Node):
         if valid.any():
             painted = self._basis.colors(grids[valid].reshape(-1, channels))
             colors[valid] = painted.reshape(-1, rows, columns, 3)
-        return side_by_side([self._draw_view(tokens.views[i], colors[i]) for i in shown])
+        finer = rows // tokens.grid[0]
+        return side_by_side([self._draw_view(tokens.views[i].on_finer_grid(finer), colors[i]) for i in shown])
 
     def _draw_view(self, view: View, colors: np.ndarray) -> np.ndarray:
         image = self._image_of(view)

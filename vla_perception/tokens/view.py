@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -74,6 +74,10 @@ class View:
             valid=codec.boolean(entry["valid"]),
             roi=codec.rectangle(entry["seen"]) if "seen" in entry else None,
         )
+
+    def on_finer_grid(self, k: int) -> View:
+        """The view on a grid of k × k patches for each one, as features have before `VisualTokens.pixel_shuffle`."""
+        return replace(self, affine=tuple(k * value for value in self.affine))
 
     def patch_at(self, x: np.ndarray | float, y: np.ndarray | float, grid: tuple[int, int]) -> np.ndarray:
         """Index on the grid, row by row, of the patch that sees each position of the source image; −1 where none does.

@@ -62,7 +62,9 @@ def draw_moments(moments: Sequence[Moment], path: Path) -> None:
             size = (heights[index], CELL_WIDTH)
             cells = [Image.fromarray(moment.images[index]).resize(size[::-1], Image.Resampling.LANCZOS)]
             for column in columns:
-                painted = overlay(column.colors[row][index], view, size=size, background=UNSEEN)
+                colors = column.colors[row][index]
+                finer = view.on_finer_grid(len(colors) // moment.tokens.grid[0])
+                painted = overlay(colors, finer, size=size, background=UNSEEN)
                 cells.append(Image.fromarray(painted))
             for place, cell in enumerate(cells):
                 sheet.paste(cell, (GAP + place * (CELL_WIDTH + GAP), y))
