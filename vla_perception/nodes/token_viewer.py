@@ -159,15 +159,11 @@ class TokenViewer(Node):
     def _draw(self, tokens: VisualTokens, shown: list[int]) -> np.ndarray:
         values = tokens.features_float32() if self.parameters.values.show == "features" else tokens.float32()
         grids = tokens.as_grid(values)
-        views, rows, columns, channels = grids.shape
-        valid = np.array([view.valid for view in tokens.views])
+        _, rows, columns, channels = grids.shape
         model = (tokens.fingerprint, self.parameters.values.show, rows, columns, channels)
         if self._basis is None or model != self._basis_of:
             self._basis, self._basis_of = ColorBasis(self.parameters.values.fit_messages), model
-        colors = np.zeros((views, rows, columns, 3), np.uint8)
-        if valid.any():
-            painted = self._basis.colors(grids[valid].reshape(-1, channels))
-            colors[valid] = painted.reshape(-1, rows, columns, 3)
+        colors = self._basis.colors_of_views(grids, np.array(tokens.valid))
         finer = rows // tokens.grid[0]
         return side_by_side([self._draw_view(tokens.views[i].on_finer_grid(finer), colors[i]) for i in shown])
 

@@ -106,12 +106,7 @@ class Palette:
         if of != self._of:
             self._of, self._bases = of, {}
         basis = self._bases.setdefault(space, ColorBasis(FIT_MESSAGES, FIT_PATCHES))
-        views, count, channels = patches.vectors.shape
-        colors = np.zeros((views, count, 3), np.uint8)
-        if patches.valid.any():
-            painted = basis.colors(patches.vectors[patches.valid].reshape(-1, channels))
-            colors[patches.valid] = painted.reshape(-1, count, 3)
-        return colors
+        return basis.colors_of_views(patches.vectors, patches.valid)
 
     def refit(self) -> None:
         """Colors settle anew."""

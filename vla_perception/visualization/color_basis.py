@@ -37,6 +37,14 @@ class ColorBasis:
         assert self._basis is not None  # messages is at least 1
         return self._basis.rgb(tokens)
 
+    def colors_of_views(self, tokens: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        """uint8 [views, …, 3] of tokens float32 [views, …, channels]; black in views that are not `valid` [views]."""
+        colors = np.zeros((*tokens.shape[:-1], 3), np.uint8)
+        if valid.any():
+            painted = self.colors(tokens[valid].reshape(-1, tokens.shape[-1]))
+            colors[valid] = painted.reshape(-1, *tokens.shape[1:-1], 3)
+        return colors
+
 
 def _at_most(rows: np.ndarray, count: int) -> np.ndarray:
     return rows[:: -(-len(rows) // count)]
