@@ -20,15 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vla_perception.tokens.codec import (
-    DTYPES,
-    METADATA_KEY,
-    SCHEMA,
-    TokenFormatError,
-    check_layout,
-    parse_object,
-    split,
-)
+from vla_perception.tokens import codec
+from vla_perception.tokens.codec import TokenFormatError
 from vla_perception.tokens.view import View
 from vla_perception.tokens.visual_tokens import VisualTokens, model_fields
 
@@ -89,15 +82,9 @@ class TokenFile:
             raise TokenFormatError(f"{self.path} is not a token file, or a damaged one: {error}") from error
 
     def _open(self, data: memoryview) -> None:
-        header, payload = split(data)
-        check_layout(header, len(payload))
-        entry = header.get("__metadata__")
-        text = entry.get(METADATA_KEY) if isinstance(entry, dict) else None
-        if not isinstance(text, str):
-            raise TokenFormatError(f"no {METADATA_KEY!r} entry in its metadata: tokens were not stored by this package")
-        self.metadata: dict = parse_object(text, f"the {METADATA_KEY!r} entry")
-        if self.metadata.get("schema") != SCHEMA:
-            raise TokenFormatError(f"schema {str(self.metadata.get('schema'))[:40]!r} is not {SCHEMA!r}")
+        header, payload = codec.split(data)
+        codec.check_layout(header, len(payload))
+        self.metadata: dict = codec.metadata_of(header)
         self._message: VisualTokens | None = None
         if len(header["tokens"]["shape"]) == 3:
             self._open_message(data)
@@ -105,12 +92,7 @@ class TokenFile:
         self._fields = model_fields(self.metadata)
         self.cameras = tuple(str(camera) for camera in self.metadata["cameras"])
         self._frame_names = [str(name) for name in self.metadata["frame_ids"]]
-        tokens = header["tokens"]
-        found = [(dtype, word) for dtype, (code, word) in DTYPES.items() if code == tokens["dtype"]]
-        if not found:
-            raise TokenFormatError(f"tokens are stored as {str(tokens['dtype'])[:20]}")
-        ((self.dtype, word),) = found
-        self._words = _array(payload, tokens, word)
+        self._words, self.dtype = codec.tensor(header["tokens"], payload, "tokens")
         self.shape: tuple[int, ...] = self._words.shape
         if self._words.ndim != 4 or 0 in self.shape or self.shape[1] != len(self.cameras):
             raise TokenFormatError(

@@ -84,22 +84,14 @@ def read(data: bytes | bytearray | memoryview | np.ndarray | array.array) -> Con
     """Reads what `write` wrote; TokenFormatError if its layout is wrong, or not of this schema."""
     view = data.data if isinstance(data, np.ndarray) else memoryview(data)
     header, payload = split(view.cast("B").toreadonly())
-    entry = header.get("__metadata__")
-    text = entry.get(METADATA_KEY) if isinstance(entry, dict) else None
-    if not isinstance(text, str):
-        raise TokenFormatError(f"no {METADATA_KEY!r} entry in the safetensors metadata")
-    metadata = parse_object(text, f"the {METADATA_KEY!r} entry")
-    if metadata.get("schema") != SCHEMA:
-        raise TokenFormatError(
-            f"schema {metadata.get('schema')!r} is not {SCHEMA!r}, the one this version reads; see FORMAT"
-        )
+    metadata = metadata_of(header)
     if "tokens" not in header:
         raise TokenFormatError("there is no tensor named 'tokens'")
     check_layout(header, len(payload))
-    tokens, dtype = _tensor(header["tokens"], payload, "tokens")
+    tokens, dtype = tensor(header["tokens"], payload, "tokens")
     tensors = {"tokens": tokens}
     if "features" in header:
-        tensors["features"], feature_dtype = _tensor(header["features"], payload, "features")
+        tensors["features"], feature_dtype = tensor(header["features"], payload, "features")
         if feature_dtype != dtype:
             raise TokenFormatError(f"tokens are {dtype} but features {feature_dtype}")
     return Contents(metadata, tensors, dtype)
@@ -143,6 +135,22 @@ def split(data: memoryview) -> tuple[dict, memoryview]:
     except UnicodeDecodeError:
         raise TokenFormatError("the safetensors header is not UTF-8") from None
     return parse_object(text, "the safetensors header"), data[8 + length :]
+
+
+def metadata_of(header: Mapping[str, Any]) -> dict:
+    """The entry ``vla_tokens`` of a header; TokenFormatError if there is none, or of another schema."""
+    entry = header.get("__metadata__")
+    text = entry.get(METADATA_KEY) if isinstance(entry, dict) else None
+    if not isinstance(text, str):
+        raise TokenFormatError(
+            f"no {METADATA_KEY!r} entry in the safetensors metadata: these are no tokens of this package"
+        )
+    metadata = parse_object(text, f"the {METADATA_KEY!r} entry")
+    if metadata.get("schema") != SCHEMA:
+        raise TokenFormatError(
+            f"schema {metadata.get('schema')!r} is not {SCHEMA!r}, the one this version reads; see FORMAT"
+        )
+    return metadata
 
 
 def parse_object(text: str, what: str) -> dict:
@@ -192,7 +200,8 @@ def check_layout(header: Mapping[str, Any], size: int) -> None:
         raise TokenFormatError(f"the tensors take {end} bytes, and there are {size}: truncated?")
 
 
-def _tensor(entry: Mapping[str, Any], payload: memoryview, name: str) -> tuple[np.ndarray, str]:
+def tensor(entry: Mapping[str, Any], payload: memoryview, name: str) -> tuple[np.ndarray, str]:
+    """A tensor of tokens, its layout checked by `check_layout`: its words, and the name of its dtype."""
     start, stop = entry["data_offsets"]
     try:
         stored, shape = entry["dtype"], [whole_number(length) for length in entry["shape"]]
