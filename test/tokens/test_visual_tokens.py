@@ -217,6 +217,7 @@ def encoders(*ranges):
         (spoil_entry(shape="abc"), "wrongly"),
         (spoil_entry(shape=[24, 6]), "non-empty"),
         (spoil_entry(shape=[1] * 9 + [144]), "non-empty"),
+        (spoil_entry(shape=[1] * 99 + [144]), "of 100 dimensions"),  # more than NumPy has
         (spoil_entry(shape=[0, 12, 6]), "does not fit"),
         (spoil_entry(shape=[12, 2, 6]), "12 views|features"),
         (spoil_entry(data_offsets=[0, 2**40]), "wrongly"),

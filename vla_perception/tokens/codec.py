@@ -213,7 +213,10 @@ def tensor(entry: Mapping[str, Any], payload: memoryview, name: str) -> tuple[np
     ((dtype, word),) = found
     if stop - start != math.prod(shape) * word.itemsize:
         raise TokenFormatError(f"{name} {shape} of {dtype} does not fit its {stop - start} bytes")
-    return np.frombuffer(payload[start:stop], word).reshape(shape), dtype
+    try:
+        return np.frombuffer(payload[start:stop], word).reshape(shape), dtype
+    except ValueError as error:  # more dimensions or, of no values, larger ones than NumPy has
+        raise TokenFormatError(f"{name} of {len(shape)} dimensions cannot be read: {error}") from error
 
 
 # Values of the metadata
