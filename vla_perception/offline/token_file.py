@@ -6,7 +6,7 @@
         file.values["action"]
 
 A token message that was saved as a file opens, too, as a file of one frame. Nothing in a file is trusted: every offset
-and shape is checked against the bytes that are there. Needs NumPy; ml_dtypes for `numpy` on bfloat16.
+and shape is checked against the bytes that are there. Needs NumPy; ml_dtypes for `tokens` and `read` on bfloat16.
 """
 
 from __future__ import annotations
@@ -157,11 +157,7 @@ class TokenFile:
     @property
     def tokens(self) -> np.ndarray:
         """[frames, views, tokens, channels] of the mapped file, read-only; bfloat16 as ml_dtypes' bfloat16."""
-        if self.dtype != "bfloat16":
-            return self._words
-        import ml_dtypes
-
-        return self._words.view(ml_dtypes.bfloat16)
+        return codec.typed(self._words, self.dtype)
 
     @property
     def words(self) -> np.ndarray:

@@ -115,6 +115,15 @@ def float32(words: np.ndarray, dtype: str) -> np.ndarray:
     return words.astype(np.float32, copy=False)
 
 
+def typed(words: np.ndarray, dtype: str) -> np.ndarray:
+    """Stored words of `dtype` without a copy; those of bfloat16 as ml_dtypes' bfloat16, which this imports."""
+    if dtype != "bfloat16":
+        return words
+    import ml_dtypes
+
+    return words.view(ml_dtypes.bfloat16)
+
+
 # safetensors
 
 #: Sorted and compact, so that the same content gives the same bytes; NaN and infinity are not JSON.

@@ -1,7 +1,7 @@
 """`VisualTokens`: what a token message holds, checked, and where on the source image each token lies.
 
 Bytes are in `codec`, the ROS message is in `message`. Needs NumPy; torch only for `VisualTokens.from_torch` and
-`VisualTokens.torch`, ml_dtypes only for `VisualTokens.numpy` on bfloat16.
+`VisualTokens.torch`, ml_dtypes only for `VisualTokens.numpy` and `encoder` on bfloat16.
 """
 
 from __future__ import annotations
@@ -213,11 +213,7 @@ class VisualTokens:
 
     def numpy(self) -> np.ndarray:
         """[views, tokens, channels] without a copy; bfloat16 as ml_dtypes' bfloat16. Read-only where received."""
-        if self.dtype != "bfloat16":
-            return self.data
-        import ml_dtypes
-
-        return self.data.view(ml_dtypes.bfloat16)
+        return codec.typed(self.data, self.dtype)
 
     def float32(self) -> np.ndarray:
         """[views, tokens, channels] as float32: exact, and a copy unless the tokens are float32 already."""
@@ -275,9 +271,7 @@ class VisualTokens:
         """
         channels = self.encoder_channels(name)
         if self.features is not None:
-            grid = (self.grid[0] * self.pixel_shuffle, self.grid[1] * self.pixel_shuffle)
-            alone = replace(self, data=self.features, features=None, grid=grid, pixel_shuffle=1)
-            return alone.numpy()[..., channels]
+            return codec.typed(self.features, self.dtype)[..., channels]
         if self.projector == "none":
             return self.numpy()[..., channels]
         raise ValueError(
