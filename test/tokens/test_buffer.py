@@ -2,6 +2,7 @@
 
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fake_tokenizer import MODEL, make_tokens
@@ -163,3 +164,18 @@ def test_tokens_of_another_condition_are_left_out_and_are_no_loss():
     buffer.expect_condition(None)
     take(4, None)
     assert [tokens.sequence for tokens in buffer.history] == [3, 4]
+
+
+def test_a_wait_goes_on_where_what_came_is_dropped_for_its_condition():
+    """Another thread changes the instruction between a message's arrival and the waiting thread's turn."""
+    buffer, first, second = TokenBuffer(), "1" * 64, "2" * 64
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(buffer.wait, 10.0)
+        time.sleep(0.2)
+        with buffer._changed:
+            buffer.push(make_tokens(0, condition=first))
+            buffer.expect_condition(second)
+        time.sleep(0.2)
+        assert not waiting.done()
+        buffer.push(make_tokens(1, condition=second))
+        assert waiting.result(10.0).sequence == 1

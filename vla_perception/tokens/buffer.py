@@ -111,7 +111,7 @@ class TokenBuffer:
             generation, rejected = self._waited
             try:
                 self._wait_for(
-                    lambda: self._generation > generation or self.rejected > rejected,
+                    lambda: self._can_pop() and (self._generation > generation or self.rejected > rejected),
                     timeout_sec,
                     "no new visual tokens",
                 )
@@ -291,6 +291,10 @@ class TokenBuffer:
         if now - self._last_logged.get(kind, -math.inf) >= period:
             self._last_logged[kind] = now
             self._log(text, error)
+
+    def _can_pop(self) -> bool:
+        """Whether there is a message to return, or an error to raise: what has come, `expect_condition` may have dropped."""
+        return bool(self._history) or self._rejection is not None
 
     def _pop_latest(self) -> VisualTokens:
         """The latest message, for a wait that ends; with `_changed` held."""

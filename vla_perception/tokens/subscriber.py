@@ -191,6 +191,8 @@ class TokenSubscriber(TokenBuffer):
             wanted = published_sequence(answer.message) if answer.success else None
 
             def arrived() -> bool:
+                if not self._can_pop():
+                    return False
                 if self.rejected > rejected:
                     return True
                 return self.received > before and (
