@@ -7,9 +7,11 @@ received = encoded + replaced + unmatched + undecodable + pending.
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from vla_perception.options import SYNC_POLICIES
@@ -187,10 +189,7 @@ class SetSynchronizer:
 
     def _match_approximate(self, frame: Frame) -> FrameSet | None:
         history = self._history[frame.camera]
-        place = len(history)
-        while place and history[place - 1].stamp_ns > frame.stamp_ns:
-            place -= 1
-        history.insert(place, frame)
+        bisect.insort(history, frame, key=attrgetter("stamp_ns"))
         if len(history) > HISTORY:
             self._release((history.popleft(),), "unmatched")
         frames = self._closest_set()

@@ -6,12 +6,14 @@ A source (`TokenSubscriber`, `LocalTokenizer`, a test) calls `push`; policies re
 
 from __future__ import annotations
 
+import bisect
 import logging
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 
 from vla_perception.tokens.arrivals import Continuation, Continuity, Order, StampOrder
 from vla_perception.tokens.fingerprint import difference, expectation
@@ -58,7 +60,7 @@ class TokenBuffer:
         self._continuity = Continuity()
         self._order = StampOrder()
         self._changed = threading.Condition()  # guards what readers use
-        self._history: deque[VisualTokens] = deque()
+        self._history: deque[VisualTokens] = deque()  # by stamp, equal ones as they arrived
         self._max_history = history
         self._last: VisualTokens | None = None  # to arrive; the latest by its stamp is `_history[-1]`
         self._rejection: ValueError | None = None
@@ -206,7 +208,9 @@ class TokenBuffer:
             with self._changed:
                 if continuation.restarted or not alike or order is Order.SET_BACK:
                     self._history.clear()
-                self._insert(tokens)
+                bisect.insort(self._history, tokens, key=attrgetter("stamp_ns"))
+                if len(self._history) > self._max_history:
+                    self._history.popleft()
                 self._last = tokens
                 self._rejection = None
                 self._generation += order is not Order.LATE
@@ -228,15 +232,6 @@ class TokenBuffer:
         self.restarts += continuation.restarted
         self.gaps += continuation.lost > 0
         self.lost += continuation.lost
-
-    def _insert(self, tokens: VisualTokens) -> None:
-        """Into the history, in the order of stamps; of equal ones in that of arrival. With `_changed` held."""
-        index = len(self._history)
-        while index and self._history[index - 1].stamp_ns > tokens.stamp_ns:
-            index -= 1
-        self._history.insert(index, tokens)
-        if len(self._history) > self._max_history:
-            self._history.popleft()
 
     def _log_push(self, tokens: VisualTokens, last: VisualTokens | None, continuation: Continuation) -> None:
         if tokens.weights == "random":
