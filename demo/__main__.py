@@ -15,7 +15,6 @@ import queue
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,25 +31,6 @@ MOMENTS = 3  # of the bag, that are in the figure
 
 LOADING_SEC = 1800.0  # the first use of a checkpoint reads and hashes gigabytes
 IDLE_SEC = 600.0  # from the last frame published until nothing moves any more
-
-
-class Progress:
-    """One line that is written over on a terminal, and a line every few seconds elsewhere."""
-
-    def __init__(self):
-        self._terminal = sys.stdout.isatty()
-        self._next = 0.0
-
-    def show(self, text: str) -> None:
-        if self._terminal:
-            print(f"\r\x1b[K{text}", end="", flush=True)
-        elif time.monotonic() >= self._next:
-            print(text, flush=True)
-            self._next = time.monotonic() + 2.0
-
-    def done(self, text: str) -> None:
-        print(f"\r\x1b[K{text}" if self._terminal else text, flush=True)
-        self._next = 0.0
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -138,16 +118,16 @@ def start_tokenizer_and_policy(
     node = start_tokenizer(processes, recording, arguments, **depths)
     spacing = recording.seconds / arguments.rate / MOMENTS
     policy = processes.start("policy", "demo.policy", {"record": str(record), "keep_spacing_sec": spacing})
-    events, progress = Events(policy), Progress()
+    events = Events(policy)
     follow(
         events,
         [node],
         lambda: events.rmw is not None,
         LOADING_SEC,
-        lambda seconds: progress.show(f"Loading {arguments.model} … {seconds:.0f} s"),
+        lambda seconds: f"Loading {arguments.model} … {seconds:.0f} s",
         "the tokenizer did not become active",
     )
-    progress.done(f"Tokenizer is active, policy has subscribed (ROS domain {processes.domain}, {events.rmw})")
+    print(f"Tokenizer is active, policy has subscribed (ROS domain {processes.domain}, {events.rmw})", flush=True)
     return node, events
 
 
@@ -175,15 +155,13 @@ def play(
 ) -> dict[str, dict[int, int]]:
     """Plays the bag, and waits until every frame is accounted for. Returns what `read_stamp_log` gives."""
     player = start_player(processes, recording, rate, stamp_log=str(stamps), wait_for_subscribers=1)
-    length, progress = recording.seconds / rate, Progress()
+    length = recording.seconds / rate
     follow(
         events,
         [node],
         lambda: player.process.poll() is not None,
         length + 120.0,
-        lambda _: progress.show(
-            f"Replaying {recording.path.name} ({length:.1f} s): {events.messages} token messages at the policy"
-        ),
+        lambda _: f"Replaying {recording.path.name} ({length:.1f} s): {events.messages} token messages at the policy",
         "the bag player did not come to its end",
     )
     if player.process.returncode != 0:
@@ -195,10 +173,10 @@ def play(
         [node],
         Settled(events, counts),
         IDLE_SEC,
-        lambda _: progress.show("Waiting until every frame is accounted for"),
+        lambda _: "Waiting until every frame is accounted for",
         "the tokenizer's diagnostics did not come to rest",
     )
-    progress.done(f"Replayed {sum(counts.values())} frames, {events.messages} token messages at the policy")
+    print(f"Replayed {sum(counts.values())} frames, {events.messages} token messages at the policy", flush=True)
     return published
 
 

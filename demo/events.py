@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +12,10 @@ from dataclasses import dataclass, field
 from demo import DemoError
 from demo.processes import Child
 from demo.report import COUNTERS, rounded
+from vla_perception.startup import Progress
 
 LOST_SEC = 10.0
+PROGRESS_SEC = 2.0  # between lines about the current step, where stdout is not a terminal
 
 
 @dataclass
@@ -66,19 +69,24 @@ def follow(
     watched: Sequence[Child],
     until: Callable[[], bool],
     timeout: float,
-    show: Callable[[float], None],
+    step: Callable[[float], str],
     problem: str,
 ) -> None:
-    """Takes in events until the condition holds; DemoError if a process dies, or with the problem on timeout."""
+    """Takes in events until the condition holds; DemoError if a process dies, or with the problem on timeout.
+
+    Args:
+        step: the current step, for stdout, after so many seconds.
+    """
     began = time.monotonic()
-    while not until():
-        for child in watched:
-            child.check_alive()
-        seconds = time.monotonic() - began
-        if seconds > timeout:
-            raise DemoError(f"After {timeout:.0f} s {problem}. {watched[0].failure()}")
-        show(seconds)
-        events.take(0.1)
+    with Progress(sys.stdout, interval_sec=PROGRESS_SEC) as progress:
+        while not until():
+            for child in watched:
+                child.check_alive()
+            seconds = time.monotonic() - began
+            if seconds > timeout:
+                raise DemoError(f"After {timeout:.0f} s {problem}. {watched[0].failure()}")
+            progress(step(seconds))
+            events.take(0.1)
 
 
 class Settled:
