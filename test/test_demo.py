@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -175,21 +176,34 @@ def test_the_image(whole):
         assert len(colors) > 100
 
 
-def assert_no_process_is_left(group: int) -> None:
+@contextlib.contextmanager
+def started_demo(*arguments: str) -> Iterator[subprocess.Popen]:
+    """A demo; at the end none of its processes runs any more, whatever the test has found."""
+    process = start_demo(*arguments)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def errors_after_ctrl_c(process: subprocess.Popen) -> str:
+    """What it prints to stderr; all of its processes have ended."""
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=40)
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
         try:
-            os.killpg(group, 0)
+            os.killpg(process.pid, 0)
         except ProcessLookupError:
-            return
+            return errors
         time.sleep(0.05)
     raise AssertionError("a process of the demo is still running")
 
 
 def test_view_shows_frames_until_ctrl_c():
     client = pytest.importorskip("websockets.sync.client")
-    process = start_demo("--view", "--no-browser")
-    try:
+    with started_demo("--view", "--no-browser") as process:
         address = re.search(r"http://(\S+)/", process.stdout.readline())[1]
         frames = 0
         with client.connect(f"ws://{address}/socket", origin=f"http://{address}", max_size=None) as page:
@@ -197,32 +211,17 @@ def test_view_shows_frames_until_ctrl_c():
                 message = page.recv(60)
                 frames += isinstance(message, bytes)
                 page.send('{"type": "painted"}')
-        os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=40)
+        errors = errors_after_ctrl_c(process)
         assert process.returncode == 0 and not errors
-        assert_no_process_is_left(process.pid)
-    finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def test_ctrl_c_leaves_no_process_behind(tmp_path):
-    process = start_demo("--out", str(tmp_path), "--rate", "0.2")
-    try:
+    with started_demo("--out", str(tmp_path), "--rate", "0.2") as process:
         for line in process.stdout:
             if "Replaying" in line:
                 break
-        os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=40)
+        errors = errors_after_ctrl_c(process)
         assert process.returncode == 130 and "Interrupted" in errors and "Traceback" not in errors
-        assert_no_process_is_left(process.pid)
-    finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def test_a_process_that_dies_is_quoted(refused):
