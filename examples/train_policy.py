@@ -61,17 +61,13 @@ class ActionHead(nn.Module):
 def train(given: argparse.Namespace) -> int:
     torch.manual_seed(given.seed)
     dataset = TokenDataset(given.tokens, history=given.history, values=["action"], horizon={"action": given.horizon})
-    held_out = set(range(len(dataset.episodes)))
-    held_out = {episode for episode in held_out if episode % 5 == 4} or {len(dataset.episodes) - 1}
-    training = [i for e in range(len(dataset.episodes)) if e not in held_out for i in dataset.indices(e)]
+    episodes = range(len(dataset.episodes))
+    held_out = set(episodes[4::5]) or {len(episodes) - 1}
+    training = [i for e in episodes if e not in held_out for i in dataset.indices(e)]
     testing = [i for e in sorted(held_out) for i in dataset.indices(e)]
     if not training:
-        raise SystemExit(
-            f"{given.tokens} has {len(dataset.episodes)} episode: some are to be trained on, one is held out"
-        )
-    actions = np.concatenate(
-        [dataset.file(e).values["action"] for e in range(len(dataset.episodes)) if e not in held_out]
-    )
+        raise SystemExit(f"{given.tokens} has {len(episodes)} episode: some are to be trained on, one is held out")
+    actions = np.concatenate([dataset.file(e).values["action"] for e in episodes if e not in held_out])
     head = ActionHead(dataset.shape, given.history, given.horizon, actions.shape[1])
     sample = torch.stack([dataset[i]["tokens"][-1] for i in training[:: max(1, len(training) // 64)]]).float()
     head.token_mean.copy_(sample.mean((0, 1, 2)))
