@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -91,19 +90,19 @@ def load(path: str, device: str) -> tuple[Any, Any, Any]:
     return policy, before, behind
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", required=True, help="directory or Hugging Face id")
     parser.add_argument("--instruction", required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--max-age", type=float, default=0.5, help="seconds; older images give no actions")
     parser.add_argument("--expect-fingerprint", help="of the tokenizer, or its first digits")
-    options = parser.parse_args(arguments)
-
     import rclpy
     from rclpy.executors import ExternalShutdownException
+    from rclpy.utilities import remove_ros_args
     from sensor_msgs.msg import JointState
 
+    options = parser.parse_args(remove_ros_args(sys.argv)[1:])
     policy, before, behind = load(options.policy, options.device)
     split = SplitPolicy(policy)
     rclpy.init()
