@@ -241,7 +241,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.out.exists():
         if not (arguments.out / "metadata.yaml").exists():
-            print(f"{arguments.out} exists and is no bag; choose another --out", file=sys.stderr)
+            print(f"{arguments.out} exists and is not a bag; choose another --out", file=sys.stderr)
             return 2
         shutil.rmtree(arguments.out)
     write_bag(arguments.out, arguments.seed)

@@ -112,7 +112,7 @@ def main() -> int:
         path = given.out / f"episode_{episode:03d}"
         if path.exists():
             if not (path / "metadata.yaml").exists() and any(path.iterdir()):
-                print(f"{path} exists and is no bag; choose another --out", file=sys.stderr)
+                print(f"{path} exists and is not a bag; choose another --out", file=sys.stderr)
                 return 2
             shutil.rmtree(path)
         simulation = Simulation(width=given.size[0], height=given.size[1], motion="none")

@@ -9,7 +9,7 @@ import numpy as np
 
 
 def condition_digest(vector: np.ndarray | Sequence[float]) -> str:
-    """SHA-256 (hex) over a condition as little-endian float32; ValueError if it is no vector of finite numbers."""
+    """SHA-256 (hex) over a condition as little-endian float32; ValueError if it is not a vector of finite numbers."""
     values = np.asarray(vector, "<f4")
     if values.ndim != 1 or not np.isfinite(values).all():
         raise ValueError("a condition must be a vector of finite numbers")

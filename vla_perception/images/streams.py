@@ -92,9 +92,8 @@ class _JpegHeader:
     sequential: bool  # all components in one scan, which is not a progressive one: what cameras send
     mcu: tuple[int, int]  # width and height in pixels of what an interleaved scan codes together
     restart_interval: int  # in such units; 0: no restart markers
-    zeros: dict[
-        int, int
-    ]  # by table of coefficients, what a code of zeros stands for: 16 * (zeros before it) + (its bits)
+    #: By table of coefficients, what a code of zeros stands for: 16 * (zeros before it) + (its bits).
+    zeros: dict[int, int]
 
 
 def decode_jpeg(stream: bytes, max_pixels: int = MAX_PIXELS, order: str = "RGB") -> np.ndarray:
