@@ -551,7 +551,7 @@ def ros2() -> str:
         pytest.skip("vla_perception is not in the ament index: build it with colcon and source the workspace")
     if not Path(prefix, "lib", "vla_perception", "visual_tokenizer").exists():
         pytest.skip("vla_perception was not installed by colcon, so `ros2 launch` cannot find its executables")
-    return shutil.which("ros2") or pytest.skip("no ros2 on the PATH")
+    return shutil.which("ros2") or pytest.skip("needs `ros2`: source a ROS 2 distribution")
 
 
 @pytest.mark.ros

@@ -60,7 +60,7 @@ def test_the_version_has_one_source():
     try:
         installed = metadata.version("vla_perception")
     except metadata.PackageNotFoundError:
-        pytest.skip("the package is not installed in this environment")
+        pytest.skip("needs the package installed: pip install .")
     assert vla_perception.__version__ == installed == VERSION
     assert VERSION not in (ROOT / "setup.py").read_text(encoding="utf-8")
     assert f"## {VERSION}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
@@ -71,7 +71,7 @@ def test_extras():
     try:
         declared = [Requirement(text) for text in metadata.requires("vla_perception")]
     except metadata.PackageNotFoundError:
-        pytest.skip("the package is not installed in this environment")
+        pytest.skip("needs the package installed: pip install .")
     base = {requirement.name for requirement in declared if requirement.marker is None}
     assert base == {"numpy", "safetensors", "ml_dtypes"}
     extras = set(metadata.metadata("vla_perception").get_all("Provides-Extra"))

@@ -14,7 +14,7 @@ from vla_perception.sources import simulation
 from vla_perception.sources.simulation import Simulation, SimulationError
 
 if importlib.util.find_spec("mujoco") is None:  # importing it here would settle which OpenGL it takes
-    pytest.skip("MuJoCo is not installed", allow_module_level=True)
+    pytest.skip("needs MuJoCo: pip install '.[sim]'", allow_module_level=True)
 if not any(map(simulation._is_there, simulation.GL_LIBRARIES)):
     pytest.skip(f"no OpenGL without a screen: {simulation.GL_ADVICE}", allow_module_level=True)
 

@@ -385,7 +385,7 @@ def test_kernels_compile_for_ada_and_hopper():
 @pytest.mark.parametrize("runtime", ["graph", "eager"])
 def test_on_a_gpu(runtime):
     if devices.float8_unavailable_reason(torch.device("cuda")):
-        pytest.skip("this GPU has no float8")
+        pytest.skip("needs a GPU with float8: compute capability 8.9 or more")
     exact = load(compute_dtype="float32")
     found = load(compute_dtype="float8", runtime=runtime)
     assert found.runtime == runtime and found.kernels == "triton" and not found.runtime_fallback

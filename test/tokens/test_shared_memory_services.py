@@ -68,7 +68,7 @@ def own_shm():
     """Runs Python in a separate /dev/shm and returns what it printed; it must end with 0, in time."""
     words = namespace()
     if words is None:
-        pytest.skip("no mount namespaces here")
+        pytest.skip("needs mount namespaces: root, or unprivileged user namespaces")
 
     def run(code: str, size: str = "16m", timeout: float = 60.0) -> str:
         ended = subprocess.run(

@@ -45,7 +45,7 @@ def tokenizer_node(monkeypatch):
 def test_without_bondpy_configure_says_what_to_install(tokenizer_node):
     _ros, node, logged = tokenizer_node
     if importlib.util.find_spec("bondpy") is not None:
-        pytest.skip("bondpy is here")
+        pytest.skip("needs an environment without bondpy")
     assert node.set_parameters([rclpy.parameter.Parameter("bond", value=True)])[0].successful
     node.trigger_configure()
     assert node.lifecycle_state == "unconfigured"

@@ -331,7 +331,7 @@ def test_the_disk_is_full_and_the_clock_is_set(tmp_path):
     disk.mkdir()
     full = [*UNSHARE, "sh", "-c", FULL, str(disk)]
     if not shutil.which("unshare") or subprocess.run([*full, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("needs a mount namespace")
+        pytest.skip("needs a mount namespace: root, or unprivileged user namespaces")
     environment = {"ROS_LOG_DIR": str(disk / "log"), "HOME": str(disk), "XDG_CACHE_HOME": str(disk)}
     if clock_library():
         environment |= {
