@@ -33,6 +33,7 @@ def test_the_policy_of_sros2_names_the_nodes_topics():
 
     assert {"tokens", "/diagnostics"} <= names("/tokenizer", "topics", "publish")
     assert "tokens" not in names("/policy", "topics", "publish")
+    assert "condition" in names("/tokenizer", "topics", "subscribe") & names("/policy", "topics", "publish")
     assert "encode" in names("/tokenizer", "services", "reply") & names("/policy", "services", "request")
 
 
