@@ -5,6 +5,7 @@ rerun-sdk is not in any extra (764 MB installed): `pip install rerun-sdk`.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -50,7 +51,7 @@ class RerunSink:
         acquired: set[str] = set()
         last: dict[str, Snapshot] = {}
         try:
-            for number in rounds if rounds is not None else iter(int, 1):
+            for number in itertools.repeat(0) if rounds is None else rounds:
                 for tokenizer in feed.tokenizers():
                     topic = str(tokenizer["topic"])
                     if topic not in acquired:
