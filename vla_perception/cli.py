@@ -207,12 +207,10 @@ def _tokenize(given: argparse.Namespace) -> int:
     if given.out.suffix != ".safetensors":
         return offline.run(given, model_options(given))
     offline.refuse_options(given)
-    from PIL import Image
-
     from vla_perception.sources import image_files
     from vla_perception.tokenizer.checkpoints.open import check_model
 
-    Image.MAX_IMAGE_PIXELS = None  # image_files has the bound that the user gave
+    offline.allow_large_images()
     for path in given.images:  # before anything that takes long, as importing PyTorch does
         image_files.check(path, given.max_image_pixels)
     _check_folder(given.out)

@@ -182,12 +182,12 @@ def run(given: argparse.Namespace, choices: dict[str, Any]) -> int:
     recordings = sources.open_recordings(given.images, selection, damaged if given.on_error == "skip" else None)
     for each in damaged:
         print(f"{each['source']}: left out: {each['error']}", file=sys.stderr)
-    _allow_large_images()
+    allow_large_images()
     tokenize = _tokenize if given.engine == "local" else _tokenize_on_ray
     return tokenize(given, choices, settings, recordings, damaged)
 
 
-def _allow_large_images() -> None:
+def allow_large_images() -> None:
     """image_files has the bound that the user gave; Pillow's own would refuse what lies below it."""
     from PIL import Image
 
@@ -206,8 +206,10 @@ def _tokenize(
 
     tokenizer = load(given, choices)
     expected = sum(expected_sets(recording, settings.selection) for recording in recordings)
-    layouts = (runs.layout_of(recording, tokenizer, settings).frame_bytes for recording in recordings)
-    size = sum(bytes_ * expected_sets(recording, settings.selection) for recording, bytes_ in zip(recordings, layouts))
+    size = sum(
+        expected_sets(recording, settings.selection) * runs.layout_of(recording, tokenizer, settings).frame_bytes
+        for recording in recordings
+    )
     settings.out.mkdir(parents=True, exist_ok=True)
     _say_disk_need(settings.out, len(recordings), expected, size)
     index = runs.begin(settings, tokenizer, recordings)
@@ -254,7 +256,7 @@ def _tokenize_on_ray(
 
 
 def _load_in_worker(model: str, condition: Path | None, **arguments: Any) -> Any:
-    _allow_large_images()
+    allow_large_images()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from vla_perception.tokenizer.tokenizer import VisualTokenizer
 
