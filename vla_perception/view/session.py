@@ -241,7 +241,6 @@ class Session:
             views.append(
                 {
                     "camera": view.camera,
-                    "frame_id": view.frame_id,
                     "stamp_ms": view.stamp_ns / 1e6,
                     "width": view.width,
                     "height": view.height,
@@ -260,14 +259,9 @@ class Session:
             "sequence": tokens.sequence,
             "grid": tokens.grid if has_patches(tokens) else None,
             "first": _first_patch(tokens),
-            "shape": tokens.shape,
-            "dtype": tokens.dtype,
-            "strategy": tokens.token_strategy,
             "model": tokens.model,
             "weights": tokens.weights,
-            "fingerprint": tokens.fingerprint,
             "projector": tokens.projector,
-            "pool": tokens.pool,
             "views": views,
         }
         return blobs.pack(header | self._layers(shown, blobs))
@@ -291,11 +285,7 @@ class Session:
             if space in self.hidden:
                 continue
             patches = shown.of(space)
-            layer: dict[str, object] = {
-                "space": space,
-                "channels": patches.vectors.shape[2],
-                "norms": blobs.add(patches.norms),
-            }
+            layer: dict[str, object] = {"space": space, "norms": blobs.add(patches.norms)}
             if self.mode == "colors":
                 layer["colors"] = blobs.add(self._palette.colors(tokens, space, patches))
             elif self.mode == "change":

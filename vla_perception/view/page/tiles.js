@@ -73,7 +73,6 @@ export class Tiles {
       pin: message.pin,
       spaces: message.layers.map((layer) => ({
         space: layer.space,
-        channels: layer.channels,
         norms: message.floats(layer.norms),
         colors: layer.colors === undefined ? null : message.bytes(layer.colors),
         values: this.values(message, layer),
