@@ -173,6 +173,23 @@ def test_a_page_sees_frames_health_and_the_message_itself(served):
     wait_until(lambda: not feed.readers, 5, "nobody wants tokens any more")
 
 
+@pytest.mark.parametrize("error", [ValueError("truncated there"), OSError("truncated there")])
+def test_a_message_that_cannot_be_read_is_said_and_the_page_goes_on(served, error):
+    feed, server = served
+
+    def unreadable(topic, index):
+        raise error
+
+    with Socket(server) as page:
+        page.wait_for("health")
+        readable, feed.snapshot = feed.snapshot, unreadable
+        feed.publish(random_tokens(1))
+        assert page.wait_for("error")["text"] == "truncated there"
+        feed.snapshot = readable
+        feed.publish(random_tokens(2))
+        assert page.wait_for("frame")["sequence"] == 2
+
+
 def test_a_page_that_does_not_paint_gets_the_latest_later(served):
     feed, server = served
     with Socket(server) as page:
