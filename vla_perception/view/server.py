@@ -293,7 +293,7 @@ class _Page:
                         await self._send(answer)
                     self.changed.set()
             except (ValueError, AttributeError, RecursionError) as error:
-                await self._send_json({"type": "error", "text": str(error)[:1000]})
+                await self._send_error(error)
 
     async def _control(self, message: dict[str, object]) -> None:
         if not self._allow_control:
@@ -309,7 +309,11 @@ class _Page:
             self.changed.clear()
             begin = time.monotonic()
             # In the worker: a recording's snapshot may have to be read, or even computed.
-            frame = await self._server.in_worker(functools.partial(self.session.next_frame))
+            try:
+                frame = await self._server.in_worker(functools.partial(self.session.next_frame))
+            except (ValueError, OSError) as error:  # a file that is damaged there, or gone
+                await self._send_error(error)
+                continue
             if frame is None:
                 continue
             self._painted.clear()
@@ -350,6 +354,9 @@ class _Page:
     async def _send(self, data: bytes) -> None:
         async with self._sending:
             await self._socket.send_bytes(data)
+
+    async def _send_error(self, error: Exception) -> None:
+        await self._send_json({"type": "error", "text": str(error)[:1000]})
 
     async def _send_json(self, message: dict[str, object]) -> None:
         async with self._sending:
