@@ -90,16 +90,25 @@ class FloatResize:
 
     def __call__(self, planes: torch.Tensor) -> torch.Tensor:
         """uint8 [views, 3, height, width] → float32 [views, 3, side, side] from -1 to 1."""
-        values = planes.to(torch.float32).div_(self._largest)
         if self._strategy == BY_JAX:  # openpi scales to -1 … 1 before
-            return self._padded(self._resized_as_jax(values.mul_(2.0).sub_(1.0)), -1.0)
-        if not self._is_identity:
-            upper, lower = (self._columns.between(values.index_select(-2, row), -1) for row in self._rows.indices)
-            values = self._rows.mix(upper, lower, -2)
-            if self._strategy == BY_TORCH:
-                values = values.clamp_(0.0, 1.0)
-            values = self._padded(values, 0.0)
-        return values.mul_(2.0).sub_(1.0)
+            return self._padded(self._resized_as_jax(self._scaled(planes).mul_(2.0).sub_(1.0)), -1.0)
+        if self._is_identity:
+            return self._scaled(planes).mul_(2.0).sub_(1.0)
+        upper, lower = (self._across(planes.index_select(-2, row)) for row in self._rows.indices)
+        values = self._rows.mix(upper, lower, -2)
+        if self._strategy == BY_TORCH:
+            values = values.clamp_(0.0, 1.0)
+        return self._padded(values, 0.0).mul_(2.0).sub_(1.0)
+
+    def _scaled(self, levels: torch.Tensor) -> torch.Tensor:
+        """uint8 → float32 from 0 to 1."""
+        return levels.to(torch.float32).div_(self._largest)
+
+    def _across(self, levels: torch.Tensor) -> torch.Tensor:
+        """uint8 rows of the source → float32 from 0 to 1, as wide as the resized image."""
+        # Picked as bytes: fewer pixels than the source has are scaled.
+        first, second = (self._scaled(levels.index_select(-1, column)) for column in self._columns.indices)
+        return self._columns.mix(first, second, -1)
 
     def _resized_as_jax(self, values: torch.Tensor) -> torch.Tensor:
         # In float64, rounded once: JAX's own sums are in float32, in an order that depends on the machine.
@@ -127,17 +136,13 @@ class _LinearTaps:
         second = np.minimum(first + 1, source - 1)
         share = np.clip(positions - first.astype(np.float32), 0, 1).astype(np.float32)
         self.indices = torch.from_numpy(first).to(device), torch.from_numpy(second).to(device)
-        self._shares = torch.from_numpy(np.float32(1) - share).to(device), torch.from_numpy(share).to(device)
-
-    def between(self, values: torch.Tensor, axis: int) -> torch.Tensor:
-        """float32 with `source` entries along `axis` → the same with `target`."""
-        first, second = (values.index_select(axis, index) for index in self.indices)
-        return self.mix(first, second, axis)
+        # Of the first neighbor in float64, in which its product is exact.
+        self._shares = torch.from_numpy(1 - share).to(device, torch.float64), torch.from_numpy(share).to(device)
 
     def mix(self, first: torch.Tensor, second: torch.Tensor, axis: int) -> torch.Tensor:
         """The two neighbors of each pixel by their shares: one product is rounded, the other one fused with the sum."""
         share_of_first, share_of_second = (share if axis == -1 else share[:, None] for share in self._shares)
-        return (first.double() * share_of_first.double() + (second * share_of_second).double()).float()
+        return (first.double() * share_of_first + (second * share_of_second).double()).float()
 
 
 @lru_cache(maxsize=16)
