@@ -2,6 +2,7 @@
 
 import multiprocessing
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -87,9 +88,23 @@ def test_no_more_threads_than_torch_has_and_none_left_behind(two_sizes, monkeypa
     assert len(ran) <= allowed and (allowed > 1 or ran == {threading.current_thread()})
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # which is what DataLoader does on Linux
-def test_a_forked_process_preprocesses_as_well(two_sizes, monkeypatch):
+def test_a_frame_set_starts_no_thread(two_sizes, monkeypatch):
+    """One that gets no memory while it starts is waited for without end."""
     encoders, images = two_sizes
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    preprocess, started = Preprocessor(encoders), []
+    monkeypatch.setattr(threading.Thread, "start", started.append)
+    preprocess(images)
+    assert not started
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # which is what DataLoader does on Linux
+@pytest.mark.parametrize("in_float, views", [(False, 2), (True, 1), (True, 2)])
+def test_a_forked_process_preprocesses_as_well(two_sizes, monkeypatch, in_float, views):
+    encoders, images = two_sizes
+    if in_float:  # by PyTorch, whose operations on images of this size are parallel
+        encoders = [replace(encoders[-1], resize_strategy="resize_with_pad_torch")]
+        images = [image.repeat(8, axis=0).repeat(8, axis=1) for image in images[:views]]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     preprocess = Preprocessor(encoders)
     expected = preprocess(images)

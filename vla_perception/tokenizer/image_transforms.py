@@ -20,7 +20,6 @@ import io
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -29,12 +28,13 @@ import numpy as np
 from PIL import Image
 
 from vla_perception.options import IMAGE_TRANSFORMS, RESIZE_WITH_PAD
+from vla_perception.tokenizer import kept_threads
 
 #: Row-major 2 × 3 map of image coordinates, in which pixel i covers [i, i + 1).
 Affine = tuple[float, float, float, float, float, float]
 #: Steps that only look at an image differently.
 VIEWS = ("rotate180", "crop")
-#: Bytes of an image from which on its JPEG round trip takes longer than starting a thread.
+#: Bytes of an image from which on its JPEG round trip is worth a thread.
 _LARGE = 1 << 19
 _MAX_SIZE = 4096
 #: Side of OpenVLA's centre crop: the square root of 0.9 of the area, in float32 as TensorFlow computes it.
@@ -225,9 +225,7 @@ def _side_by_side(
     )
     if working < 2 or (os.cpu_count() or 1) < 2:
         return [run(image, chain) for image, chain in zip(images, chains)]
-    # Not kept: threads that outlived the call would be missing in a forked process.
-    with ThreadPoolExecutor(working, thread_name_prefix="image_transforms") as pool:
-        return list(pool.map(run, images, chains))
+    return list(kept_threads.pool("image_transforms", working).map(run, images, chains))
 
 
 def compose(outer: Sequence[float], inner: Sequence[float]) -> Affine:

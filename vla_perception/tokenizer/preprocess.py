@@ -9,7 +9,7 @@ operations and therefore exact.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import numpy as np
 import PIL
@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from vla_perception.options import RESIZE_WITH_PAD
+from vla_perception.tokenizer import kept_threads
 from vla_perception.tokenizer.config import FLOAT_RESIZES, EncoderConfig
 from vla_perception.tokenizer.image_inputs import check_image
 from vla_perception.tokenizer.image_transforms import Step
@@ -103,9 +104,13 @@ def resize(image: np.ndarray, config: EncoderConfig) -> np.ndarray:
 
 def _resize_float(image: np.ndarray, config: EncoderConfig) -> np.ndarray:
     """uint8 [height, width, 3] → float32 [3, side, side] from -1 to 1, by one of `FLOAT_RESIZES`."""
-    height, width = image.shape[:2]
-    way = FloatResize(config.resize_strategy, height, width, config.image_size, torch.device("cpu"))
+    way = _float_resize(config.resize_strategy, *image.shape[:2], config.image_size)
     return way(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None])[0].numpy()
+
+
+@lru_cache(maxsize=16)
+def _float_resize(strategy: str, height: int, width: int, side: int) -> FloatResize:
+    return FloatResize(strategy, height, width, side, torch.device("cpu"))
 
 
 def _to_pil(image: np.ndarray) -> Image.Image:
@@ -164,6 +169,8 @@ class Preprocessor:
             [index for index, other in enumerate(geometries) if other == geometry]
             for geometry in dict.fromkeys(geometries)
         ]
+        if torch.get_num_threads() > 1:
+            kept_threads.pool("preprocess", torch.get_num_threads())  # whose threads start here
 
     def __call__(
         self, images: Sequence[np.ndarray], steps: Sequence[tuple[Step, ...]] | None = None
@@ -184,24 +191,34 @@ class Preprocessor:
 
         def fill(task: tuple[int, list[int]]) -> None:
             view, sharing = task
-            if self._encoders[sharing[0]].resize_strategy in FLOAT_RESIZES:
-                for encoder in sharing:
-                    outputs[encoder][view] = _resize_float(images[view], self._encoders[encoder])
-                return
             pixels = resize(images[view], self._encoders[sharing[0]])
             for encoder in sharing:
                 for channel in range(3):
                     table, output = self._tables[encoder][channel], outputs[encoder][view, channel]
                     np.take(table, pixels[:, :, channel], out=output, mode="clip")
 
-        tasks = [(view, sharing) for view in range(len(images)) for sharing in self._sharing]
-        threads = min(len(tasks), torch.get_num_threads())
-        if threads == 1:
+        def fill_in_float(task: tuple[int, list[int]]) -> None:
+            view, sharing = task
+            values = _resize_float(images[view], self._encoders[sharing[0]])
+            for encoder in sharing:
+                outputs[encoder][view] = values
+
+        tasks: list[tuple[int, list[int]]] = []
+        float_tasks: list[tuple[int, list[int]]] = []
+        for sharing in self._sharing:
+            in_float = self._encoders[sharing[0]].resize_strategy in FLOAT_RESIZES
+            (float_tasks if in_float else tasks).extend((view, sharing) for view in range(len(images)))
+        # PIL and NumPy let go of the interpreter while they compute.
+        threads = torch.get_num_threads()
+        if min(len(tasks), threads) > 1:
+            list(kept_threads.pool("preprocess", threads).map(fill, tasks))
+        else:
             for task in tasks:
                 fill(task)
-        else:  # PIL and NumPy let go of the interpreter while they compute
-            # Threads that outlived the call would be missing in a forked process (a DataLoader's worker), where their
-            # queue waits for ever, and hold up a process's end. Starting some takes a fraction of a resize.
-            with ThreadPoolExecutor(threads, thread_name_prefix="preprocess") as pool:
-                list(pool.map(fill, tasks))
+        # PyTorch has threads for each operation, in each thread that calls it.
+        if float_tasks and kept_threads.is_forked():
+            list(kept_threads.pool("preprocess_in_float", 1).map(fill_in_float, float_tasks))
+        else:
+            for task in float_tasks:
+                fill_in_float(task)
         return [torch.from_numpy(output) for output in outputs]

@@ -6,13 +6,14 @@ crosses while they copy the rest.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+
+from vla_perception.tokenizer import kept_threads
 
 #: Bytes that are copied at a time.
 _PIECE = 3 << 17
@@ -77,6 +78,5 @@ def _pieces(memories: Sequence[np.ndarray], host: np.ndarray) -> tuple[list[tupl
     return pieces, ends
 
 
-@functools.cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(2 * _MAX_HELPERS, thread_name_prefix="upload")
+    return kept_threads.pool("upload", 2 * _MAX_HELPERS)
