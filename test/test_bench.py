@@ -1,6 +1,7 @@
 """`vla-perception bench`: what it times, compares and writes. How long anything takes is not tested."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import checkpoints  # noqa: E402
 
 from vla_perception import baseline, bench, cli  # noqa: E402
 from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
+from vla_perception.tokenizer import tokenizer as tokenizer_module  # noqa: E402
 from vla_perception.tokenizer.presets import PRESETS  # noqa: E402
 
 RATES = {"flop_per_s": 1e12, "bytes_per_s": 1e10}
@@ -79,6 +81,16 @@ def test_the_baseline_is_what_prismatic_computes(tmp_path):
         assert [len(tower.blocks) for tower in reference._towers] == [len(model.blocks) for model in models]
         expected = checkpoints.reference(models, weights, pixel_values)[1]
         torch.testing.assert_close(reference.encode(pixel_values), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"layer": -1}, {"final_norm": True}, {"film": 8}])
+def test_a_model_that_the_baseline_does_not_compute_is_refused(change, capsys, monkeypatch):
+    """π0's and SmolVLA's take other blocks; FiLM's need a condition."""
+    config = PRESETS["tiny-random"]
+    changed = replace(config, encoders=tuple(replace(encoder, **change) for encoder in config.encoders))
+    monkeypatch.setattr(tokenizer_module, "PRESETS", {**PRESETS, "tiny-random": changed})
+    assert cli.main(["bench", "--model", "tiny-random", "--seconds", "0"]) == 1
+    assert "no baseline for tiny-random" in capsys.readouterr().err
 
 
 def test_tokens_that_differ_are_an_error(tmp_path, capsys, monkeypatch):

@@ -37,10 +37,18 @@ class ReferenceModel:
 
     Args:
         exact: keep cuDNN from computing float32 convolutions in TF32, as it does unless configured otherwise.
+
+    Raises:
+        ValueError: a model that OpenVLA's code does not compute: π0's, SmolVLA's, and those with FiLM.
     """
 
     def __init__(self, tokenizer: VisualTokenizer, dtype: torch.dtype, exact: bool = False) -> None:
         config, network = tokenizer.config, tokenizer.network
+        if any((encoder.layer, encoder.final_norm, encoder.film) != (-2, False, 0) for encoder in config.encoders):
+            raise ValueError(
+                f"there is no baseline for {tokenizer.model}: the baseline is OpenVLA's own code, which takes the "
+                "second-to-last block of each encoder, without FiLM; measure openvla-7b or another model of Prismatic's"
+            )
         self._device, self._dtype = tokenizer.device, dtype
         self._encoders = config.encoders
         with torch.device("meta"):
