@@ -94,7 +94,7 @@ class FloatResize:
             return self._padded(self._resized_as_jax(self._scaled(planes).mul_(2.0).sub_(1.0)), -1.0)
         if self._is_identity:
             return self._scaled(planes).mul_(2.0).sub_(1.0)
-        upper, lower = (self._across(planes.index_select(-2, row)) for row in self._rows.indices)
+        upper, lower = (self._between_columns(planes.index_select(-2, row)) for row in self._rows.indices)
         values = self._rows.mix(upper, lower, -2)
         if self._strategy == BY_TORCH:
             values = values.clamp_(0.0, 1.0)
@@ -104,7 +104,7 @@ class FloatResize:
         """uint8 → float32 from 0 to 1."""
         return levels.to(torch.float32).div_(self._largest)
 
-    def _across(self, levels: torch.Tensor) -> torch.Tensor:
+    def _between_columns(self, levels: torch.Tensor) -> torch.Tensor:
         """uint8 rows of the source → float32 from 0 to 1, as wide as the resized image."""
         # Picked as bytes: fewer pixels than the source has are scaled.
         first, second = (self._scaled(levels.index_select(-1, column)) for column in self._columns.indices)
