@@ -174,6 +174,26 @@ TABLE = {
         ],
         (2, 1, 1, 0),
     ),
+    "shared memory brings twice what the topic has delivered": (
+        [
+            (("topic", 1), [1], TOPIC),
+            (("shm", 1, A), [], SHARED_MEMORY),
+            (("shm", 1, A), [], SHARED_MEMORY),
+            (("shm", 2, A), [2], SHARED_MEMORY),
+        ],
+        (2, 0, 0, 0),
+    ),
+    "the topic brings a copy after it was left and subscribed to again": (
+        [
+            (("shm", 0, A), [0], SHARED_MEMORY),
+            (("left",), [], SHARED_MEMORY),
+            (("gone",), [], TOPIC),
+            (("subscribed",), [], TOPIC),
+            (("topic", 0), [], TOPIC),
+            (("topic", 1), [1], TOPIC),
+        ],
+        (2, 0, 0, 0),
+    ),
     "a writer that changes to a larger segment repeats its order": (
         [
             (("shm", 5, A), [5], SHARED_MEMORY),

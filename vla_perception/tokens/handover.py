@@ -23,7 +23,7 @@ TOPIC = "topic"
 SHARED_MEMORY = "shared memory"
 #: When switching to shared memory, wait this many seconds for messages still in flight on the topic.
 PENDING_SEC = 0.5
-#: Messages of one transport that are remembered, so that the other one's copies are recognised.
+#: Delivered messages that are remembered, so that copies are recognised, whichever transport brings them.
 _REMEMBERED = 32
 
 
@@ -61,8 +61,7 @@ class Handover:
         self._pending_sec = pending_sec
         self._pending: list[tuple[VisualTokens, int]] = []  # of shared memory, while the topic still delivers
         self._pending_since = 0.0
-        self._by_topic: deque[tuple] = deque(maxlen=_REMEMBERED)  # identities of what the topic delivered
-        self._by_shared_memory: deque[tuple] = deque(maxlen=_REMEMBERED)  # the same, while the topic may bring copies
+        self._delivered: deque[tuple] = deque(maxlen=_REMEMBERED)  # identities
         self._subscribed = True  # to the topic, or about to be
         self._last: VisualTokens | None = None
         self._writer: int | None = None  # of the last delivery
@@ -76,11 +75,10 @@ class Handover:
         """The topic has brought a message."""
         if self.transport != TOPIC:
             return []  # shared memory has it
-        if identity(tokens) in self._by_shared_memory:
+        if identity(tokens) in self._delivered:
             return []  # it was in flight when shared memory came and went
         if self._pending and tokens.sequence >= self._pending[0][0].sequence:
             return self._switch_to_shared_memory()  # the topic has caught up, and shared memory has this one, too
-        self._by_topic.append(identity(tokens))
         return [self._deliver(tokens, None), *self.on_time(now)]
 
     def on_shared_memory(self, tokens: VisualTokens, writer: int, now: float) -> list[Delivery]:
@@ -104,10 +102,8 @@ class Handover:
         self._pending.clear()  # the topic was not left yet, and brings them too
 
     def on_subscribed(self, subscribed: bool) -> None:
-        """The topic is subscribed to, or was left: then it brings no copies of what shared memory delivers."""
+        """The topic is subscribed to, or was left: then nothing is in flight there."""
         self._subscribed = subscribed
-        if not subscribed:
-            self._by_shared_memory.clear()
 
     def _topic_is_behind(self) -> bool:
         """Whether a message before the first pending one may still be in flight on the topic."""
@@ -117,26 +113,25 @@ class Handover:
             and self._subscribed  # otherwise nothing is in flight
             and self._writer in (None, writer)  # otherwise another tokenizer, whose numbers say nothing about the last
             and last.sequence < first.sequence - 1
-            and identity(first) not in self._by_topic
+            and identity(first) not in self._delivered
         )
 
     def _switch_to_shared_memory(self) -> list[Delivery]:
         self.transport = SHARED_MEMORY
         pending, self._pending = self._pending, []
-        new = [(tokens, writer) for tokens, writer in pending if identity(tokens) not in self._by_topic]
-        self._by_topic.clear()
-        return [delivery for tokens, writer in new for delivery in self._deliver_written(tokens, writer)]
+        return [delivery for tokens, writer in pending for delivery in self._deliver_written(tokens, writer)]
 
     def _deliver_written(self, tokens: VisualTokens, writer: int) -> list[Delivery]:
+        if identity(tokens) in self._delivered:
+            return []
         if writer == self._writer and self._last is not None and tokens.sequence <= self._last.sequence:
             return []  # a writer that changed to a larger segment: its next message was there before its last one
-        if self._subscribed:
-            self._by_shared_memory.append(identity(tokens))
         return [self._deliver(tokens, writer)]
 
     def _deliver(self, tokens: VisualTokens, writer: int | None) -> Delivery:
         delivery = Delivery(tokens, writer, self._writer)
         self._last, self._writer = tokens, writer
+        self._delivered.append(identity(tokens))
         return delivery
 
 
