@@ -64,7 +64,6 @@ TEST = [
     "packaging",
     "selenium>=4.20,<5",  # drives Debian's Chromium; finds no driver by itself on the network where it is given one
     "transformers>=4.46",  # a miniature OpenVLA, split between node and policy
-    'libfaketime>=3.0.1; platform_machine == "x86_64"',  # sets the clock of a process back and forward
     "catkin_pkg",  # colcon-ros needs it to read package.xml
     "colcon-core",
     "colcon-bash",

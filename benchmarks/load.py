@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "test" / "support"), str(ROOT / "benchmark
 
 from node import CAMERAS, to_messages  # noqa: E402
 from ros_harness import RosContext, RosProcess, wait_until  # noqa: E402
-from soak import COUNTS, PROFILES, Observer, messages_of  # noqa: E402
+from soak import PROFILES, Observer, messages_of  # noqa: E402
 from transport import percentile, processor  # noqa: E402
 
 SOAK = str(ROOT / "benchmarks" / "soak.py")
@@ -53,10 +53,6 @@ def publish_images(options: argparse.Namespace) -> None:
         index += 1
 
 
-def totals(observer: Observer) -> dict[str, int]:
-    return {key: sum(counts[key] for counts in observer.counts.values()) for key in ("received", *COUNTS)}
-
-
 def case(policies: int, cameras: int, rate: float, size: str, shared_memory: bool, seconds: float) -> dict[str, object]:
     from diagnostic_msgs.msg import DiagnosticArray
 
@@ -77,10 +73,10 @@ def case(policies: int, cameras: int, rate: float, size: str, shared_memory: boo
             processes += readers
             for reader in readers:
                 wait_until(lambda of=reader: len(messages_of(of)) > 5, 120, "tokens at every policy")
-            first, before = [messages_of(reader) for reader in readers], totals(observer)
+            first, before = [messages_of(reader) for reader in readers], observer.totals()
             begin = time.monotonic()
             time.sleep(seconds)
-            last, after = [messages_of(reader) for reader in readers], totals(observer)
+            last, after = [messages_of(reader) for reader in readers], observer.totals()
             elapsed = time.monotonic() - begin
         finally:
             for process in reversed(processes):

@@ -34,7 +34,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "test" / "support"), str(ROOT / "benchmarks")]
 
-from ros_harness import free_domain, ros_environment  # noqa: E402
+from ros_harness import free_domain, ros_environment, statuses_of  # noqa: E402
 from transport import PROFILE, PROFILE_VARIABLES, percentile, processor  # noqa: E402
 
 from vla_perception.cli import add_placement  # noqa: E402
@@ -204,7 +204,7 @@ def receive_tokens(_options: argparse.Namespace) -> None:
     watcher.create_subscription(
         DiagnosticArray,
         "/diagnostics",
-        lambda array: last.update({s.name.split(": ")[1]: {v.key: v.value for v in s.values} for s in array.status}),
+        lambda message: last.update({name: status.values for name, status in statuses_of(message).items()}),
         10,
     )
     executor = SingleThreadedExecutor()

@@ -62,14 +62,11 @@ def load(given: argparse.Namespace):
 
 def live_rate(given: argparse.Namespace) -> float:
     """Frame sets per second that the node publishes while the sample bag is played faster than it encodes."""
-    import rclpy
-    from rclpy.executors import SingleThreadedExecutor
-    from ros_harness import RosProcess, free_domain, in_domain
+    from ros_harness import RosContext, RosProcess, wait_until
     from sensor_msgs.msg import CompressedImage
 
     from vla_perception.tokens.message import from_message
 
-    domain = free_domain()
     extra = {"OMP_WAIT_POLICY": "PASSIVE"}
     node = ["-m", "vla_perception.nodes.visual_tokenizer", "--ros-args", "-p", f"model:={given.model}"]
     node += ["-p", "cameras:=[front, wrist]", "-p", "image_transport:=compressed", "-p", "autostart:=true"]
@@ -77,24 +74,19 @@ def live_rate(given: argparse.Namespace) -> float:
     player = ["-m", "vla_perception.nodes.bag_player", "--ros-args", "-p", f"bag:={BAG}", "-p", "loop:=true"]
     player += ["-p", f"rate:={given.player_rate}", "-p", "wait_for_subscribers:=1", "-p", "wait_timeout_sec:=600.0"]
     seen: list[tuple[float, int]] = []
-    context = rclpy.Context()
-    with in_domain(domain):
-        rclpy.init(context=context)
-    subscriber = rclpy.create_node("counter", context=context)
-    subscriber.create_subscription(
-        CompressedImage, "tokens", lambda message: seen.append((time.monotonic(), from_message(message).sequence)), 10
-    )
-    executor = SingleThreadedExecutor(context=context)
-    executor.add_node(subscriber)
-    try:
-        with RosProcess(node, domain, extra) as tokenizer, RosProcess(player, domain, extra):
+    with RosContext() as ros:
+        counter = ros.node("counter")
+        counter.create_subscription(
+            CompressedImage,
+            "tokens",
+            lambda message: seen.append((time.monotonic(), from_message(message).sequence)),
+            10,
+        )
+        ros.spin(counter)
+        with RosProcess(node, ros.domain, extra) as tokenizer, RosProcess(player, ros.domain, extra):
             tokenizer.wait_for("ready after", 600)
-            while not seen or seen[-1][0] - seen[0][0] < given.seconds:
-                executor.spin_once(0.2)
-    finally:
-        executor.shutdown()
-        subscriber.destroy_node()
-        rclpy.try_shutdown(context=context)
+            wait_until(lambda: seen, 600, "tokens")
+            wait_until(lambda: seen[-1][0] - seen[0][0] >= given.seconds, 600 + given.seconds, "more tokens")
     (begun, first), (ended, last) = seen[min(3, len(seen) - 2)], seen[-1]
     return (last - first) / (ended - begun)
 

@@ -41,12 +41,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "test" / "support"), str(ROOT / "benchmarks")]
 
 from node import to_messages  # noqa: E402
-from ros_harness import RosContext, RosProcess, answer_of, wait_until  # noqa: E402
+from ros_harness import COUNTS, RosContext, RosProcess, answer_of, frame_counts, statuses_of, wait_until  # noqa: E402
 from transport import PROFILE, PROFILE_VARIABLES, percentile, processor  # noqa: E402
 
 CAMERAS = ("front", "wrist")
 RATE_HZ = 30.0
-COUNTS = ("encoded", "replaced", "unmatched", "undecodable", "pending")
 #: Column → the largest slope that is no growth, per minute.
 LIMITS = {
     "node_anonymous_mib": 0.5,
@@ -168,13 +167,16 @@ class Observer:
 
     def take(self, message) -> None:
         self.heard = time.monotonic()
-        for status in message.status:
-            name, values = status.name.partition(": ")[2], {item.key: item.value for item in status.values}
+        for name, status in statuses_of(message).items():
             if name.startswith("camera "):
-                counts = {key: int(values[key]) for key in ("received", *COUNTS)}
+                counts = frame_counts(status.values)
                 if counts["received"] != sum(counts[key] for key in COUNTS):
                     self.problems.append(f"{name}: frames are not accounted for: {counts}")
                 self.counts[name.removeprefix("camera ")] = counts
+
+    def totals(self) -> dict[str, int]:
+        """Of all cameras together."""
+        return {key: sum(counts[key] for counts in self.counts.values()) for key in ("received", *COUNTS)}
 
 
 class Soak:
@@ -308,7 +310,7 @@ class Soak:
         left = shm_files() - used if self.own_shm else set()
         row["left"], row["iceoryx2_left"] = len(left), sum("iox2" in name for name in left)
         row["killed"] = self.killed
-        totals = {key: sum(counts[key] for counts in self.observer.counts.values()) for key in ("received", *COUNTS)}
+        totals = self.observer.totals()
         # A new configuration counts from 0.
         before = self._encoded_before if totals["received"] >= self._encoded_before["received"] else {}
         row |= {key: totals[key] - (before.get(key, 0) if key != "pending" else 0) for key in totals}
@@ -360,9 +362,19 @@ def own_folders() -> list[str] | None:
 
 
 def run(options: argparse.Namespace, own_shm: bool) -> int:
-    result = {"machine": processor(), "cores": os.cpu_count(), "limits": LIMITS, "command": sys.argv[1:]}
     with RosContext() as ros:
         soak = Soak(ros, options, own_shm)
+
+        def judge() -> tuple[dict[str, float], list[str]]:
+            """Slopes and what is wrong so far, in the file, too."""
+            slopes, wrong = growth(soak.rows, options.warm_up)
+            problems = soak.problems + wrong
+            if options.json:
+                result = {"machine": processor(), "cores": os.cpu_count(), "limits": LIMITS, "command": sys.argv[1:]}
+                result |= {"slopes_per_minute": slopes, "problems": problems, "rows": soak.rows}
+                options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            return slopes, problems
+
         try:
             begin = time.monotonic()
             for index in range(options.minutes):
@@ -372,24 +384,17 @@ def run(options: argparse.Namespace, own_shm: bool) -> int:
                 if index == 0:
                     print("| " + " | ".join(row) + " |\n|" + " -- |" * len(row))
                 print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
-                slopes, wrong = growth(soak.rows, options.warm_up)
-                if options.json:
-                    result |= {"slopes_per_minute": slopes, "problems": soak.problems + wrong, "rows": soak.rows}
-                    options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                judge()
             soak.end()
         except AssertionError as error:
             soak.problems.append(str(error))
         finally:
             soak.close()
-    slopes, wrong = growth(soak.rows, options.warm_up)
-    problems = soak.problems + wrong
+    slopes, problems = judge()
     for column, value in slopes.items():
         print(f"{column}: {value:+g} a minute, at most {LIMITS[column]:g}")
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    if options.json:
-        result |= {"slopes_per_minute": slopes, "problems": problems, "rows": soak.rows}
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return int(bool(problems))
 
 

@@ -8,15 +8,15 @@ import json
 import math
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import checkpoints
 import film_checkpoints
+import lerobot_checkpoints
 import numpy as np
 import torch
-from engine import HERE, Target, scratch
+from engine import Target, scratch
 from mutations import change_json, change_safetensors, change_zip
 from safetensors.torch import save, save_file
 
@@ -26,9 +26,6 @@ from vla_perception.tokenizer.checkpoints.checkpoint import Checkpoint
 from vla_perception.tokenizer.checkpoints.files import PickledTensors, SafetensorsFile
 from vla_perception.tokenizer.checkpoints.open import open_checkpoint
 from vla_perception.tokenizer.film import Condition
-
-sys.path.append(str(HERE.parent / "tokenizer" / "checkpoints"))
-import test_lerobot
 
 TIMM = "test_vit3.r160_in1k"
 
@@ -223,7 +220,7 @@ def timm_seeds() -> list[bytes]:
 
 
 def _lerobot(kind: str) -> Path:
-    return _folder(lambda folder: test_lerobot.written(folder, kind), kind)
+    return _folder(lambda folder: lerobot_checkpoints.written(folder, kind), kind)
 
 
 def lerobot_config(data: bytes) -> None:

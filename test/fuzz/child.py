@@ -33,14 +33,9 @@ def run_checks(targets: list[Target], count: int, current: Current) -> None:
     """The same inputs each time."""
     for target in targets:
         random, reported = Random(target.name), set()
-        seeds = list(target.seeds())
-        found = [path.read_bytes() for path in target.found()]
+        seeds = [*target.seeds(), *target.found()]
         limit_process()
-        inputs = [
-            *seeds,
-            *found,
-            *(target.mutated(random.choice(seeds + found), random) for _ in range(count // target.cost)),
-        ]
+        inputs = [*seeds, *(target.mutated(random.choice(seeds), random) for _ in range(count // target.cost))]
         for data in inputs:
             finding = check(target, data, current)
             if finding is not None and finding.signature not in reported:
@@ -70,7 +65,7 @@ class Reporter:
 def fuzz_blindly(target: Target, seconds: float, reporter: Reporter) -> None:
     """Without coverage: inputs from seeds, and from inputs that came before."""
     random, end = Random(os.urandom(8)), time.monotonic() + seconds
-    seeds = [*target.seeds(), *(path.read_bytes() for path in target.found())]
+    seeds = [*target.seeds(), *target.found()]
     kept = list(seeds)
     limit_process()
     while time.monotonic() < end:
@@ -90,7 +85,7 @@ def fuzz_by_coverage(target: Target, seconds: float, reporter: Reporter, corpus:
     seeds.mkdir(parents=True, exist_ok=True)
     grown = corpus / "grown"
     grown.mkdir(exist_ok=True)
-    for index, data in enumerate([*target.seeds(), *(path.read_bytes() for path in target.found())]):
+    for index, data in enumerate([*target.seeds(), *target.found()]):
         (seeds / f"{index}").write_bytes(data)
     limit_process()
 

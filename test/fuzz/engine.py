@@ -61,9 +61,9 @@ class Target:
         change = random.choice((*self.mutations, *self.mutations, change_bytes))
         return change(data, random)[: self.max_bytes]
 
-    def found(self) -> list[Path]:
+    def found(self) -> list[bytes]:
         """Inputs that were found before."""
-        return sorted((FOUND / self.name).glob("*"))
+        return [path.read_bytes() for path in sorted((FOUND / self.name).glob("*"))]
 
 
 @dataclass(frozen=True)

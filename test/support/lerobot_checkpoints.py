@@ -28,6 +28,9 @@ OTHERS = {
 }
 #: Where LeRobot's names have what transformers calls a vision-language model.
 PREFIXES = {"pi05": "paligemma_with_expert.paligemma.model.", "smolvla": "model.vlm_with_expert.vlm.model."}
+#: Of those with random weights: channels, blocks and hidden channels of pi05's tower, channels of the tokens; image sizes.
+WIDTH, BLOCKS, HIDDEN, OUT = 144, 2, 160, 48
+SIZES = {"pi05": 56, "smolvla": 128}
 
 
 def paligemma(width=144, blocks=2, hidden=160, image_size=56, out=48, seed=0):
@@ -140,3 +143,49 @@ def write(folder: Path, kind: str, tensors: dict[str, torch.Tensor], image_size:
     config = {key: value for key, value in {**config, **changes}.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+# With random weights, and without transformers
+
+
+def _tower(prefix: str, width: int, patch: int, positions: int) -> dict[str, torch.Tensor]:
+    shapes = {
+        "embeddings.patch_embedding.weight": (width, 3, patch, patch),
+        "embeddings.patch_embedding.bias": (width,),
+        "embeddings.position_embedding.weight": (positions, width),
+        "post_layernorm.weight": (width,),
+        "post_layernorm.bias": (width,),
+    }
+    for block in range(BLOCKS):
+        layers = {f"self_attn.{part}_proj": (width, width) for part in ("q", "k", "v", "out")}
+        layers |= {"mlp.fc1": (HIDDEN, width), "mlp.fc2": (width, HIDDEN)}
+        layers |= {"layer_norm1": (width,), "layer_norm2": (width,)}
+        for layer, shape in layers.items():
+            shapes[f"encoder.layers.{block}.{layer}.weight"] = shape
+            shapes[f"encoder.layers.{block}.{layer}.bias"] = shape[:1]
+    generator = torch.Generator().manual_seed(0)
+    return {prefix + name: torch.randn(shape, generator=generator) * 0.05 for name, shape in shapes.items()}
+
+
+def policy(kind: str) -> dict[str, torch.Tensor]:
+    """Tower and connector of ``pi05`` or ``smolvla`` by LeRobot's names, with random weights."""
+    generator = torch.Generator().manual_seed(1)
+    if kind == "smolvla":
+        root = PREFIXES[kind]
+        connector = {f"{root}connector.modality_projection.proj.weight": (OUT, 16 * 128)}
+        tensors = _tower(f"{root}vision_model.", 128, 16, 64)
+    else:
+        root = PREFIXES["pi05"]
+        connector = {
+            f"{root}multi_modal_projector.linear.weight": (OUT, WIDTH),
+            f"{root}multi_modal_projector.linear.bias": (OUT,),
+        }
+        tensors = _tower(f"{root}vision_tower.vision_model.", WIDTH, 14, 16)
+    return tensors | {name: torch.randn(shape, generator=generator) * 0.05 for name, shape in connector.items()}
+
+
+def written(
+    folder: Path, kind: str = "pi05", tensors: dict[str, torch.Tensor] | None = None, **changes: object
+) -> Path:
+    """The directory of such a policy (`write`)."""
+    return write(folder, kind, policy(kind) if tensors is None else tensors, SIZES.get(kind, 56), **changes)

@@ -16,11 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Domain 0 is what everybody uses; above 101 the ports reach into Linux's ephemeral range.
 _DOMAINS = range(2, 100)
 _LOCKS: dict[int, socket.socket] = {}
+#: What may become of a camera's frame, in /diagnostics: `received` is their sum.
+COUNTS = ("encoded", "replaced", "unmatched", "undecodable", "pending")
 
 
 def free_domain() -> int:
@@ -123,8 +126,35 @@ def answer_of(client, request, timeout: float = 20.0) -> object:
     return answers()[0]
 
 
+class Status(NamedTuple):
+    """One status of /diagnostics."""
+
+    level: int
+    message: str
+    values: dict[str, str]
+
+
+def statuses_of(message) -> dict[str, Status]:
+    """What a DiagnosticArray says, by its statuses' names without the node's: "camera front"."""
+    return {
+        status.name.partition(": ")[2]: Status(
+            status.level[0] if isinstance(status.level, bytes) else status.level,
+            status.message,
+            {item.key: item.value for item in status.values},
+        )
+        for status in message.status
+    }
+
+
+def frame_counts(values: Mapping[str, str]) -> dict[str, int]:
+    """A camera's counters: `received`, and what became of its frames; empty while it has none."""
+    return {key: int(values[key]) for key in ("received", *COUNTS) if key in values}
+
+
 class RosProcess:
     """A ROS process with what it prints: `with RosProcess([...], domain) as process`. Killed at the end if need be.
+
+    Where the block fails, its output goes to stderr.
 
     Args:
         command: what follows the Python executable, e.g. ``["-m", "vla_perception.nodes.bag_player", …]``.
@@ -189,8 +219,9 @@ class RosProcess:
     def __enter__(self) -> RosProcess:
         return self
 
-    def __exit__(self, *_exception: object) -> None:
-        if self.process.poll() is None:
+    def __exit__(self, error_type: type[BaseException] | None, *_error: object) -> None:
+        code = self.process.poll()
+        if code is None:
             self.process.terminate()
             try:
                 self.process.wait(5.0)
@@ -199,6 +230,8 @@ class RosProcess:
                 self.process.wait()
         self._reader.join(5.0)
         self.process.stdout.close()
+        if error_type is not None:  # pytest shows it with the failure
+            print(f"exit code when the test failed: {code}; {self.process.args}:\n{self.output}", file=sys.stderr)
 
 
 class RosContext:

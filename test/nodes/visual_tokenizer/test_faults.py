@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import re
 import resource
@@ -23,7 +22,17 @@ pytest.importorskip("timm")
 from diagnostic_msgs.msg import DiagnosticArray  # noqa: E402
 from lifecycle_msgs.msg import Transition  # noqa: E402
 from lifecycle_msgs.srv import ChangeState, GetState  # noqa: E402
-from ros_harness import ROOT, RosContext, RosProcess, answer_of, wait_until  # noqa: E402
+from ros_harness import (  # noqa: E402
+    COUNTS,
+    ROOT,
+    RosContext,
+    RosProcess,
+    Status,
+    answer_of,
+    frame_counts,
+    statuses_of,
+    wait_until,
+)
 from sensor_msgs.msg import Image  # noqa: E402
 
 from vla_perception.byte_array import byte_array  # noqa: E402
@@ -41,7 +50,6 @@ NODE = [
     "error_age_sec:=2.0",
 ]
 AUTOSTART = [*NODE, "-p", "autostart:=true", "-p", "max_rate_hz:=10"]
-COUNTS = ("encoded", "replaced", "unmatched", "undecodable", "pending")
 
 
 class Robot:
@@ -49,7 +57,7 @@ class Robot:
 
     def __init__(self, ros: RosContext) -> None:
         self.ros = ros
-        self.statuses: list[dict[str, tuple[int, str, dict[str, str]]]] = []
+        self.statuses: list[dict[str, Status]] = []
         self.clock = 0
         self.watcher = ros.node("watcher")
         self.watcher.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 20)
@@ -58,32 +66,26 @@ class Robot:
         self.policy = TokenSubscriber(ros.node("policy"))
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
-        found = {
-            status.name.partition(": ")[2]: (
-                status.level[0] if isinstance(status.level, bytes) else status.level,
-                status.message,
-                {item.key: item.value for item in status.values},
-            )
-            for status in message.status
-        }
+        found = statuses_of(message)
         self.clock = message.header.stamp.sec  # the node's
         if "camera front" in found:
-            values = found["camera front"][2]
-            assert int(values["received"]) == sum(int(values[key]) for key in COUNTS), values
+            counts = frame_counts(found["camera front"].values)
+            assert counts["received"] == sum(counts[key] for key in COUNTS), counts
         self.statuses.append(found)
 
-    def status(self, name: str, level: int, text: str = "", timeout: float = 30.0) -> dict[str, str]:
-        """Waits for a status from now on of this level, with this text; returns its values."""
+    def status(self, name: str, level: int, text: str = "", timeout: float = 30.0) -> None:
+        """Waits for a status from now on of this level, with this text."""
         begin = len(self.statuses)
 
         def found():
             for statuses in self.statuses[begin:]:
-                if name in statuses and statuses[name][0] == level and text in statuses[name][1]:
-                    return statuses[name][2] or {"": ""}
+                status = statuses.get(name)
+                if status is not None and status.level == level and text in status.message:
+                    return status
             return None
 
         try:
-            return wait_until(found, timeout, f"{name} at level {level} {text!r}")
+            wait_until(found, timeout, f"{name} at level {level} {text!r}")
         except AssertionError as error:
             raise AssertionError(f"{error}; the last: {self.statuses[-1:]}") from None
 
@@ -308,11 +310,9 @@ def test_no_memory_to_load_the_model(mib):
 
 
 def clock_library() -> str:
-    """libfaketime's library: of PyPI's package, or the distribution's."""
-    spec = importlib.util.find_spec("libfaketime")
-    folders = [Path(spec.origin).parent] if spec is not None and spec.origin else []
-    found = [path for folder in (*folders, Path("/usr/lib")) for path in sorted(folder.rglob("libfaketime.so.1"))]
-    return str(found[0]) if found else ""
+    """libfaketime's library for programs with threads: the other one reads its file in all of them at once, and ends
+    the process now and then."""
+    return next(map(str, sorted(Path("/usr/lib").rglob("libfaketimeMT.so.1"))), "")
 
 
 UNSHARE = ["unshare", "--mount"] if os.getuid() == 0 else ["unshare", "--mount", "--map-root-user"]
@@ -339,6 +339,8 @@ def test_the_disk_is_full_and_the_clock_is_set(tmp_path):
             "FAKETIME_TIMESTAMP_FILE": str(offset),
             "FAKETIME_NO_CACHE": "1",
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            # In shared memory Fast DDS compares the clocks of processes, which on a robot are the same one.
+            "FASTDDS_BUILTIN_TRANSPORTS": "UDPv4",
         }
     command = ["-c", f"import os; os.execvp('unshare', {[*full, sys.executable, *AUTOSTART]!r})"]
     with RosContext() as ros, RosProcess(command, ros.domain, environment) as process, camera_in(ros):
@@ -348,7 +350,8 @@ def test_the_disk_is_full_and_the_clock_is_set(tmp_path):
             robot.tokens_again(60)
             robot.status("camera front", 0)
             for seconds in (3600, -3600) if clock_library() else ():
-                offset.write_text(f"{seconds:+d}s")
+                (tmp_path / "next").write_text(f"{seconds:+d}s")
+                (tmp_path / "next").rename(offset)  # which is never read half written
                 wait_until(lambda wanted=seconds: abs(robot.clock - time.time() - wanted) < 60, 30, "its clock is set")
                 robot.tokens_again()
                 robot.status("camera front", 0)
@@ -357,4 +360,4 @@ def test_the_disk_is_full_and_the_clock_is_set(tmp_path):
         finally:
             robot.policy.close()
     if not clock_library():
-        pytest.skip("the clock was not set: pip install libfaketime")
+        pytest.skip("the clock was not set: apt install libfaketime")

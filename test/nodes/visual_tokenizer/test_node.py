@@ -24,7 +24,18 @@ from lifecycle_msgs.srv import ChangeState, GetState  # noqa: E402
 from rcl_interfaces.srv import GetParameters, SetParameters  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 from rclpy.qos import QoSProfile, ReliabilityPolicy  # noqa: E402
-from ros_harness import RosContext, RosProcess, answer_of, free_domain, in_domain, ros_environment, wait_until  # noqa: E402
+from ros_harness import (  # noqa: E402
+    COUNTS,
+    RosContext,
+    RosProcess,
+    answer_of,
+    frame_counts,
+    free_domain,
+    in_domain,
+    ros_environment,
+    statuses_of,
+    wait_until,
+)
 from sensor_msgs.msg import CompressedImage, Image  # noqa: E402
 from std_srvs.srv import Trigger  # noqa: E402
 
@@ -54,7 +65,6 @@ DEFAULTS = {
     "trigger": "continuous",
 }
 TOPICS = {"front": "front/image_raw", "top": "top/image_raw", "wrist": "arm/image"}  # the wrist's is remapped
-COUNTS = ("encoded", "replaced", "unmatched", "undecodable", "pending")
 
 
 def image(seed: int, height: int = 96, width: int = 128) -> np.ndarray:
@@ -93,14 +103,11 @@ class Robot:
         self.tokens.append(from_message(message))
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
-        found = {
-            status.name.removeprefix("visual_tokenizer: "): {item.key: item.value for item in status.values}
-            | {"message": status.message}
-            for status in message.status
-        }
+        found = {name: status.values | {"message": status.message} for name, status in statuses_of(message).items()}
         for name, values in found.items():
             if name.startswith("camera "):
-                assert int(values["received"]) == sum(int(values[key]) for key in COUNTS), values
+                counts = frame_counts(values)
+                assert counts["received"] == sum(counts[key] for key in COUNTS), counts
         self.diagnostics.append(found)
 
     @functools.cache  # noqa: B019 (one robot per module)
@@ -212,8 +219,7 @@ class Robot:
 
         def find():
             for found in self.diagnostics[begun:]:
-                values = found.get(f"camera {camera}", {})
-                numbers = {key: int(values[key]) for key in ("received", *COUNTS) if key in values}
+                numbers = frame_counts(found.get(f"camera {camera}", {}))
                 if numbers and condition(numbers):
                     return numbers
             return None

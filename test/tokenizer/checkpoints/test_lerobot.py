@@ -8,56 +8,13 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 import checkpoints  # noqa: E402
-import lerobot_checkpoints  # noqa: E402
+from lerobot_checkpoints import OUT, WIDTH, policy, written  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from vla_perception import cli  # noqa: E402
 from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
 from vla_perception.tokenizer.checkpoints import CheckpointError, lerobot  # noqa: E402
 from vla_perception.tokenizer.checkpoints.open import read_config  # noqa: E402
-
-WIDTH, BLOCKS, HIDDEN, OUT = 144, 2, 160, 48
-SIZES = {"pi05": 56, "smolvla": 128}
-
-
-def tower(prefix: str, width: int, patch: int, positions: int) -> dict[str, torch.Tensor]:
-    shapes = {
-        "embeddings.patch_embedding.weight": (width, 3, patch, patch),
-        "embeddings.patch_embedding.bias": (width,),
-        "embeddings.position_embedding.weight": (positions, width),
-        "post_layernorm.weight": (width,),
-        "post_layernorm.bias": (width,),
-    }
-    for block in range(BLOCKS):
-        layers = {f"self_attn.{part}_proj": (width, width) for part in ("q", "k", "v", "out")}
-        layers |= {"mlp.fc1": (HIDDEN, width), "mlp.fc2": (width, HIDDEN)}
-        layers |= {"layer_norm1": (width,), "layer_norm2": (width,)}
-        for layer, shape in layers.items():
-            shapes[f"encoder.layers.{block}.{layer}.weight"] = shape
-            shapes[f"encoder.layers.{block}.{layer}.bias"] = shape[:1]
-    generator = torch.Generator().manual_seed(0)
-    return {prefix + name: torch.randn(shape, generator=generator) * 0.05 for name, shape in shapes.items()}
-
-
-def policy(kind: str) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    if kind == "smolvla":
-        root = "model.vlm_with_expert.vlm.model."
-        connector = {f"{root}connector.modality_projection.proj.weight": (OUT, 16 * 128)}
-        tensors = tower(f"{root}vision_model.", 128, 16, 64)
-    else:
-        root = "paligemma_with_expert.paligemma.model."
-        connector = {
-            f"{root}multi_modal_projector.linear.weight": (OUT, WIDTH),
-            f"{root}multi_modal_projector.linear.bias": (OUT,),
-        }
-        tensors = tower(f"{root}vision_tower.vision_model.", WIDTH, 14, 16)
-    return tensors | {name: torch.randn(shape, generator=generator) * 0.05 for name, shape in connector.items()}
-
-
-def written(folder, kind="pi05", tensors=None, **changes):
-    tensors = policy(kind) if tensors is None else tensors
-    return lerobot_checkpoints.write(folder, kind, tensors, SIZES.get(kind, 56), **changes)
 
 
 def loaded(folder) -> VisualTokenizer:
@@ -97,7 +54,7 @@ def test_every_kind_and_what_is_beside_vision_in_its_file(kind, tmp_path):
         "normalize_inputs.buffer_observation_state.mean": torch.zeros(3),
         "value_head.weight": torch.zeros(2, 2),
     }
-    tokenizer = loaded(written(tmp_path / kind, kind, tensors, **({} if kind == "smolvla" else {})))
+    tokenizer = loaded(written(tmp_path / kind, kind, tensors))
     output = tokenizer([checkpoints.image()], features=True)
     assert output.tokens.shape == ((1, 4, OUT) if kind == "smolvla" else (1, 16, OUT))
     assert tokenizer.notes == ("the policy takes its views in this order: base_0_rgb, left_wrist_0_rgb",)
