@@ -219,7 +219,7 @@ class RosProcess:
     def __enter__(self) -> RosProcess:
         return self
 
-    def __exit__(self, error_type: type[BaseException] | None, *_error: object) -> None:
+    def __exit__(self, error_type: type[BaseException] | None = None, *_error: object) -> None:
         code = self.process.poll()
         if code is None:
             self.process.terminate()
