@@ -9,11 +9,13 @@ import pytest
 ray = pytest.importorskip("ray")
 for package in ("torch", "av", "pyarrow", "rosbags", "mcap"):
     pytest.importorskip(package)
+import pixel_tokenizer  # noqa: E402
 from offline_runs import DATASET, ROOT, contents, tokenize  # noqa: E402
 from pixel_tokenizer import PixelTokenizer, killed_once  # noqa: E402
 from recorded import write_images  # noqa: E402
 
-from vla_perception.offline import ray_engine, run, run_index  # noqa: E402
+from vla_perception import cli  # noqa: E402
+from vla_perception.offline import command, ray_engine, run, run_index  # noqa: E402
 from vla_perception.offline.recordings import Selection, open_recordings  # noqa: E402
 
 
@@ -34,7 +36,10 @@ def local_ray():
 def on_ray(load, sources, out):
     settings = run.RunSettings(out, Selection())
     recordings = open_recordings(sources, settings.selection)
-    return ray_engine.tokenize(load, sources, recordings, settings, workers=2)
+    announced = []
+    index, statistics = ray_engine.tokenize(load, sources, recordings, settings, workers=2, announce=announced.append)
+    assert announced == [run.expected_bytes(recordings, PixelTokenizer(), settings)]
+    return index, statistics
 
 
 def test_the_result_is_that_of_one_process_although_a_worker_was_killed(tmp_path, local_ray):
@@ -54,6 +59,24 @@ def test_the_result_is_that_of_one_process_although_a_worker_was_killed(tmp_path
     assert index["complete"] and not index["failed"] and index["totals"]["frames"] == 25 + 18 + 31 + 11
     assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
     assert statistics.frame_sets >= 25 + 18 + 31 + 11 - 5, "all but what the killed one had done"
+
+
+def test_the_disk_need_is_said_before_anything_is_written(tmp_path, local_ray, monkeypatch, capsys):
+    """The sentence of a single process, from the sizes that the workers' model has."""
+    out, seen = tmp_path / "tokens", []
+    real = command._disk_need
+
+    def disk_need(*arguments):
+        seen.append([path.name for path in out.iterdir()])
+        return real(*arguments)
+
+    monkeypatch.setattr(command, "_disk_need", disk_need)
+    monkeypatch.setattr(command, "_load_in_worker", pixel_tokenizer.load)
+    arguments = [str(DATASET), "--model", "tiny-random", "--episodes", "0,1", "--out", str(out)]
+    assert cli.main(["tokenize", *arguments, "--engine", "ray", "--workers", "2"]) == 0
+    told = capsys.readouterr().err
+    assert told.count("2 recordings with about 43 frame sets: their tokens take about 0.00 GB; ") == 1
+    assert "GB are free in" in told and seen == [[]]
 
 
 def test_workers_that_differ_are_refused():

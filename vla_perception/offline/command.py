@@ -206,12 +206,9 @@ def _tokenize(
 
     tokenizer = load(given, choices)
     expected = sum(expected_sets(recording, settings.selection) for recording in recordings)
-    size = sum(
-        expected_sets(recording, settings.selection) * runs.layout_of(recording, tokenizer, settings).frame_bytes
-        for recording in recordings
-    )
     settings.out.mkdir(parents=True, exist_ok=True)
-    _say_disk_need(settings.out, len(recordings), expected, size)
+    size = runs.expected_bytes(recordings, tokenizer, settings)
+    print(_disk_need(settings.out, len(recordings), expected, size), file=sys.stderr)
     index = runs.begin(settings, tokenizer, recordings)
     with _continuing(settings.out), _bar(expected) as bar:
         failed, statistics = runs.encode_recordings(
@@ -248,6 +245,7 @@ def _tokenize_on_ray(
             workers=given.workers,
             cpus=given.worker_cpus,
             damaged=damaged,
+            announce=lambda size: bar.write(_disk_need(settings.out, len(recordings), expected, size), file=sys.stderr),
             report=lambda text: bar.write(text, file=sys.stderr),
             advance=bar.update,
         )
@@ -398,10 +396,10 @@ def _set_condition(tokenizer: Any, file: Path | None) -> None:
     tokenizer.set_condition(np.load(file, allow_pickle=False))
 
 
-def _say_disk_need(out: Path, recordings: int, expected: int, size: int) -> None:
+def _disk_need(out: Path, recordings: int, expected: int, size: int) -> str:
     free = shutil.disk_usage(out).free
     text = (
         f"{recordings} recordings with about {expected} frame sets: their tokens take about {size / 1e9:.2f} GB; "
         f"{free / 1e9:.1f} GB are free in {out}"
     )
-    print(text + (": not enough, unless some are there already" if size > free else ""), file=sys.stderr)
+    return text + (": not enough, unless some are there already" if size > free else "")

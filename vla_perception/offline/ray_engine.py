@@ -36,6 +36,10 @@ class _Worker:
         self._tokenizer, self._settings = load(), settings
         self._digests = run_index.Digests()  # a dataset's episodes share their files
 
+    def expected_bytes(self) -> int:
+        """About how many bytes the tokens of all recordings take: that depends on the model, which workers alone have."""
+        return run.expected_bytes(list(self._recordings.values()), self._tokenizer, self._settings)
+
     def begin(self) -> dict:
         """The index of the run; written by the first worker that is asked."""
         return run.begin(self._settings, self._tokenizer, list(self._recordings.values()))
@@ -66,6 +70,7 @@ def tokenize(
     workers: int = 0,
     cpus: int = 1,
     damaged: Sequence[dict[str, str]] = (),
+    announce: Callable[[int], None] = lambda _: None,
     report: Callable[[str], None] = lambda _: None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[dict, run.Statistics]:
@@ -77,6 +82,7 @@ def tokenize(
         workers: how many at most; 0: one per GPU of the cluster, or as many as its CPUs allow.
         damaged: sources that were left out, for the index.
         cpus: cores of each, which is also its number of threads.
+        announce: called once, before anything is written, with about how many bytes the tokens take.
 
     Returns:
         The index, and what it took: `encoding_sec` is without the start of the workers.
@@ -92,6 +98,7 @@ def tokenize(
     actors = _actors(ray, load, sources, settings, min(workers or len(recordings), len(recordings)), cpus)
     statistics, failed = run.Statistics(), list(damaged)
     try:
+        announce(ray.get(actors[0].expected_bytes.remote()))
         index = _begun(ray, actors)
         pool = ActorPool(actors)
         names = [recording.name for recording in recordings]

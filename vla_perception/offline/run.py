@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vla_perception.offline import run_index
-from vla_perception.offline.recordings import FrameSet, Recording, Selection, SourceError, selected
+from vla_perception.offline.recordings import FrameSet, Recording, Selection, SourceError, expected_sets, selected
 from vla_perception.offline.token_file_writer import Geometry, Layout, TokenFileWriter
 from vla_perception.tokens.torch_tensors import queue_to_host, to_words
 
@@ -162,6 +162,14 @@ def layout_of(recording: Recording, tokenizer: VisualTokenizer, settings: RunSet
         settings.token_dtype,
         {"name": recording.name, "kind": recording.kind, "source": recording.source},
         settings.batch,
+    )
+
+
+def expected_bytes(recordings: Sequence[Recording], tokenizer: VisualTokenizer, settings: RunSettings) -> int:
+    """About how many bytes the recordings' tokens take."""
+    return sum(
+        expected_sets(recording, settings.selection) * layout_of(recording, tokenizer, settings).frame_bytes
+        for recording in recordings
     )
 
 
