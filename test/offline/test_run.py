@@ -182,6 +182,16 @@ def test_on_error_stop_ends_with_the_reason(tmp_path, sources):
     assert not json.loads((tmp_path / "out/index.json").read_text())["complete"]
 
 
+def test_what_stopped_goes_on_with_skip_as_the_error_says(tmp_path, sources):
+    with pytest.raises(SourceError, match="--on-error skip goes on without it"):
+        tokenize(tmp_path / "out", sources, on_error="stop")
+    tokenize(tmp_path / "out", sources)
+    tokenize(tmp_path / "whole", sources)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    with pytest.raises(run_index.RunIndexError, match='settings.on_error: "skip", now "stop"'):
+        tokenize(tmp_path / "out", sources, on_error="stop")
+
+
 def test_a_recording_that_breaks_off_keeps_what_came_before(tmp_path, sources, monkeypatch):
     from vla_perception.sources.bags import Bag, BagError
 

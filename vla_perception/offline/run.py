@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -426,7 +426,7 @@ def encode_recordings(
     return run.failed, run.statistics
 
 
-def new_index(settings: RunSettings, tokenizer: VisualTokenizer) -> dict:
+def new_index(settings: RunSettings, tokenizer: VisualTokenizer) -> dict[str, Any]:
     """The index of a run by this process that has not written anything yet."""
     return run_index.build(tokenizer.metadata(), settings.as_index(tokenizer), run_index.environment())
 
@@ -441,6 +441,8 @@ def begin(settings: RunSettings, tokenizer: VisualTokenizer, recordings: Sequenc
     settings.out.mkdir(parents=True, exist_ok=True)
     if (settings.out / run_index.NAME).exists():
         before = run_index.read(settings.out)
+        if settings.on_error == "skip" and before.get("settings") == {**index["settings"], "on_error": "stop"}:
+            before["settings"] = index["settings"]  # as the error advised that ended the run; no bits depend on it
         changed = run_index.differences(before, index)
         if changed:
             more = f", and {len(changed) - 5} more" if len(changed) > 5 else ""
