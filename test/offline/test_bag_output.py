@@ -5,13 +5,16 @@ import pytest
 
 for package in ("torch", "rosbags", "mcap"):
     pytest.importorskip(package)
+import rosbags.rosbag2  # noqa: E402
 from offline_runs import MS, contents, tokenize, write_drive  # noqa: E402
 from pixel_tokenizer import PixelTokenizer  # noqa: E402
-from recorded import write_images  # noqa: E402
+from recorded import numbered_image, write_bag, write_images  # noqa: E402
+from rosbags.interfaces import QosDurability  # noqa: E402
 
+from vla_perception.offline import bag_output  # noqa: E402
 from vla_perception.offline.bag_recordings import typestore  # noqa: E402
 from vla_perception.offline.token_file import TokenFile  # noqa: E402
-from vla_perception.sources.bags import Bag  # noqa: E402
+from vla_perception.sources.bags import Bag, BagTopic  # noqa: E402
 from vla_perception.tokens.visual_tokens import VisualTokens  # noqa: E402
 
 
@@ -53,14 +56,72 @@ def test_other_topics_are_copied_if_asked(tmp_path, drive):
     assert found == messages(drive, ["/front/image_raw"])
 
 
+@pytest.mark.parametrize("plugin", ["mcap", "sqlite3"])
+def test_other_readers_find_what_they_need_and_the_qos_that_was_recorded(tmp_path, plugin):
+    import mcap.reader
+    import yaml
+
+    latched = bag_output._tokens_qos()._replace(durability=QosDurability.TRANSIENT_LOCAL, depth=1)
+    frames = [("/front/image_raw", 10**9 + index * 100 * MS, numbered_image(index)) for index in range(3)]
+    values = [("/tf_static", 10**9, [1.0]), ("/command", 10**9, [2.0])]
+    drive = write_bag(tmp_path / "drive", frames, plugin=plugin, values=values, qos={"/tf_static": [latched]})
+    tokenize(tmp_path / "out", [drive], output="mcap", copied=None)
+    folder = tmp_path / "out/drive"
+
+    said = yaml.safe_load((folder / "metadata.yaml").read_text())["rosbag2_bagfile_information"]
+    assert said["storage_identifier"] == "mcap" and said["relative_file_paths"] == ["drive.mcap"]
+    assert said["message_count"] == 5 and said["files"][0]["message_count"] == 5
+    topics = {entry["topic_metadata"]["name"]: entry for entry in said["topics_with_message_count"]}
+    assert {name: entry["message_count"] for name, entry in topics.items()} == {
+        "/tokens": 3, "/tf_static": 1, "/command": 1,
+    }  # fmt: skip
+    assert all(entry["topic_metadata"]["serialization_format"] == "cdr" for entry in topics.values())
+    qos = {name: entry["topic_metadata"]["offered_qos_profiles"] for name, entry in topics.items()}
+    assert [(each["durability"], each["depth"], each["reliability"]) for each in qos["/tf_static"]] == [
+        ("transient_local", 1, "reliable")
+    ]
+    assert [(each["history"], each["durability"], each["reliability"]) for each in qos["/tokens"]] == [
+        ("keep_last", "volatile", "reliable")
+    ]
+    assert qos["/command"] == []
+
+    with (folder / "drive.mcap").open("rb") as opened:
+        reader = mcap.reader.make_reader(opened, validate_crcs=True)
+        assert reader.get_header().profile == "ros2"
+        found = list(reader.iter_messages())
+    assert [(schema.name, schema.encoding) for schema, channel, _ in found if channel.topic == "/tokens"] == [
+        ("sensor_msgs/msg/CompressedImage", "ros2msg")
+    ] * 3
+    assert all(channel.message_encoding == "cdr" for _, channel, _ in found)
+    written = {channel.topic: channel.metadata["offered_qos_profiles"] for _, channel, _ in found}
+    assert {name: yaml.safe_load(text) for name, text in written.items()} == qos
+    with rosbags.rosbag2.Reader(folder) as bag:
+        assert {each.topic: each.msgcount for each in bag.connections} == {
+            name: entry["message_count"] for name, entry in topics.items()
+        }
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "- history: 1", "3", "[" * 16000, "- &a {depth: 1}\n- *a", "a: [", "- {depth: [1]}"],
+)
+def test_qos_that_cannot_be_read_is_none(text):
+    assert bag_output._recorded_qos(BagTopic("/tf", "tf2_msgs/msg/TFMessage", 1, text)) == []
+
+
+def test_tokens_have_the_qos_of_the_node():
+    pytest.importorskip("rclpy")
+    from vla_perception.nodes.visual_tokenizer import token_publisher
+
+    assert bag_output._tokens_qos().depth == token_publisher.DEPTH
+
+
 def test_a_folder_of_images_becomes_a_bag_from_time_zero_on(tmp_path):
     tokenize(tmp_path / "out", [write_images(tmp_path / "shots", 3)], output="mcap")
     assert [message.time_ns for message in messages(tmp_path / "out/shots")] == [0, 10**9, 2 * 10**9]
 
 
 def test_it_goes_on_and_ends_with_the_same_bytes(tmp_path, drive, monkeypatch):
-    from vla_perception.offline import bag_output
-
     tokenize(tmp_path / "whole", [drive], output="mcap", copied=None)
     real, left = bag_output._token_messages, [2]
 

@@ -31,9 +31,12 @@ def write_images(folder: Path, count: int, first: int = 0) -> Path:
     return folder
 
 
-def write_bag(path: Path, frames, *, plugin="mcap", values=(), types="sensor_msgs/msg/Image", sort=True) -> Path:
+def write_bag(
+    path: Path, frames, *, plugin="mcap", values=(), types="sensor_msgs/msg/Image", sort=True, qos=None
+) -> Path:
     """A bag of (topic, stamp ns, image or None for a damaged one) messages, recorded 5 ms after their stamps; and of
-    (topic, time ns, numbers) `values`, as std_msgs/Float64MultiArray. Not `sort`: written as they come, one at a time."""
+    (topic, time ns, numbers) `values`, as std_msgs/Float64MultiArray. Not `sort`: written as they come, one at a time.
+    `qos`: topic → the QoS profiles of its publishers."""
     from rosbags.rosbag2 import StoragePlugin, Writer
     from rosbags.typesys import Stores, get_typestore
 
@@ -72,7 +75,9 @@ def write_bag(path: Path, frames, *, plugin="mcap", values=(), types="sensor_msg
         connections = {}
         for time_ns, topic, kind, message in in_order:
             if topic not in connections:
-                connections[topic] = bag.add_connection(topic, kind, typestore=store)
+                connections[topic] = bag.add_connection(
+                    topic, kind, typestore=store, offered_qos_profiles=(qos or {}).get(topic, ())
+                )
             bag.write(connections[topic], time_ns, store.serialize_cdr(message, kind))
     return path
 

@@ -8,14 +8,18 @@ import os
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vla_perception.offline import run_index
 from vla_perception.offline.bag_recordings import typestore
 from vla_perception.offline.token_file import TokenFile
-from vla_perception.sources.bags import Bag
+from vla_perception.sources.bags import Bag, BagTopic
 from vla_perception.tokens.codec import FORMAT
+
+if TYPE_CHECKING:
+    from rosbags.interfaces import Qos
 
 TOPIC = "/tokens"
 _TYPE = "sensor_msgs/msg/CompressedImage"
@@ -53,7 +57,7 @@ def _write(file: TokenFile, folder: Path, source: Path | None, copied: Collectio
 
     store = typestore()
     with Writer(folder, version=9, storage_plugin=StoragePlugin.MCAP) as bag:
-        tokens = bag.add_connection(TOPIC, _TYPE, typestore=store)
+        tokens = bag.add_connection(TOPIC, _TYPE, typestore=store, offered_qos_profiles=[_tokens_qos()])
         connections = {TOPIC: tokens}
         messages: Iterator[tuple[int, str, bytes]] = _token_messages(file, store)
         if source is not None and (copied is None or copied):
@@ -62,7 +66,8 @@ def _write(file: TokenFile, folder: Path, source: Path | None, copied: Collectio
                 for topic in topics:
                     kind = recorded.topics[topic].type
                     known = {"typestore": store} if kind in store.types else {"msgdef": "", "rihs01": _NO_HASH}
-                    connections[topic] = bag.add_connection(topic, kind, **known)
+                    qos = _recorded_qos(recorded.topics[topic])
+                    connections[topic] = bag.add_connection(topic, kind, **known, offered_qos_profiles=qos)
                 others = ((message.time_ns, message.topic, message.cdr) for message in recorded.messages(topics))
                 # In the order of their times; tokens behind the image message that completed their frame set.
                 for time_ns, topic, cdr in heapq.merge(others, messages, key=lambda entry: entry[0]):
@@ -74,6 +79,37 @@ def _write(file: TokenFile, folder: Path, source: Path | None, copied: Collectio
 
 #: A type's hash that is not known, as its definition is not: players take the type by its name.
 _NO_HASH = f"RIHS01_{'0' * 64}"
+
+
+def _tokens_qos() -> Qos:
+    """As the node's publisher offers it (nodes/visual_tokenizer/token_publisher.py)."""
+    from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
+
+    infinite = QosTime(9223372036, 854775807)
+    return Qos(
+        history=QosHistory.KEEP_LAST,
+        depth=10,
+        reliability=QosReliability.RELIABLE,
+        durability=QosDurability.VOLATILE,
+        deadline=infinite,
+        lifespan=infinite,
+        liveliness=QosLiveliness.AUTOMATIC,
+        liveliness_lease_duration=infinite,
+        avoid_ros_namespace_conventions=False,
+    )
+
+
+def _recorded_qos(topic: BagTopic) -> list[Qos]:
+    """A copied topic's: players repeat /tf_static for late subscribers only if it says so. None where it is unreadable."""
+    from rosbags.rosbag2.metadata import parse_qos
+
+    if any(sign in topic.offered_qos for sign in "&*<"):  # recorders write no aliases, which may expand without end
+        return []
+    try:
+        found = parse_qos(topic.offered_qos)
+        return found if all(isinstance(profile.depth, int) for profile in found) else []
+    except Exception:  # noqa: BLE001 - the library raises whatever odd content leads it to
+        return []
 
 
 def _copied(recorded: Bag, file: TokenFile, copied: Collection[str] | None) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vla_perception.printable import printable
 
@@ -21,11 +21,15 @@ class BagError(ValueError):
 
 @dataclass(frozen=True)
 class BagTopic:
-    """A topic of a bag: its name, message type ("sensor_msgs/msg/Image") and number of messages."""
+    """A topic of a bag: its name, message type ("sensor_msgs/msg/Image") and number of messages.
+
+    offered_qos: what the publishers offered, YAML as the recorder wrote it, unchecked; "" where it says nothing.
+    """
 
     name: str
     type: str
     messages: int
+    offered_qos: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

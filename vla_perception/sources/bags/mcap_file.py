@@ -20,6 +20,7 @@ from mcap.opcode import Opcode
 from vla_perception.sources.bags.storage import (
     MCAP_MAGIC,
     MESSAGE_LIMIT,
+    QOS_LIMIT,
     Channel,
     FileError,
     Source,
@@ -177,8 +178,12 @@ class McapFile:
             return
         channel = parse(mcap.records.Channel, data)
         if channel.id not in self.channels:
+            qos = channel.metadata.get("offered_qos_profiles", "")
             self.channels[channel.id] = Channel(
-                channel.topic, ros_type(schemas.get(channel.schema_id, "")), encoding_of(channel.message_encoding)
+                channel.topic,
+                ros_type(schemas.get(channel.schema_id, "")),
+                encoding_of(channel.message_encoding),
+                offered_qos=qos if len(qos) <= QOS_LIMIT else "",
             )
 
     def _count(self, key: int) -> None:

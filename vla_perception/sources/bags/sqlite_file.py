@@ -14,6 +14,7 @@ from vla_perception.sources.bags.storage import (
     MAX_NS,
     MESSAGE_LIMIT,
     NAME_LIMIT,
+    QOS_LIMIT,
     Channel,
     FileError,
     Stored,
@@ -47,10 +48,12 @@ class SqliteFile:
                     "SELECT topic_id, count(*), min(timestamp), max(timestamp) FROM messages GROUP BY topic_id"
                 )
             }
-            topics = database.execute("SELECT id, name, type, serialization_format FROM topics ORDER BY id").fetchall()
+            topics = database.execute(
+                f"SELECT id, name, type, serialization_format, {_qos_column(database)} FROM topics ORDER BY id"
+            ).fetchall()
         self.channels = {
-            key: Channel(name, kind, encoding_of(encoding), counts[key][0] if key in counts else 0)
-            for key, name, kind, encoding in topics
+            key: Channel(name, kind, encoding_of(encoding), counts[key][0] if key in counts else 0, qos)
+            for key, name, kind, encoding, qos in topics
         }
         spans = [span for key, (_, *span) in counts.items() if key in self.channels]
         self.start_ns = min((start for start, _ in spans), default=None)
@@ -85,6 +88,14 @@ class SqliteFile:
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
             database.execute("PRAGMA journal_mode=DELETE").fetchall()
         return copy
+
+
+def _qos_column(database: sqlite3.Connection) -> str:
+    """What selects the QoS of a topic, as text: the first recorders wrote none."""
+    name = "offered_qos_profiles"
+    if all(column[1] != name for column in database.execute("PRAGMA table_xinfo(topics)")):
+        return "''"
+    return f"CASE WHEN typeof({name}) = 'text' AND length({name}) <= {QOS_LIMIT} THEN {name} ELSE '' END"
 
 
 def _check_tables(database: sqlite3.Connection) -> None:

@@ -28,6 +28,8 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 MESSAGE_LIMIT = 300 << 20
 #: Characters of a topic's name, and of its type, in SQLite.
 NAME_LIMIT = 1 << 16
+#: Characters of what is said about a topic's QoS; more is none.
+QOS_LIMIT = 1 << 14
 #: Bytes that copying or decompressing a file leaves free on the disk.
 DISK_RESERVE = 1 << 30
 
@@ -45,12 +47,16 @@ class FileError(ValueError):
 
 @dataclass
 class Channel:
-    """A topic of one file: name, message type, encoding of its messages ("cdr"), and how many the file says it has."""
+    """A topic of one file: name, message type, encoding of its messages ("cdr"), and how many the file says it has.
+
+    offered_qos: see `BagTopic`.
+    """
 
     topic: str
     type: str
     encoding: str
     messages: int = 0
+    offered_qos: str = ""
 
 
 class StorageFile(Protocol):
