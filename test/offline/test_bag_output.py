@@ -11,8 +11,9 @@ from pixel_tokenizer import PixelTokenizer  # noqa: E402
 from recorded import numbered_image, write_bag, write_images  # noqa: E402
 from rosbags.interfaces import QosDurability  # noqa: E402
 
-from vla_perception.offline import bag_output  # noqa: E402
+from vla_perception.offline import bag_output, run  # noqa: E402
 from vla_perception.offline.bag_recordings import typestore  # noqa: E402
+from vla_perception.offline.recordings import Selection, open_recordings  # noqa: E402
 from vla_perception.offline.token_file import TokenFile  # noqa: E402
 from vla_perception.sources.bags import Bag, BagTopic  # noqa: E402
 from vla_perception.tokens.visual_tokens import VisualTokens  # noqa: E402
@@ -109,6 +110,14 @@ def test_qos_that_cannot_be_read_is_none(text):
     assert bag_output._recorded_qos(BagTopic("/tf", "tf2_msgs/msg/TFMessage", 1, text)) == []
 
 
+def test_the_disk_need_has_room_for_a_token_file_beside_its_bag(tmp_path, drive):
+    recordings = open_recordings([drive, write_images(tmp_path / "shots", 3)], Selection())
+    frames = 4 * 2, 3  # of one view each: 6 tokens of 6 channels in bfloat16
+    for output, expected in (("safetensors", sum(frames)), ("mcap", sum(frames) + max(frames))):
+        settings = run.RunSettings(tmp_path, output=output)
+        assert run.expected_bytes(recordings, PixelTokenizer(), settings) == expected * 6 * 6 * 2
+
+
 def test_tokens_have_the_qos_of_the_node():
     pytest.importorskip("rclpy")
     from vla_perception.nodes.visual_tokenizer import token_publisher
@@ -132,10 +141,24 @@ def test_it_goes_on_and_ends_with_the_same_bytes(tmp_path, drive, monkeypatch):
                 raise KeyboardInterrupt
             yield message
 
+    unlink = bag_output.Path.unlink
+
+    def interrupted_at_the_end(path, **options):
+        if path.suffix == ".safetensors":
+            raise KeyboardInterrupt
+        unlink(path, **options)
+
     monkeypatch.setattr(bag_output, "_token_messages", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tokenize(tmp_path / "parts", [drive], output="mcap", copied=None)
     monkeypatch.undo()
+    monkeypatch.setattr(
+        bag_output.Path, "unlink", interrupted_at_the_end
+    )  # the bag is there, and the token file still is
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(tmp_path / "parts", [drive], output="mcap", copied=None)
+    monkeypatch.undo()
+    assert (tmp_path / "parts/drive").is_dir() and (tmp_path / "parts/drive.safetensors").is_file()
     tokenizer = PixelTokenizer()
     tokenize(tmp_path / "parts", [drive], tokenizer, output="mcap", copied=None)
     assert not tokenizer.batches, "the tokens were there already"

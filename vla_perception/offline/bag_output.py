@@ -34,8 +34,7 @@ def convert(path: Path, source: Path | None, copied: Collection[str] | None) -> 
         source: the bag that the tokens are of; None: they are of something else.
         copied: topics of it to copy; None: all but those of its cameras. Empty: none.
     """
-    folder = path.with_suffix("")
-    working = path.with_name(f"{path.stem}.bag.part")
+    folder, working = path.with_suffix(""), _working(path)
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir()
     with TokenFile(path) as file:
@@ -48,8 +47,17 @@ def convert(path: Path, source: Path | None, copied: Collection[str] | None) -> 
         with each.open("rb") as opened:
             os.fsync(opened.fileno())
     written.replace(folder)
-    working.rmdir()
-    path.unlink()
+    tidy(path)
+
+
+def tidy(path: Path) -> None:
+    """Takes away what a bag that is complete was made from."""
+    path.unlink(missing_ok=True)
+    shutil.rmtree(_working(path), ignore_errors=True)
+
+
+def _working(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.bag.part")
 
 
 def _write(file: TokenFile, folder: Path, source: Path | None, copied: Collection[str] | None) -> None:

@@ -166,11 +166,13 @@ def layout_of(recording: Recording, tokenizer: VisualTokenizer, settings: RunSet
 
 
 def expected_bytes(recordings: Sequence[Recording], tokenizer: VisualTokenizer, settings: RunSettings) -> int:
-    """About how many bytes the recordings' tokens take."""
-    return sum(
+    """About how many bytes the recordings' tokens take, at most at a time."""
+    sizes = [
         expected_sets(recording, settings.selection) * layout_of(recording, tokenizer, settings).frame_bytes
         for recording in recordings
-    )
+    ]
+    # A bag is written from its token file, which is deleted after that.
+    return sum(sizes) + (max(sizes, default=0) if settings.output == "mcap" else 0)
 
 
 class _Run:
@@ -261,12 +263,15 @@ class _Run:
         self._put(self._blocks, None)
 
     def _read_one(self, recording: Recording) -> None:
+        path = self.settings.out / f"{recording.name}.safetensors"
         bag = run_index.bag_entry(self.settings.out, recording.name) if self.settings.output == "mcap" else None
         if bag is not None:
+            from vla_perception.offline import bag_output
+
+            bag_output.tidy(path)
             self._report(f"{recording.name}: is there already")
             self._advance(int(bag["frames"]))
             return
-        path = self.settings.out / f"{recording.name}.safetensors"
         writer = TokenFileWriter(path, layout_of(recording, self.tokenizer, self.settings), recording.files)
         if writer.is_finished:
             self._convert(writer, recording)
