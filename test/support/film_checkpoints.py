@@ -41,8 +41,16 @@ def film_state(condition_channels: int = 96) -> dict[str, torch.Tensor]:
     }
 
 
-def lora_wrapped(state: dict[str, torch.Tensor], rank: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
-    """The same encoders behind peft's LoRA (all linear layers but FiLM's): base weights less what LoRA adds to them."""
+def lora_wrapped(
+    state: dict[str, torch.Tensor], rank: int = 4, scale: float | None = None, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """The same encoders behind peft's LoRA (all linear layers but FiLM's): base weights less what LoRA adds to them.
+
+    Args:
+        scale: peft's factor; None for what openvla-oft's code comes to.
+    """
+    if scale is None:
+        scale = min(rank, 16) / rank
     generator = torch.Generator().manual_seed(seed)
     wrapped = {}
     for name, value in state.items():
@@ -52,7 +60,7 @@ def lora_wrapped(state: dict[str, torch.Tensor], rank: int = 4, seed: int = 0) -
         if linear:
             a = torch.randn(rank, value.shape[1], generator=generator) * 0.02
             b = torch.randn(value.shape[0], rank, generator=generator) * 0.02
-            wrapped[f"{module}.base_layer.weight"] = value - (b @ a) * (min(rank, 16) / rank)
+            wrapped[f"{module}.base_layer.weight"] = value - (b @ a) * scale
             wrapped[f"{module}.lora_A.default.weight"], wrapped[f"{module}.lora_B.default.weight"] = a, b
         elif kind == "bias" and biased and state[f"{module}.weight"].ndim == 2:
             wrapped[f"{module}.base_layer.bias"] = value

@@ -1,5 +1,6 @@
 """OpenVLA-OFT with FiLM against results of its own wrapper, and what a condition is to whoever encodes."""
 
+import json
 import threading
 
 import checkpoints
@@ -10,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 from parity import relative_error  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
@@ -40,6 +42,14 @@ def pixel_values(reference) -> list[torch.Tensor]:
     return [torch.from_numpy(reference[f"coffee.pixels{index}"])[None] for index in range(2)]
 
 
+def projected(values: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """OpenVLA's fused-gelu-mlp."""
+    for index in (1, 2, 3):
+        values = functional.gelu(values) if index > 1 else values
+        values = functional.linear(values, weights[f"fc{index}.weight"], weights[f"fc{index}.bias"])
+    return values
+
+
 def test_every_key_of_the_reference_is_in_the_file(reference):
     keys = {name.replace(".gamma", ".scale_factor") for name in reference["keys"]}
     assert keys == set(film_checkpoints.film_state())
@@ -63,12 +73,8 @@ def test_agrees_with_openvla_oft(tokenizer, reference):
     features = output.features[0].cpu().numpy()
     assert relative_error(features, reference["coffee.features"]) < 1e-4
     assert output.condition == digest == tokenizer.condition
-    weights = checkpoints.projector(features.shape[1])
-    values = torch.from_numpy(features)
-    for index in (1, 2, 3):
-        values = functional.gelu(values) if index > 1 else values
-        values = functional.linear(values, weights[f"fc{index}.weight"], weights[f"fc{index}.bias"])
-    assert relative_error(output.tokens[0].cpu().numpy(), values.numpy()) < 1e-4
+    expected = projected(torch.from_numpy(features), checkpoints.projector(features.shape[1]))
+    assert relative_error(output.tokens[0].cpu().numpy(), expected.numpy()) < 1e-4
 
 
 def test_without_lora_the_same(tmp_path, reference):
@@ -77,6 +83,63 @@ def test_without_lora_the_same(tmp_path, reference):
     tokenizer.set_condition(reference["condition"][0])
     features = tokenizer.encode(pixel_values(reference), features=True).features[0].numpy()
     assert relative_error(features, reference["coffee.features"]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "settings, scale",
+    [
+        ({"r": 32, "lora_alpha": 16}, 0.5),  # as openvla-oft's code sets it
+        ({"r": 4, "lora_alpha": 6, "use_rslora": True}, 3.0),
+        ({"r": 4, "lora_alpha": 6, "alpha_pattern": {"qkv": 8, "proj": 8, "fc1": 8, "fc2": 8, "fc3": 8}}, 2.0),
+    ],
+    ids=["oft", "rslora", "alpha_pattern"],
+)
+def test_beside_an_adapter_that_is_not_merged(settings, scale, tmp_path, reference):
+    """Without weights in the directory: encoders of their own file, LoRA's projector on the base model's."""
+    state = film_checkpoints.lora_wrapped(film_checkpoints.film_state(), settings["r"], scale)
+    models = checkpoints.towers(seed=7)
+    projector = checkpoints.projector(sum(model.num_features for model in models))
+    base = checkpoints.write(tmp_path / "base", checkpoints.openvla_tensors(models, projector))
+    folder = tmp_path / "oft"
+    (folder / "lora_adapter").mkdir(parents=True)
+    torch.save(state, folder / "vision_backbone--100_checkpoint.pt")
+    entries = {"peft_type": "LORA", "base_model_name_or_path": str(base), "init_lora_weights": "gaussian"} | settings
+    (folder / "lora_adapter" / "adapter_config.json").write_text(json.dumps(entries))
+    generator = torch.Generator().manual_seed(3)
+    # peft's names of the encoders inside of FiLM's wrapper; their values must not matter.
+    adapter = {
+        f"base_model.model.vision_backbone.{name.replace('.default.', '.')}": torch.full_like(value, 9.0)
+        for name, value in state.items()
+        if ".lora_" in name
+    }
+    for index in (1, 2, 3):
+        weight = projector[f"fc{index}.weight"]
+        a = torch.randn(settings["r"], weight.shape[1], generator=generator) * 0.1
+        b = torch.randn(weight.shape[0], settings["r"], generator=generator) * 0.1
+        adapter |= {f"base_model.model.projector.fc{index}.lora_{half}.weight": x for half, x in (("A", a), ("B", b))}
+        projector[f"fc{index}.weight"] = weight + scale * (b @ a)
+    save_file(adapter, folder / "lora_adapter" / "adapter_model.safetensors")
+
+    tokenizer = VisualTokenizer.load(folder, device="cpu", compute_dtype="float32")
+    tokenizer.set_condition(reference["condition"][0])
+    output = tokenizer.encode(pixel_values(reference), features=True)
+    features = output.features[0].numpy()
+    assert relative_error(features, reference["coffee.features"]) < 1e-4
+    expected = projected(torch.from_numpy(features), projector)
+    assert relative_error(output.tokens[0].numpy(), expected.numpy()) < 1e-4
+    with pytest.raises(CheckpointError, match="with FiLM; give the folder above it"):
+        VisualTokenizer.load(base, adapter=folder / "lora_adapter")
+
+
+@pytest.mark.parametrize("alpha", ["much", None, {}, 1e40])
+def test_an_adapters_scale_that_cannot_be(alpha, folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "lora_adapter").mkdir()
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "/nowhere", "lora_alpha": alpha}
+    (tmp_path / "lora_adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="adapter_config.json"):
+        VisualTokenizer.load(tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize("vector", [np.zeros(95), np.zeros((1, 96)), np.full(96, np.nan), np.full(96, np.inf)])
@@ -205,11 +268,7 @@ class Whole:
         return torch.cat(results, dim=2)
 
     def tokens(self, pixel_values: list[torch.Tensor], condition: torch.Tensor) -> torch.Tensor:
-        values = self.features(pixel_values, condition)
-        for index in (1, 2, 3):
-            values = functional.gelu(values) if index > 1 else values
-            values = functional.linear(values, self.projector[f"fc{index}.weight"], self.projector[f"fc{index}.bias"])
-        return values
+        return projected(self.features(pixel_values, condition), self.projector)
 
     def act(self, tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         text = self.embeddings(ids)

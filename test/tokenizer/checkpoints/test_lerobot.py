@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -15,6 +16,7 @@ from vla_perception import cli  # noqa: E402
 from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
 from vla_perception.tokenizer.checkpoints import CheckpointError, lerobot  # noqa: E402
 from vla_perception.tokenizer.checkpoints.open import read_config  # noqa: E402
+from vla_perception.tokens import tokenize  # noqa: E402
 
 
 def loaded(folder) -> VisualTokenizer:
@@ -145,6 +147,54 @@ def test_tables_and_heads_that_no_policy_runs_are_left_out(tmp_path):
     )
 
 
+def adapter(folder, base, modules, **settings):
+    """peft's adapter of a policy, for linear layers by their names in it."""
+    folder.mkdir()
+    tensors = {}
+    for module, (out, inputs) in modules.items():
+        tensors |= {
+            f"base_model.model.{module}.lora_A.weight": torch.ones(4, inputs),
+            f"base_model.model.{module}.lora_B.weight": torch.ones(out, 4),
+        }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    entries = {"peft_type": "LORA", "r": 4, "base_model_name_or_path": str(base)} | settings
+    (folder / "adapter_config.json").write_text(json.dumps(entries))
+    return folder
+
+
+def test_an_adapter_that_leaves_vision_alone_changes_nothing(tmp_path):
+    """LeRobot's own: the action expert's and the projections of state and action, of whatever kind."""
+    base = written(tmp_path / "base")
+    modules = {
+        "model.paligemma_with_expert.gemma_expert.model.layers.0.self_attn.q_proj": (8, 8),
+        "model.action_in_proj": (8, 32),
+    }
+    folder = adapter(tmp_path / "adapter", base, modules, use_dora=True)
+    whole, named = loaded(base), loaded(folder)
+    given = VisualTokenizer.load(base, adapter=folder, device="cpu", compute_dtype="float32")
+    assert named.fingerprint == given.fingerprint == whole.fingerprint
+    assert (named.model, given.model) == ("adapter", "base")
+    image = checkpoints.image()
+    assert torch.equal(named(image).tokens, whole(image).tokens)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        VISION.removesuffix("vision_model.") + "encoder.layers.0.self_attn.q_proj",
+        "paligemma_with_expert.paligemma.model.multi_modal_projector.linear",
+        "depth.fc",
+    ],
+)
+def test_an_adapter_that_changes_vision_is_refused_with_the_cure(module, tmp_path):
+    base = written(tmp_path / "base")
+    folder = adapter(tmp_path / "adapter", base, {f"model.{module}": (WIDTH, WIDTH)})
+    for model, given in ((folder, None), (base, folder)):
+        with pytest.raises(CheckpointError, match="2 tensors that change the vision tower.*merge it into the base"):
+            VisualTokenizer.load(model, adapter=given, device="cpu")
+    assert VisualTokenizer.load(base, adapter="none", device="cpu").fingerprint == loaded(base).fingerprint
+
+
 def test_in_several_files_with_an_index(tmp_path):
     whole = loaded(written(tmp_path / "a" / "policy"))
     folder = written(tmp_path / "b" / "policy")
@@ -166,6 +216,13 @@ def test_no_cls_token_and_features_without_the_connector(tmp_path):
         VisualTokenizer.load(folder, token_strategy="cls+patch")
     tokenizer = VisualTokenizer.load(folder, projector="none", device="cpu")
     assert tokenizer.grid == (8, 8) and tokenizer.channels == 128
+    features = tokenize(tokenizer, {"base": checkpoints.image()}, features=True)
+    shuffled = tokenize(loaded(folder), {"base": checkpoints.image()}, features=True)
+    assert np.array_equal(features.data, shuffled.features) and np.array_equal(features.data, features.features)
+    assert (features.shape, features.grid, features.pixel_shuffle) == ((1, 64, 128), (8, 8), 1)
+    assert (shuffled.shape, shuffled.grid, shuffled.pixel_shuffle) == ((1, 4, OUT), (2, 2), 4)
+    last = checkpoints.image().shape[1] - 1, checkpoints.image().shape[0] - 1
+    assert (features.token_at(*last), shuffled.token_at(*last)) == (63, 3)
     pooled = VisualTokenizer.load(folder, pool=2, device="cpu")
     assert pooled.grid == (1, 1) and pooled([checkpoints.image()]).tokens.shape == (1, 1, OUT)
 

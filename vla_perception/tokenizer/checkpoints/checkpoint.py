@@ -49,6 +49,7 @@ class Checkpoint:
         position_grids: canonical name of position embeddings that were trained for another image size → (rows,
             columns, number of prefix tokens among them) that they are to be resampled to, as timm does it.
         notes: sentences for the user about where the weights come from.
+        of_lerobot: whether it is a policy of LeRobot's, whose adapters name tensors as the policy does.
     """
 
     path: Path | str
@@ -57,6 +58,7 @@ class Checkpoint:
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     position_grids: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    of_lerobot: bool = False
 
     def check(self, expected: Mapping[str, tuple[int, ...]], unused: Callable[[str], bool]) -> None:
         """Raises one CheckpointError that lists every tensor that is missing, unexpected, or wrong in shape or dtype.

@@ -10,7 +10,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from vla_perception.tokenizer.checkpoints import CheckpointError
+from vla_perception.tokenizer.checkpoints import CheckpointError, lora
 from vla_perception.tokenizer.checkpoints.checkpoint import Adapter, Checkpoint, listing
 from vla_perception.tokenizer.checkpoints.files import PickledTensors, StoredTensor, read_json
 from vla_perception.tokenizer.checkpoints.tensor_names import canonical_name, unwrapped
@@ -35,6 +35,7 @@ def with_film(checkpoint: Checkpoint, file: Path) -> Checkpoint:
     """
     tensors: dict[str, StoredTensor] = {}
     halves: dict[str, dict[str, StoredTensor]] = {}
+    modules: dict[str, str] = {}  # as peft knows them: LoRA is inside of FiLM's blocks
     unexpected, twice = [], []
     for name, stored in PickledTensors(file).part().items():
         inner = re.sub(r"\.blocks\.(\d+)\.block\.", r".blocks.\1.", unwrapped(name)).replace(".base_layer.", ".")
@@ -48,6 +49,8 @@ def with_film(checkpoint: Checkpoint, file: Path) -> Checkpoint:
         if key in place:
             twice.append(name)
         place[key] = stored
+        if low_rank:
+            modules[canonical] = low_rank[1]
     odd = [name for name, pair in halves.items() if len(pair) != 2 or name not in tensors]
     problems = (
         ("tensors that belong to no known part", unexpected),
@@ -56,7 +59,9 @@ def with_film(checkpoint: Checkpoint, file: Path) -> Checkpoint:
     )
     if any(names for _, names in problems):
         raise CheckpointError(f"{file}: {'; '.join(listing(title, names) for title, names in problems if names)}")
-    adapters = {name: Adapter(pair["A"], pair["B"], _scale(file, pair["A"])) for name, pair in halves.items()}
+    adapters = {
+        name: Adapter(pair["A"], pair["B"], _scale(file, modules[name], pair["A"])) for name, pair in halves.items()
+    }
     # What is not the encoders': the projector, and what may have been trained of it.
     own = tuple(f"{encoder.name}." for encoder in checkpoint.config.encoders)
     tensors |= {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith(own)}
@@ -67,16 +72,17 @@ def with_film(checkpoint: Checkpoint, file: Path) -> Checkpoint:
     return replace(checkpoint, config=config, tensors=tensors, adapters=adapters)
 
 
-def _scale(file: Path, a: StoredTensor) -> float:
+def _scale(file: Path, module: str, a: StoredTensor) -> float:
     """peft's factor before B A: of ``lora_adapter/``, or as openvla-oft's code has it."""
     rank = a.shape[0] if a.shape else 0
     if not rank:
         raise CheckpointError(f"{file}: {a.name[:200]!r} has the rank 0")
-    settings = file.parent / "lora_adapter" / "adapter_config.json"
-    alpha = read_json(settings).get("lora_alpha") if settings.is_file() else min(rank, 16)
-    if not isinstance(alpha, (int, float)) or not 0 < alpha < 1e6:
-        raise CheckpointError(f"{settings}: lora_alpha {alpha!r:.100} is not a usable number")
-    return float(alpha) / rank
+    beside = file.parent / "lora_adapter" / "adapter_config.json"
+    settings = read_json(beside) if beside.is_file() else {"lora_alpha": min(rank, 16)}
+    try:
+        return lora.scale_of(settings, module, rank)
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"{beside}: {error!r}") from error
 
 
 def _condition_channels(file: Path, tensors: dict[str, StoredTensor]) -> int:

@@ -125,6 +125,20 @@ def refuse_unknown(where: object, names: Iterable[str]) -> None:
         )
 
 
+def refuse_adapter(where: object, names: Iterable[str], cure: str) -> None:
+    """Raises a CheckpointError, with the cure, if an adapter changes a policy's vision part; nothing if it does not.
+
+    Args:
+        names: of the adapter's tensors, as in the policy. LeRobot's own adapters are for the action expert alone.
+    """
+    changed = sorted(name for name in names if is_vision(name))
+    if changed:
+        raise CheckpointError(
+            f"{where}: {listing('tensors that change the vision tower or its connector, or may do so', changed)}. "
+            f"Adapters are not added to the vision of LeRobot's policies, whose query, key and value are one tensor here; {cure}"
+        )
+
+
 def _bare(name: str) -> str:
     return unwrapped(name).removeprefix("model.")
 
@@ -177,7 +191,7 @@ def open_policy(directory: Path) -> Checkpoint:
     tensors |= {f"projector.fc1.{key}": value for key, value in connector.items()}
     width, shuffle = _connector(directory, connector, tower, family)
     config = TokenizerConfig(directory.resolve().name, encoders, family.projector, width, pixel_shuffle=shuffle)
-    return Checkpoint(directory, config, tensors, notes=_views(settings))
+    return Checkpoint(directory, config, tensors, notes=_views(settings), of_lerobot=True)
 
 
 def read_config(directory: Path) -> TokenizerConfig:

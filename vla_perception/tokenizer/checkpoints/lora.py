@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from vla_perception.tokenizer.checkpoints import CheckpointError
+from vla_perception.tokenizer.checkpoints import CheckpointError, lerobot
 from vla_perception.tokenizer.checkpoints.checkpoint import Adapter, Checkpoint, listing
 from vla_perception.tokenizer.checkpoints.files import SafetensorsFile, StoredTensor, file_errors, read_json
 from vla_perception.tokenizer.checkpoints.tensor_names import canonical_name, is_vision, unwrapped
@@ -87,9 +87,16 @@ def check_kind(settings: Mapping[str, object], directory: Path) -> None:
 def with_adapter(checkpoint: Checkpoint, directory: Path, of_film: bool = False) -> Checkpoint:
     """A checkpoint and peft's LoRA adapter for it (``adapter_config.json``, ``adapter_model.safetensors``).
 
-    What the adapter changes in the language model is left out, and with `of_film` in the encoders. CheckpointError for what is not known to be plain LoRA.
+    What the adapter changes in the language model is left out, and with `of_film` in the encoders.
+
+    Raises:
+        CheckpointError: what is not known to be plain LoRA, or changes the vision of a policy of LeRobot's.
     """
     settings = read_json(directory / "adapter_config.json")
+    if checkpoint.of_lerobot:  # of any kind, as nothing of it is read
+        names = (unwrapped(stored.name).removeprefix(_PEFT_PREFIX) for stored in _stored_tensors(directory))
+        lerobot.refuse_adapter(directory, names, _CURE)
+        return checkpoint
     check_kind(settings, directory)
     if checkpoint.adapters:
         raise CheckpointError(f"{directory}: {checkpoint.path} has an adapter already, and only one is added; {_CURE}")
@@ -100,7 +107,7 @@ def with_adapter(checkpoint: Checkpoint, directory: Path, of_film: bool = False)
             said = None if settings.get("rank_pattern") else settings.get("r")
             if said is not None and said != a.shape[0]:
                 raise ValueError(f"r is {said!r:.200}, but {module[:200]} has the rank {a.shape[0]}")
-            adapters[name] = Adapter(a, b, _scale(settings, module, a.shape[0]))
+            adapters[name] = Adapter(a, b, scale_of(settings, module, a.shape[0]))
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, ZeroDivisionError, OverflowError) as error:
         raise CheckpointError(f"{directory / 'adapter_config.json'}: {error!r}") from error
     return replace(checkpoint, tensors={**checkpoint.tensors, **whole}, adapters=adapters)
@@ -114,16 +121,11 @@ def read_adapter(
     Args:
         of_film: the encoders were wrapped for FiLM, and are in a separate file: what is here of them is left out.
     """
-    file = directory / "adapter_model.safetensors"
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing; an adapter is read from safetensors, never from a pickle")
-    with file_errors(file):
-        stored_tensors = SafetensorsFile(file).tensors
     halves: dict[str, dict[str, StoredTensor]] = {}
     modules: dict[str, str] = {}
     whole: dict[str, StoredTensor] = {}
     unexpected, twice = [], []
-    for stored in stored_tensors.values():
+    for stored in _stored_tensors(directory):
         name = unwrapped(stored.name).removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
         name = re.sub(r"\.modules_to_save(\.default)?\.", ".", unwrapped(name))
         if not is_vision(name) or (of_film and name.startswith("vision_backbone.vision_backbone.")):
@@ -153,8 +155,16 @@ def read_adapter(
     return {name: (modules[name], pair["A"], pair["B"]) for name, pair in halves.items()}, whole
 
 
-def _scale(settings: Mapping, module: str, rank: int) -> float:
-    """peft's factor before B A; `alpha_pattern` names modules by the end of their path."""
+def _stored_tensors(directory: Path) -> list[StoredTensor]:
+    file = directory / "adapter_model.safetensors"
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing; an adapter is read from safetensors, never from a pickle")
+    with file_errors(file):
+        return list(SafetensorsFile(file).tensors.values())
+
+
+def scale_of(settings: Mapping, module: str, rank: int) -> float:
+    """peft's factor before B A; `alpha_pattern` names modules by the end of their path. ValueError if it is unusable."""
     alpha = settings.get("lora_alpha", 8)
     for pattern, value in (settings.get("alpha_pattern") or {}).items():
         if re.search(r"[^\w.-]", pattern):

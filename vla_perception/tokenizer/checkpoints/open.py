@@ -160,11 +160,7 @@ def open_checkpoint(path: str | os.PathLike, adapter: str | os.PathLike | None =
         )
     else:
         if (directory / "adapter_config.json").is_file():
-            if film.film_file(directory.parent):
-                raise CheckpointError(
-                    f"{directory} is the adapter of an OpenVLA-OFT checkpoint with FiLM; give the folder above it, which holds "
-                    "the encoders' own file"
-                )
+            _refuse_half_of_film(directory)
             base = _open_base(directory)
             checkpoint = lora.with_adapter(base, directory)
             checkpoint = replace(checkpoint, config=replace(checkpoint.config, name=directory.resolve().name))
@@ -172,6 +168,8 @@ def open_checkpoint(path: str | os.PathLike, adapter: str | os.PathLike | None =
             checkpoint, adapter = _open_directory(directory, adapter)
         conditioned = film.film_file(directory)
     if adapter is not None and str(adapter) != "none":
+        if conditioned is None:
+            _refuse_half_of_film(local_path(adapter))
         checkpoint = lora.with_adapter(checkpoint, local_path(adapter), of_film=conditioned is not None)
     return film.with_film(checkpoint, conditioned) if conditioned else checkpoint
 
@@ -197,6 +195,16 @@ def _open_directory(directory: Path, adapter: str | os.PathLike | None) -> tuple
         return prismatic.open_run(directory), adapter
     checkpoint = openvla.open_directory(directory)
     return checkpoint, beside if held and _lacks_adapter(checkpoint, beside) else adapter
+
+
+def _refuse_half_of_film(adapter: Path) -> None:
+    from vla_perception.tokenizer.checkpoints import film
+
+    if film.film_file(adapter.parent):
+        raise CheckpointError(
+            f"{adapter} is the adapter of an OpenVLA-OFT checkpoint with FiLM; give the folder above it, which holds the "
+            "encoders' own file, as the model"
+        )
 
 
 def _open_base(directory: Path) -> Checkpoint:
