@@ -228,7 +228,8 @@ def _tokenize(given: argparse.Namespace) -> int:
             if index == 0:
                 result = torch.empty(len(given.images), *row.shape, dtype=row.dtype)
             result[index] = row
-    metadata = tokenizer.metadata() | {"images": [str(path) for path in given.images]}
+    condition = {} if tokenizer.condition is None else {"condition": tokenizer.condition}
+    metadata = tokenizer.metadata() | condition | {"images": [str(path) for path in given.images]}
     save_file({given.output: result}, given.out, metadata={"vla_perception": json.dumps(metadata, sort_keys=True)})
     print(
         f"{given.out}: {given.output} {list(result.shape)} {tokenizer.compute_dtype}, "

@@ -11,9 +11,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 from parity import relative_error  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
+from vla_perception import cli  # noqa: E402
 from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
 from vla_perception.tokenizer.checkpoints import CheckpointError  # noqa: E402
 from vla_perception.tokens import tokenize  # noqa: E402
@@ -168,6 +171,20 @@ def test_the_message_carries_the_digest_and_the_fingerprint_does_not(tokenizer):
     assert len({message.fingerprint for message in messages}) == 1
     again = type(messages[0]).from_bytes(messages[1].to_bytes())
     assert again.condition == messages[1].condition
+
+
+def test_tokenize_takes_the_condition_for_one_file_of_tokens_too(folder, tmp_path, capsys):
+    Image.fromarray(checkpoints.image()).save(tmp_path / "a.png")
+    out, vector = tmp_path / "tokens.safetensors", np.linspace(-1, 1, 96, dtype=np.float32)
+    command = ["tokenize", str(tmp_path / "a.png"), "--model", str(folder), "--out", str(out), "--device", "cpu"]
+    assert cli.main(command) == 1 and "--condition FILE.npy" in capsys.readouterr().err
+    np.save(tmp_path / "condition.npy", vector)
+    assert cli.main([*command, "--condition", str(tmp_path / "condition.npy")]) == 0
+    tokenizer = VisualTokenizer.load(folder, device="cpu")
+    digest = tokenizer.set_condition(vector)
+    with safe_open(out, "pt") as file:
+        torch.testing.assert_close(file.get_tensor("tokens"), tokenizer([checkpoints.image()]).tokens)
+        assert json.loads(file.metadata()["vla_perception"])["condition"] == digest
 
 
 def test_no_tokens_are_of_two_conditions(tokenizer):

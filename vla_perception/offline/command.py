@@ -123,11 +123,14 @@ def _add_execution(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_options(given: argparse.Namespace) -> None:
-    """ValueError for an option of runs where image files become one FILE.safetensors, which has no use for it."""
+    """ValueError for an option of runs where image files become one FILE.safetensors, which has no use for it.
+
+    It has for the condition of a model with FiLM.
+    """
     parser = argparse.ArgumentParser()
     add_options(parser)
     for name, default in vars(parser.parse_args([])).items():
-        if getattr(given, name) != default:
+        if name != "condition" and getattr(given, name) != default:
             raise ValueError(f"--{name.replace('_', '-')} is for --out FOLDER, not for a FILE.safetensors")
 
 
