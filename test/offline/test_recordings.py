@@ -1,6 +1,8 @@
 """What sources become: recordings, their cameras, and every frame set in its order."""
 
+import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -280,10 +282,21 @@ def test_episodes_and_keys_of_a_dataset():
         open_recordings([DATASET], select(cameras=["top"]))
 
 
+@pytest.mark.parametrize("where", [("info", "is_depth_map"), ("video_info", "video.is_depth_map")])
+def test_depth_maps_of_a_dataset_are_left_out(tmp_path, where):
+    """LeRobot 0.6 records them as videos of one channel, and says so in either of these places."""
+    root = tmp_path / "rig"
+    shutil.copytree(DATASET, root)
+    info = json.loads((root / "meta/info.json").read_text())
+    info["features"]["observation.images.wrist"][where[0]] = {where[1]: True}
+    (root / "meta/info.json").write_text(json.dumps(info))
+    assert {recording.cameras for recording in open_recordings([root], Selection())} == {("front",)}
+    with pytest.raises(SourceError, match="observation.images.wrist holds depth maps"):
+        open_recordings([root], select(cameras=["wrist"]))
+
+
 def test_a_dataset_of_images_and_one_of_version_2(tmp_path):
     """Written here, as LeRobot lays them out: PNG in the rows of parquet files, one file per episode."""
-    import json
-
     import pyarrow
     import pyarrow.parquet as parquet
 
@@ -342,8 +355,6 @@ def test_a_dataset_of_images_and_one_of_version_2(tmp_path):
 
 def test_garbled_datasets_are_errors(tmp_path):
     """Whatever byte of its index is changed: an error of ours, or other frames, and no crash."""
-    import shutil
-
     chance = random.Random(0)
     for name in ("meta/info.json", "meta/episodes/chunk-000/file-000.parquet", "data/chunk-000/file-000.parquet"):
         for attempt in range(8):

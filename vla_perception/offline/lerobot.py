@@ -72,6 +72,7 @@ class _Dataset:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise SourceError(f"{root}/meta/info.json is not as LeRobot writes it: {error!r}") from error
         self.image_keys = [key for key, feature in self.features.items() if feature.get("dtype") in _IMAGES]
+        self.depth_keys = [key for key in self.image_keys if _is_depth(self.features[key])]
 
     @cached_property
     def episodes(self) -> list[_Episode]:
@@ -290,8 +291,9 @@ def _camera_keys(dataset: _Dataset, selection: Selection) -> dict[str, str]:
     """Camera → key of its feature."""
     named = {key.removeprefix(_PREFIX): key for key in dataset.image_keys}
     if not selection.cameras:
+        named = {name: key for name, key in named.items() if key not in dataset.depth_keys}
         if not named:
-            raise SourceError(f"{dataset.root} has no images; its features are {', '.join(dataset.features)}")
+            raise SourceError(f"{dataset.root} has no images in color; its features are {', '.join(dataset.features)}")
         return named
     keys = {}
     for name, where in selection.cameras:
@@ -301,8 +303,21 @@ def _camera_keys(dataset: _Dataset, selection: Selection) -> dict[str, str]:
                 f"{dataset.root} has no images {key} for the camera {name}; it has {', '.join(dataset.image_keys)} "
                 "(--cameras NAME=KEY)"
             )
+        if key in dataset.depth_keys:
+            raise SourceError(
+                f"{dataset.root}: {key} holds depth maps, not images in color; leave the camera {name} out"
+            )
         keys[name] = key
     return keys
+
+
+def _is_depth(feature: dict[str, Any]) -> bool:
+    """Whether a feature of images holds depth maps, as LeRobot from 0.6 on says it, or earlier versions said it."""
+    for name in ("info", "video_info"):
+        found = feature.get(name)
+        if isinstance(found, dict) and (found.get("is_depth_map") or found.get("video.is_depth_map")):
+            return True
+    return False
 
 
 def _may_hold(file: Any, group: int, column: int, index: int) -> bool:
