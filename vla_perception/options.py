@@ -24,8 +24,14 @@ RUNTIMES = ("auto", "eager", "onednn", "graph", "compile")
 TOKEN_STRATEGIES = ("patch", "cls", "cls+patch")
 #: From the encoders' width to the language model's; ``none`` gives features.
 PROJECTORS = ("linear", "gelu-mlp", "fused-gelu-mlp", "pixel-shuffle-linear", "none")
-#: Resizes without distortion, the rest black (tokenizer/resize_with_pad.py).
-RESIZE_WITH_PAD = ("resize_with_pad_pil", "resize_with_pad_torch", "resize_with_pad_jax", "resize_with_pad_top_left")
+#: Resizes without distortion, the rest padded (tokenizer/resize_with_pad.py).
+RESIZE_WITH_PAD = (
+    "resize_with_pad_pil",
+    "resize_with_pad_torch",
+    "resize_with_pad_jax",
+    "resize_with_pad_top_left",
+    "resize_with_pad_lerobot_0_4",
+)
 #: How an image becomes an encoder's square (tokenizer/preprocess.py).
 RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox", *RESIZE_WITH_PAD)
 #: What is done to images before they are resized (tokenizer/image_transforms.py), and last how they are.

@@ -42,7 +42,14 @@ def test_every_filter_equals_pils(device, interpolation, size, side):
 @pytest.mark.parametrize("size", [(48, 64), (61, 37), (5, 3), (28, 20), (28, 28)])
 def test_what_is_padded_after_the_resize(device, size):
     """Beside encoders that are fed in other ways; those in float32 take no kernel of ours."""
-    ways = ("resize_with_pad_pil", "letterbox", "resize_with_pad_torch", "resize_with_pad_top_left", "resize-naive")
+    ways = (
+        "resize_with_pad_pil",
+        "letterbox",
+        "resize_with_pad_torch",
+        "resize_with_pad_top_left",
+        "resize_with_pad_lerobot_0_4",
+        "resize-naive",
+    )
     encoders = [encoder(28, way, name=way, interpolation=2) for way in ways]
     images = [noise((*size, 3), 1)[:, ::-1], noise((30, 31, 3), 2), noise((*size, 3), 3)]
     for way, got, expected in zip(ways, preprocessor(encoders, device)(images), Preprocessor(encoders)(images)):

@@ -101,6 +101,14 @@ OFT = ["rotate180", "jpeg", "lanczos3", "center_crop_tf"]
         ),
         ({"pool": 2}, {}, ["pool (expected 2, got 1)", "weights are the expected"]),
         (
+            {"model": "pi05", "image_transforms": ["resize_with_pad_pil"]},
+            {"model": "pi05", "image_transforms": ["rotate180"]},
+            [
+                'image_transforms (expected [], got ["rotate180"])',
+                'siglip.resize_strategy (expected "resize_with_pad_pil", got "resize_with_pad_torch")',
+            ],
+        ),
+        (
             {},
             {"pool": 4, "image_transforms": ["lanczos3"]},
             ["pool (expected 1, got 4)", 'image_transforms (expected [], got ["lanczos3:224"])'],

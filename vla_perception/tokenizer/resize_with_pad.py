@@ -1,17 +1,18 @@
 """Resizing without distortion, the rest black: as π0 and SmolVLA are fed.
 
-All four scale by one ratio to ``int(size / ratio)`` and differ in how, and in where the padding lies. On the same image
+All scale by one ratio to ``int(size / ratio)`` and differ in how, and in the padding. On the same image
 they give different tokens, so each has a name:
 
 | name | whose | interpolation | padding |
 | --- | --- | --- | --- |
 | ``resize_with_pad_pil`` | openpi's client and server | PIL's bilinear, antialiased, on uint8 | centered |
-| ``resize_with_pad_torch`` | π0 in LeRobot, openpi's PyTorch | float32, not antialiased, clamped | centered |
+| ``resize_with_pad_torch`` | π0 in LeRobot from 0.5 on, openpi's PyTorch | float32, not antialiased, clamped | centered |
 | ``resize_with_pad_jax`` | openpi's JAX model | ``jax.image.resize``: float32, antialiased, clamped | centered |
 | ``resize_with_pad_top_left`` | SmolVLA in LeRobot | float32, not antialiased | left and top |
+| ``resize_with_pad_lerobot_0_4`` | π0 in LeRobot 0.4 | as ``…_torch`` | centered, -3 in the place of black |
 
 Sources: openpi's ``openpi_client.image_tools`` and ``openpi.shared.image_tools``, LeRobot's
-``lerobot.policies.common.vla_utils``.
+``lerobot.policies.common.vla_utils``; of LeRobot 0.4, ``lerobot.policies.pi0.modeling_pi0``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch.nn import functional
 
 from vla_perception.options import RESIZE_WITH_PAD
 
-BY_PIL, BY_TORCH, BY_JAX, TOP_LEFT = RESIZE_WITH_PAD
+BY_PIL, BY_TORCH, BY_JAX, TOP_LEFT, LEROBOT_0_4 = RESIZE_WITH_PAD
 
 
 class Placement(NamedTuple):
@@ -89,16 +90,17 @@ class FloatResize:
             self._columns = _LinearTaps(width, self._placement.columns, device)
 
     def __call__(self, planes: torch.Tensor) -> torch.Tensor:
-        """uint8 [views, 3, height, width] → float32 [views, 3, side, side] from -1 to 1."""
+        """uint8 [views, 3, height, width] → float32 [views, 3, side, side] from -1 to 1, padding apart."""
         if self._strategy == BY_JAX:  # openpi scales to -1 … 1 before
             return self._padded(self._resized_as_jax(self._scaled(planes).mul_(2.0).sub_(1.0)), -1.0)
         if self._is_identity:
             return self._scaled(planes).mul_(2.0).sub_(1.0)
         upper, lower = (self._between_columns(planes.index_select(-2, row)) for row in self._rows.indices)
         values = self._rows.mix(upper, lower, -2)
-        if self._strategy == BY_TORCH:
+        if self._strategy in (BY_TORCH, LEROBOT_0_4):
             values = values.clamp_(0.0, 1.0)
-        return self._padded(values, 0.0).mul_(2.0).sub_(1.0)
+        # LeRobot 0.4 pads with the black of images from -1 to 1 before it scales them to that.
+        return self._padded(values, -1.0 if self._strategy == LEROBOT_0_4 else 0.0).mul_(2.0).sub_(1.0)
 
     def _scaled(self, levels: torch.Tensor) -> torch.Tensor:
         """uint8 → float32 from 0 to 1."""

@@ -23,6 +23,7 @@ from vla_perception.fingerprint_inputs import (
     fingerprint,
     spelled_today,
 )
+from vla_perception.options import RESIZE_WITH_PAD
 
 #: The settings' entry of the image transforms.
 _TRANSFORMS = SPELLED_IN_FINGERPRINTS["image_transforms"]
@@ -182,7 +183,7 @@ def _transforms(sizes: set[int]) -> Iterator[list[str]]:
 
 def _preprocessings(encoders: Sequence[Mapping]) -> Iterator[list[dict]]:
     """Another resize strategy or interpolation, and ImageNet's statistics exact or as they come out of bfloat16."""
-    for strategy in ("resize-naive", "resize-crop"):
+    for strategy in ("resize-naive", "resize-crop", *RESIZE_WITH_PAD):
         yield [{**entry, "resize_strategy": strategy, "letterbox_fill": None} for entry in encoders]
     fill = [int(255 * value) for value in encoders[0].get("mean", ())] if encoders else []
     yield [{**entry, "resize_strategy": "letterbox", "letterbox_fill": fill} for entry in encoders]
