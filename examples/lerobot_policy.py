@@ -14,6 +14,7 @@ named STEP.DIMENSION.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from typing import Any
 
@@ -22,6 +23,8 @@ import torch
 from vla_perception.tokens import FingerprintMismatchError, TokenFormatError, TokenSubscriber, VisualTokens
 
 PREFIX = "observation.images."
+#: The layers behind the vision tower, by their names in LeRobot's policies.
+CONNECTORS = r"\.(multi_modal_projector|connector)\."
 
 
 class SplitPolicy:
@@ -35,6 +38,9 @@ class SplitPolicy:
         self._policy = policy
         parts = ("paligemma_with_expert", "vlm_with_expert")
         embedder = next(getattr(policy.model, part) for part in parts if hasattr(policy.model, part))
+        # What `embed_image` returns has the connector's dtype: bfloat16 in most SmolVLAs and in LeRobot 0.4's π0.
+        weights = {name: weight for name, weight in embedder.named_parameters() if re.search(CONNECTORS, name)}
+        self._dtype = next(iter(weights.values())).dtype
         embedder.embed_image = self._next_view
         self._waiting: list[torch.Tensor] = []
 
@@ -74,7 +80,7 @@ class SplitPolicy:
 
     def _next_view(self, image: torch.Tensor, **_options: object) -> torch.Tensor:
         """In the place of `embed_image`: [1, 3, height, width] → [1, tokens, channels]."""
-        return self._waiting.pop(0).to(image.device, image.dtype)
+        return self._waiting.pop(0).to(image.device, self._dtype)
 
 
 def load(path: str, device: str) -> tuple[Any, Any, Any]:

@@ -158,20 +158,31 @@ class RosProcess:
 
     Args:
         command: what follows the Python executable, e.g. ``["-m", "vla_perception.nodes.bag_player", …]``.
+        python: the executable; another environment's gets neither this one's libraries nor its PYTHONPATH.
     """
 
     def __init__(
-        self, command: Sequence[str], domain: int, extra: Mapping[str, str] | None = None, cwd: Path | None = None
+        self,
+        command: Sequence[str],
+        domain: int,
+        extra: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        python: str = sys.executable,
     ) -> None:
+        # What leaves the device open computes on the CPU in a test, also where there is a GPU (conftest.py).
+        environment = ros_environment(domain, {"CUDA_VISIBLE_DEVICES": "", **(extra or {})})
+        if python != sys.executable:
+            for name in ("LD_LIBRARY_PATH", "_ROS_WHEELS_BOOTSTRAP_COMPLETE", "VIRTUAL_ENV", "AMENT_PREFIX_PATH"):
+                environment.pop(name, None)
+            environment["PYTHONPATH"] = str(ROOT)
         self.process = subprocess.Popen(
-            [sys.executable, *command],
+            [python, *command],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             text=True,
             cwd=cwd,
-            # What leaves the device open computes on the CPU in a test, also where there is a GPU (conftest.py).
-            env=ros_environment(domain, {"CUDA_VISIBLE_DEVICES": "", **(extra or {})}),
+            env=environment,
         )
         self._lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)

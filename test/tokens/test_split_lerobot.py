@@ -27,6 +27,17 @@ VIEWS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 STEPS, ACTIONS, OUT = 5, 7, 48
 
 
+class Embedder(torch.nn.Module):
+    """As `paligemma_with_expert` and `vlm_with_expert` are: a module with a vision-language model."""
+
+    def __init__(self, vlm: torch.nn.Module) -> None:
+        super().__init__()
+        self.vlm = vlm
+
+    def embed_image(self, image: torch.Tensor) -> torch.Tensor:
+        return lerobot_checkpoints.computed(self.vlm, image)[1]
+
+
 class Miniature:
     """As LeRobot's policies are seen from outside: `config`, `model`, `predict_action_chunk`."""
 
@@ -37,7 +48,7 @@ class Miniature:
         shape = (3, self.size, self.size)
         features = {f"observation.images.{view}": SimpleNamespace(shape=shape) for view in VIEWS}
         self.config = SimpleNamespace(image_features=features)
-        embedder = SimpleNamespace(embed_image=lambda image: lerobot_checkpoints.computed(self.vlm, image)[1])
+        embedder = Embedder(self.vlm)
         part = "paligemma_with_expert" if kind == "pi05" else "vlm_with_expert"
         self.model = SimpleNamespace(**{part: embedder})
         self._embedder = embedder
