@@ -201,6 +201,7 @@ def _spin(node: Node, stop: Stop, codes: queue.SimpleQueue[int], threads: int) -
             stop(0)
         except Exception:
             traceback.print_exc()
+            print("this error ends the process, so that a supervisor can start another one", file=sys.stderr)
             stop(1)
         if isinstance(executor, _ThreadedExecutor):
             executor.pool.shutdown(wait=True)

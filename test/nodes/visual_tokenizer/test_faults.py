@@ -240,9 +240,14 @@ def ended_with_a_message(process: RosProcess) -> bool:
     if process.process.poll() is None:
         return False
     assert process.wait() != 0
-    assert any(t in process.output for t in ("Fatal Python error", "MemoryError", "bad_alloc", "[FATAL]")), (
-        process.output
+    messages = (
+        "Fatal Python error",
+        "MemoryError",
+        "bad_alloc",
+        "[FATAL]",
+        "so that a supervisor can start another one",
     )
+    assert any(message in process.output for message in messages), process.output
     return True
 
 
@@ -305,6 +310,35 @@ def test_no_memory_to_load_the_model(mib):
                 assert ended_with_a_message(process)
                 return
             assert lifecycle.reach(Transition.TRANSITION_CONFIGURE, "inactive"), process.output
+        finally:
+            robot.policy.close()
+
+
+@pytest.mark.parametrize("mib", [0, 130])
+def test_no_memory_while_it_runs(mib):
+    """Frames for which there is none are lost, or counted as errors, and the node goes on when there is some again; or its
+    process ends with a message. It never stands still."""
+    with RosContext() as ros, RosProcess(AUTOSTART, ros.domain) as process:
+        robot = Robot(ros)
+
+        def has_ended() -> bool:
+            return process.process.poll() is not None
+
+        try:
+            process.wait_for("ready after", 120)
+            with camera_in(ros):
+                robot.tokens_again(60)
+            pixels = np.zeros((2000, 3000, 3), np.uint8)
+            with limited(process, resource.RLIMIT_AS, virtual_memory(process) + (mib << 20)):
+                for _ in range(10):
+                    robot.send(pixels, "rgb8")
+                    heard = len(robot.statuses)
+                    wait_until(lambda at=heard: len(robot.statuses) > at or has_ended(), 60, "diagnostics, or the end")
+            if has_ended():
+                assert ended_with_a_message(process)
+                return
+            with camera_in(ros):
+                robot.tokens_again(60)
         finally:
             robot.policy.close()
 

@@ -6,6 +6,7 @@ torch is imported here and not before, so that a node is up at once and says wha
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
 import sys
@@ -141,6 +142,7 @@ def freeze_loaded_objects() -> None:
     """A full garbage collection over torch's and the model's objects stalls all threads for 0.1 to 0.2 s."""
     gc.collect()
     gc.freeze()
+    _trim()
 
 
 def release_memory() -> None:
@@ -150,3 +152,13 @@ def release_memory() -> None:
     if "torch" in sys.modules and (torch := sys.modules["torch"]).cuda.is_initialized():
         with contextlib.suppress(RuntimeError):  # of a device that failed, or older torches after a failed capture
             torch.cuda.empty_cache()
+    _trim()
+
+
+def _trim() -> None:
+    """Gives the system what glibc keeps of freed memory.
+
+    It keeps that per thread, and transitions run in several ones: each would keep the size of a small model.
+    """
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
