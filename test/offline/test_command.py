@@ -81,6 +81,16 @@ def test_it_says_how_to_go_on(tmp_path, tokenize, monkeypatch):
     assert code == 130 and "the same command goes on from here" in told
 
 
+def test_what_an_earlier_run_did_is_no_part_of_the_rate():
+    bar = command._bar(1000)
+    bar.found(900)
+    bar.update(10)
+    state = bar.format_dict
+    assert (state["n"], state["initial"], state["total"]) == (910, 900, 1000)
+    assert "[00:10<01:30,  1.00 " in bar.format_meter(**state | {"elapsed": 10.0, "rate": None}), "10 in 10 s, 90 left"
+    bar.close()
+
+
 @pytest.mark.parametrize(
     "options, text",
     [

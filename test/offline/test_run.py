@@ -154,6 +154,15 @@ def test_what_is_done_is_not_done_again(tmp_path, sources):
     tokenize(tmp_path / "out", sources[:1])
     before = contents(tmp_path / "out")
     tokenizer = PixelTokenizer()
+    advanced, found = [], []
+    run.encode_recordings(
+        open_recordings(sources[:1], Selection()),
+        tokenizer,
+        run.RunSettings(tmp_path / "out"),
+        advance=advanced.append,
+        found=found.append,
+    )
+    assert (advanced, found) == ([], [8])
     tokenize(tmp_path / "out", sources[:1], tokenizer)
     assert not tokenizer.batches and contents(tmp_path / "out") == before
     index, _ = tokenize(tmp_path / "out", sources, tokenizer)

@@ -215,7 +215,12 @@ def _tokenize(
     index = runs.begin(settings, tokenizer, recordings)
     with _continuing(settings.out), _bar(expected) as bar:
         failed, statistics = runs.encode_recordings(
-            recordings, tokenizer, settings, report=lambda text: bar.write(text, file=sys.stderr), advance=bar.update
+            recordings,
+            tokenizer,
+            settings,
+            report=lambda text: bar.write(text, file=sys.stderr),
+            advance=bar.update,
+            found=bar.found,
         )
     index = runs.end(settings, index, recordings, [*damaged, *failed])
     _say_result(settings.out, index, statistics)
@@ -251,6 +256,7 @@ def _tokenize_on_ray(
             announce=lambda size: bar.write(_disk_need(settings.out, len(recordings), expected, size), file=sys.stderr),
             report=lambda text: bar.write(text, file=sys.stderr),
             advance=bar.update,
+            found=bar.found,
         )
     _say_result(settings.out, index, statistics)
     return int(bool(index["failed"]))
@@ -270,8 +276,15 @@ def _bar(expected: int) -> Any:
     """A progress bar with rate and time left; without a terminal, a line every half a minute."""
     from tqdm import tqdm
 
+    class Bar(tqdm):
+        def found(self, count: int) -> None:
+            """What an earlier run did: no part of this one's rate."""
+            for name in ("n", "initial", "last_print_n"):
+                setattr(self, name, getattr(self, name) + count)
+            self.refresh()
+
     interval = 0.2 if sys.stderr.isatty() else 30
-    return tqdm(total=expected, unit=" frame sets", smoothing=0.05, dynamic_ncols=True, mininterval=interval)
+    return Bar(total=expected, unit=" frame sets", smoothing=0.05, dynamic_ncols=True, mininterval=interval)
 
 
 @contextlib.contextmanager

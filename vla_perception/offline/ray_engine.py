@@ -48,17 +48,20 @@ class _Worker:
         """What a run by this worker alone would say of itself."""
         return run.new_index(self._settings, self._tokenizer)
 
-    def encode(self, name: str) -> tuple[list[dict[str, str]], int, list[str]]:
-        """One recording: what was left out, its frame sets, and what was reported."""
+    def encode(self, name: str) -> tuple[list[dict[str, str]], int, int, int, list[str]]:
+        """One recording: what was left out; frame sets that were encoded, done, and found done; what was reported."""
         reported: list[str] = []
+        done, found = [0], [0]
         failed, statistics = run.encode_recordings(
             [self._recordings[name]],
             self._tokenizer,
             self._settings,
             report=reported.append,
+            advance=done.append,
+            found=found.append,
             digests=self._digests,
         )
-        return failed, statistics.frame_sets, reported[:100]
+        return failed, statistics.frame_sets, sum(done), sum(found), reported[:100]
 
 
 def tokenize(
@@ -73,6 +76,7 @@ def tokenize(
     announce: Callable[[int], None] = lambda _: None,
     report: Callable[[str], None] = lambda _: None,
     advance: Callable[[int], None] = lambda _: None,
+    found: Callable[[int], None] = lambda _: None,
 ) -> tuple[dict, run.Statistics]:
     """Runs it all, and writes the index.
 
@@ -103,12 +107,15 @@ def tokenize(
         pool = ActorPool(actors)
         names = [recording.name for recording in recordings]
         begun = time.perf_counter()
-        for left_out, frame_sets, reported in pool.map_unordered(lambda actor, name: actor.encode.remote(name), names):
+        for left_out, frame_sets, done, earlier, reported in pool.map_unordered(
+            lambda actor, name: actor.encode.remote(name), names
+        ):
             failed += left_out
             statistics.frame_sets += frame_sets
             for text in reported:
                 report(text)
-            advance(frame_sets)
+            found(earlier)
+            advance(done)
         statistics.encoding_sec = time.perf_counter() - begun
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error if isinstance(error.cause, Exception) else error

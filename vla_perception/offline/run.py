@@ -184,13 +184,14 @@ class _Run:
         settings: RunSettings,
         report: Callable[[str], None],
         advance: Callable[[int], None],
+        found: Callable[[int], None],
         digests: run_index.Digests,
     ) -> None:
         self.tokenizer, self.settings = tokenizer, settings
         self.encoder = Encoder(tokenizer, settings.token_dtype)
         self.failed: list[dict[str, str]] = []
         self.statistics = Statistics()
-        self._report, self._advance = report, advance
+        self._report, self._advance, self._found = report, advance, found
         self._stopped = threading.Event()
         self._error: BaseException | None = None
         self._blocks: queue.Queue[_Block | _End | None] = queue.Queue(_QUEUED)
@@ -270,18 +271,18 @@ class _Run:
 
             bag_output.tidy(path)
             self._report(f"{recording.name}: is there already")
-            self._advance(int(bag["frames"]))
+            self._found(int(bag["frames"]))
             return
         writer = TokenFileWriter(path, layout_of(recording, self.tokenizer, self.settings), recording.files)
         if writer.is_finished:
             self._convert(writer, recording)
             self._report(f"{recording.name}: is there already")
-            self._advance(writer.frames)
+            self._found(writer.frames)
             return
         self._writers.append(writer)
         if writer.done:
             self._report(f"{recording.name}: goes on behind the first {writer.done} frame sets")
-            self._advance(writer.done)
+            self._found(writer.done)
         digests = self._digests.of(recording.files)
         block: list[Future[_Decoded]] = []
         breaks_off = ""
@@ -409,6 +410,7 @@ def encode_recordings(
     *,
     report: Callable[[str], None] = lambda _: None,
     advance: Callable[[int], None] = lambda _: None,
+    found: Callable[[int], None] = lambda _: None,
     digests: run_index.Digests | None = None,
 ) -> tuple[list[dict[str, str]], Statistics]:
     """Writes the token files that are not there yet; goes on with those that were begun.
@@ -416,6 +418,7 @@ def encode_recordings(
     Args:
         report: called with what is skipped, a sentence each.
         advance: called with the number of frame sets just done.
+        found: called with the number of frame sets of a recording that an earlier run has done.
         digests: of earlier calls, whose recordings are in part of the same files.
 
     Returns:
@@ -426,7 +429,7 @@ def encode_recordings(
         OSError: a source cannot be read, or the folder not be written.
     """
     with run_index.Digests() if digests is None else contextlib.nullcontext(digests) as shared:
-        run = _Run(tokenizer, settings, report, advance, shared)
+        run = _Run(tokenizer, settings, report, advance, found, shared)
         run(recordings)
     return run.failed, run.statistics
 
