@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import CancelledError
 
 import numpy as np
 import pytest
@@ -70,13 +72,29 @@ def test_a_file_of_several_episodes_is_hashed_once(tmp_path, monkeypatch):
     """Also where each episode is a call of its own, as a worker of Ray gets them."""
     hashed = []
     real = run_index.file_digest
-    monkeypatch.setattr(run_index, "file_digest", lambda file: hashed.append(file.name) or real(file))
+    monkeypatch.setattr(run_index, "file_digest", lambda file, ended: hashed.append(file.name) or real(file, ended))
     settings = run.RunSettings(tmp_path / "out", Selection())
     with run_index.Digests() as digests:
         for recording in open_recordings([DATASET], Selection()):
             run.encode_recordings([recording], PixelTokenizer(), settings, digests=digests)
     assert len(hashed) == len(set(hashed)) > 2
     assert len(list((tmp_path / "out").rglob("*.safetensors"))) == 3
+
+
+def test_an_interruption_does_not_wait_for_digests():
+    """Of a source without end."""
+    asked = threading.Event()
+
+    class Endless:
+        def read(self, size):
+            asked.set()
+            return bytes(10)
+
+    with run_index.Digests() as digests:
+        pending = digests._thread.submit(run_index.file_digest, Endless(), digests._ended)
+        assert asked.wait(60)
+    with pytest.raises(CancelledError):
+        pending.result(60)
 
 
 def test_a_batch_is_measured_against_single_frame_sets(tmp_path, sources):

@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import platform
+import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
@@ -189,9 +190,10 @@ def entry_of(name: str, file: TokenFile) -> dict:
 
 
 class Digests:
-    """SHA-256 of source files, computed beside the encoding; each file once. A context manager."""
+    """SHA-256 of source files, computed beside the encoding; each file once. A context manager: its end is theirs."""
 
     def __init__(self) -> None:
+        self._ended = threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="digest")
         self._known: dict[Path, str] = {}
 
@@ -203,7 +205,7 @@ class Digests:
         for file in files:
             if file not in self._known:
                 with file.open("rb") as opened:
-                    self._known[file] = file_digest(opened)
+                    self._known[file] = file_digest(opened, self._ended)
             digests.append(self._known[file])
         listed = [
             {"path": str(file), "bytes": file.stat().st_size, "sha256": digest} for file, digest in zip(files, digests)
@@ -219,12 +221,15 @@ class Digests:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended.set()  # the process would wait for minutes, for a large file
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def file_digest(file) -> str:
-    """SHA-256 (hex) of an open file's content."""
+def file_digest(file, ended: threading.Event) -> str:
+    """SHA-256 (hex) of an open file's content. CancelledError where it `ended` before."""
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
+        if ended.is_set():
+            raise CancelledError
         digest.update(block)
     return digest.hexdigest()
