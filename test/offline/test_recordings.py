@@ -295,6 +295,65 @@ def test_depth_maps_of_a_dataset_are_left_out(tmp_path, where):
         open_recordings([root], select(cameras=["wrist"]))
 
 
+def write_images_of_version_3(root, lengths):
+    """As LeRobot's writer does it: one file, PNG in front of the numbers, a row group per episode."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    features = {"observation.images.top": {"dtype": "image", "shape": [24, 36, 3]}}
+    features |= {"timestamp": {"dtype": "float32", "shape": [1]}}
+    features |= {name: {"dtype": "int64", "shape": [1]} for name in ("frame_index", "episode_index", "index")}
+    info = {
+        "codebase_version": "v3.0",
+        "fps": 5,
+        "features": features,
+        "data_path": "data/file-{file_index:03d}.parquet",
+        "video_path": None,
+    }
+    for folder in ("meta/episodes", "data"):
+        (root / folder).mkdir(parents=True)
+    (root / "meta/info.json").write_text(json.dumps(info))
+    episodes, groups, total = [], [], 0
+    for episode, length in enumerate(lengths):
+        place = {"data/chunk_index": 0, "data/file_index": 0}
+        episodes.append({"episode_index": episode, "length": length, "tasks": ["push"], **place})
+        rows = []
+        for frame in range(length):
+            cell = {"bytes": png(numbered_image(total)), "path": None}
+            numbers = {"timestamp": frame / 5, "frame_index": frame, "episode_index": episode, "index": total}
+            rows.append({"observation.images.top": cell, **numbers})
+            total += 1
+        groups.append(pyarrow.Table.from_pylist(rows))
+    parquet.write_table(pyarrow.Table.from_pylist(episodes), root / "meta/episodes/file-000.parquet")
+    with parquet.ParquetWriter(root / "data/file-000.parquet", groups[0].schema) as writer:
+        for group in groups:
+            writer.write_table(group)
+
+
+def test_every_episode_of_a_dataset_of_images_is_found(tmp_path):
+    """A row group's columns are counted in leaves, of which an image has two."""
+    write_images_of_version_3(tmp_path / "pusher", (3, 2, 4))
+    found = []
+    for recording in open_recordings([tmp_path / "pusher"], Selection()):
+        sets = list(recording.frame_sets())
+        assert len(sets) == recording.expected_sets() and not recording.problems.count
+        found += [(int(frames.values["index"]), frames.images()[0]) for frames in sets]
+    assert [index for index, _ in found] == list(range(9))
+    np.testing.assert_array_equal([image for _, image in found], [numbered_image(index) for index in range(9)])
+
+
+def test_an_episode_with_missing_rows_is_reported(tmp_path):
+    import pyarrow.parquet as parquet
+
+    write_images_of_version_3(tmp_path / "pusher", (3, 2))
+    file = tmp_path / "pusher/data/file-000.parquet"
+    parquet.write_table(parquet.read_table(file).slice(0, 4), file)
+    whole, cut = open_recordings([tmp_path / "pusher"], Selection())
+    assert len(list(whole.frame_sets())) == 3 and whole.problems.count == 0
+    assert len(list(cut.frame_sets())) == 1 and cut.problems.count == 1
+    assert "has 1 of the 2 rows of episode 1" in cut.problems.shown[0]
+
+
 def test_a_dataset_of_images_and_one_of_version_2(tmp_path):
     """Written here, as LeRobot lays them out: PNG in the rows of parquet files, one file per episode."""
     import pyarrow

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 #: Frames of each episode.
-LENGTHS = (13, 1, 20)
+LENGTHS = (13, 2, 20)
 FPS = 15
 #: Name → the kind of each camera's feature, and LeRobot's name of the codec.
 KINDS = {

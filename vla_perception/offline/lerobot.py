@@ -174,6 +174,7 @@ class EpisodeRecording:
         self.problems.clear()
         with contextlib.ExitStack() as stack:
             readers = [self._reader(key, stack) for key in self._keys.values()]
+            ordinal = -1
             for ordinal, row in enumerate(self._rows()):
                 seconds = float(row["timestamp"])
                 images = [reader(row, seconds) for reader in readers]
@@ -186,6 +187,11 @@ class EpisodeRecording:
                     ("",) * len(images),
                     partial(_all, images),
                     self._values(row),
+                )
+            if ordinal + 1 < self._episode.length:
+                self.problems.add(
+                    f"{self._episode.data} has {ordinal + 1} of the {self._episode.length} rows of episode "
+                    f"{self._episode.index}: is the dataset complete?"
                 )
 
     def _reader(self, key: str, stack: contextlib.ExitStack) -> Any:
@@ -208,8 +214,7 @@ class EpisodeRecording:
                 columns = [name for name in file.schema_arrow.names if name in (*wanted, "episode_index", "timestamp")]
                 unused = [key for key in self._dataset.image_keys if key not in self._keys.values()]
                 columns = [name for name in columns if name not in unused]
-                place = file.schema_arrow.names.index("episode_index")
-                groups = [group for group in range(file.num_row_groups) if _may_hold(file, group, place, index)]
+                groups = [group for group in range(file.num_row_groups) if _may_hold(file, group, index)]
                 for batch in file.iter_batches(_ROWS, row_groups=groups, columns=columns):
                     for row in batch.to_pylist():
                         if row["episode_index"] == index:
@@ -320,9 +325,12 @@ def _is_depth(feature: dict[str, Any]) -> bool:
     return False
 
 
-def _may_hold(file: Any, group: int, column: int, index: int) -> bool:
+def _may_hold(file: Any, group: int, index: int) -> bool:
     """Whether rows of an episode may be in a row group, by its statistics."""
-    statistics = file.metadata.row_group(group).column(column).statistics
+    row_group = file.metadata.row_group(group)
+    # Their columns are leaves: an image before `episode_index` is two of them, so its place in the schema is another one.
+    leaves = (row_group.column(leaf) for leaf in range(row_group.num_columns))
+    statistics = next((leaf.statistics for leaf in leaves if leaf.path_in_schema == "episode_index"), None)
     if statistics is None or not statistics.has_min_max:
         return True
     return statistics.min <= index <= statistics.max
