@@ -155,14 +155,21 @@ def test_under_the_pointer_it_is_compared_too_and_columns_can_be_chosen(seen):
 def test_the_copied_python_computes_what_the_page_shows(seen, tmp_path):
     seen.click("#copy")
     code = wait_until(lambda: value(seen.driver, "view.copied"), 5, "the copied Python")
-    saved = seen.driver.find_element("css selector", "#save").get_attribute("href")
-    sequence = value(seen.driver, "view.frame.sequence")
+    saved = seen.driver.find_element("css selector", "#save-pinned").get_attribute("href")
+    sequence = value(seen.driver, "view.tiles.shown.pin.sequence")
     with urllib.request.urlopen(saved, timeout=10) as answer:
         (tmp_path / f"tokens-{sequence}.safetensors").write_bytes(answer.read())
     code = code.replace("print(", "result = (") + "np.save('result.npy', result)\n"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=60)
     shown = value(seen.driver, "Array.from(view.tiles.shown.spaces.at(-1).values)")
     assert np.allclose(np.load(tmp_path / "result.npy").ravel(), shown, atol=6e-4), "three digits of each"
+    seen.click("#pause")
+    wait_until(lambda: value(seen.driver, "view.frame.sequence") > sequence, 20, "later messages")
+    seen.click("#copy")
+    assert f"tokens-{sequence}.safetensors" in value(seen.driver, "view.copied"), "the file stays the same"
+    with urllib.request.urlopen(saved, timeout=10) as answer:
+        assert answer.read() == (tmp_path / f"tokens-{sequence}.safetensors").read_bytes()
+    seen.click("#pause")
 
 
 def test_a_dragged_box_is_compared_by_its_mean(seen):

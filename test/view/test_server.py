@@ -167,7 +167,15 @@ def test_a_page_sees_frames_health_and_the_message_itself(served):
         status, headers, body = get(server, f"/message?page={number}")
         assert status == 200 and 'filename="tokens-5.safetensors"' in headers["content-disposition"]
         assert np.array_equal(VisualTokens.from_bytes(body).data, tokens.data)
-        assert get(server, "/message?page=wrong")[0] == 404
+        assert get(server, "/message?page=wrong")[0] == get(server, f"/message?page={number}&pinned")[0] == 404
+        page.say(type="touch", camera="front", box=[45, 25, 45, 25], hold=True)
+        page.say(type="painted")
+        feed.publish(random_tokens(6))
+        while page.wait_for("frame")["sequence"] != 6:
+            pass
+        _, headers, body = get(server, f"/message?page={number}&pinned")
+        assert 'filename="tokens-5.safetensors"' in headers["content-disposition"], "where it was pinned"
+        assert np.array_equal(VisualTokens.from_bytes(body).data, tokens.data)
         page.say(type="nonsense")
         assert "unknown message" in page.wait_for("error")["text"]
     wait_until(lambda: not feed.readers, 5, "nobody wants tokens any more")

@@ -95,6 +95,23 @@ def test_a_pin_holds_its_vector_until_the_model_changes():
     assert page.say(type="untouch")[0]["pin"] is None
 
 
+def test_a_space_that_is_chosen_later_is_compared_to_what_was_pinned():
+    page, first, second = Page(), random_tokens(1), random_tokens(2)
+    page.say(type="mode", mode="similarity")
+    page.say(type="hide", spaces=[TOKENS])
+    page.show(first)
+    assert page.session.touched is None
+    page.say(type="touch", camera="front", box=[45, 25, 45, 25], hold=True)
+    page.show(second)
+    header, blobs = page.say(type="hide", spaces=[])
+    reference, vectors = first.data[0, 10], second.data
+    expected = vectors @ reference / np.linalg.norm(vectors, axis=-1) / np.linalg.norm(reference)
+    assert np.allclose(floats(blobs, header["layers"][-1]["similarity"]), expected, atol=1e-6)
+    assert page.session.touched.tokens is first and page.session.shown.tokens is second
+    page.say(type="untouch")
+    assert page.session.touched is None
+
+
 def test_under_the_pointer_it_is_what_lies_there_now():
     page, second = Page(), random_tokens(2)
     page.say(type="mode", mode="similarity")

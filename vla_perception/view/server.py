@@ -211,14 +211,16 @@ class PageServer:
             await self.in_worker(functools.partial(page.session.select, ""))
 
     async def _on_message(self, request: Request) -> Response:
-        """The message that an open page shows, as the safetensors file that it is."""
+        """The message that an open page shows, or has pinned a place in, as the safetensors file that it is."""
         number = request.query_params.get("page", "")
         page = next((page for page in self._pages if page.number == number), None)
-        shown = page.session.shown if page is not None else None
-        if shown is None:
-            return JSONResponse({"error": "that page shows no message"}, 404)
-        data = await self.in_worker(functools.partial(shown.tokens.to_bytes))
-        name = f"tokens-{shown.tokens.sequence}.safetensors"
+        snapshot = None
+        if page is not None:
+            snapshot = page.session.touched if "pinned" in request.query_params else page.session.shown
+        if snapshot is None:
+            return JSONResponse({"error": "that page has no such message"}, 404)
+        data = await self.in_worker(functools.partial(snapshot.tokens.to_bytes))
+        name = f"tokens-{snapshot.tokens.sequence}.safetensors"
         return Response(
             data,
             media_type="application/octet-stream",

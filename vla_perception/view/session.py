@@ -108,8 +108,7 @@ class Session:
         self._shown: _Shown | None = None
         self._pin: Pin | None = None
         self._hold = False
-        self._held: dict[str, np.ndarray] = {}  # space → the vector that was touched
-        self._held_from: tuple[str, int] | None = None  # fingerprint and sequence
+        self._touched: _Shown | None = None  # what was shown when that place was pinned
 
     # From the page
 
@@ -194,6 +193,7 @@ class Session:
         self._forget_pin()
         self._pin = Pin(_name(message["camera"]), (left, top, max(left, right), max(top, bottom)))
         self._hold = message["hold"] is True
+        self._touched = self._shown if self._hold else None
         return self._layers_again()
 
     def _on_untouch(self, _message: Mapping[str, object]) -> list[bytes]:
@@ -212,13 +212,18 @@ class Session:
         return []
 
     def _forget_pin(self) -> None:
-        self._pin, self._hold, self._held, self._held_from = None, False, {}, None
+        self._pin, self._hold, self._touched = None, False, None
 
     # To the page
 
     @property
     def shown(self) -> Snapshot | None:
         return None if self._shown is None else self._shown.snapshot
+
+    @property
+    def touched(self) -> Snapshot | None:
+        """The one that was shown when a place was pinned, to which later ones are compared; None without a pin."""
+        return None if self._touched is None else self._touched.snapshot
 
     def next_frame(self) -> bytes | None:
         """The latest snapshot, or that at `index`, as a frame; None if the page shows it already, or is paused."""
@@ -277,8 +282,6 @@ class Session:
 
     def _layers(self, shown: _Shown, blobs: Blobs) -> dict[str, object]:
         tokens = shown.snapshot.tokens
-        pinned = self._pin.patches(tokens) if self._pin is not None else []
-        view = tokens.cameras.index(self._pin.camera) if self._pin is not None and pinned else 0
         layers = []
         there = spaces(tokens)[:MAX_SPACES] if has_patches(tokens) else ()
         for space in there:
@@ -292,11 +295,11 @@ class Session:
                 change = patches.change(self._before(shown, space))
                 layer["change"] = None if change is None else blobs.add(change.astype(np.float32))
             elif self.mode == "similarity":
-                reference = self._reference(tokens, space, patches, view, pinned)
+                reference = self._reference(shown, space)
                 if reference is not None:
                     layer["similarity"] = blobs.add(patches.similarity(reference).astype(np.float32))
             layers.append(layer)
-        return {"mode": self.mode, "spaces": there, "layers": layers, "pin": self._pin_told(tokens, pinned)}
+        return {"mode": self.mode, "spaces": there, "layers": layers, "pin": self._pin_told(shown)}
 
     @staticmethod
     def _before(shown: _Shown, space: str) -> Patches | None:
@@ -307,31 +310,35 @@ class Session:
                 shown.before[space] = Patches(before, space)
         return shown.before.get(space)
 
-    def _reference(
-        self, tokens: VisualTokens, space: str, patches: Patches, view: int, pinned: list[int]
-    ) -> np.ndarray | None:
-        """The vector that patches are compared to: the one that was touched where it is held, else what lies there now."""
-        if self._held_from is not None and self._held_from[0] != tokens.fingerprint:
-            self._held, self._held_from = {}, None  # vectors of another model
-        if space in self._held:
-            return self._held[space]
-        if not pinned:
-            return None
-        reference = patches.mean(view, pinned)
-        if self._hold:
-            self._held[space] = reference
-            self._held_from = self._held_from or (tokens.fingerprint, tokens.sequence)
-        return reference
+    def _origin(self, shown: _Shown) -> _Shown:
+        """Where the vector that patches are compared to comes from: what was touched, if it is pinned; else this."""
+        if not self._hold:
+            return shown
+        fingerprint = shown.snapshot.tokens.fingerprint
+        if self._touched is None or self._touched.snapshot.tokens.fingerprint != fingerprint:
+            self._touched = shown  # vectors of another model cannot be compared
+        return self._touched
 
-    def _pin_told(self, tokens: VisualTokens, pinned: list[int]) -> dict[str, object] | None:
+    def _reference(self, shown: _Shown, space: str) -> np.ndarray | None:
+        """The vector that patches are compared to; None where nothing was touched, or no patch lies there."""
+        if self._pin is None:
+            return None
+        origin = self._origin(shown)
+        tokens = origin.snapshot.tokens
+        pinned = self._pin.patches(tokens)
+        if not pinned or space not in spaces(tokens):
+            return None
+        return origin.of(space).mean(tokens.cameras.index(self._pin.camera), pinned)
+
+    def _pin_told(self, shown: _Shown) -> dict[str, object] | None:
         if self._pin is None:
             return None
         return {
             "camera": self._pin.camera,
             "box": self._pin.box,
-            "patches": pinned,
+            "patches": self._pin.patches(shown.snapshot.tokens),
             "hold": self._hold,
-            "sequence": self._held_from[1] if self._held_from is not None else tokens.sequence,
+            "sequence": self._origin(shown).snapshot.tokens.sequence,
         }
 
 

@@ -69,6 +69,7 @@ const handlers = {
     $("hz").value = message.hz;
     $("control").hidden = !message.allow_control;
     $("save").href = `message?page=${encodeURIComponent(message.page)}`;
+    $("save-pinned").href = `${$("save").href}&pinned`;
     setRecording(message.is_recording);
     connection.send({ type: "mode", mode: mode() });
     connection.send({ type: "hide", spaces: [...hidden] });
@@ -209,7 +210,7 @@ function tellPin() {
   const of = tiles.frame?.views.find((one) => one.camera === pin?.camera);
   const pinned = Boolean(pin?.hold && of && pin.patches.length);
   $("unpin").hidden = !pin?.hold;
-  $("copy").hidden = !pinned;
+  $("copy").hidden = $("save-pinned").hidden = !pinned;
   if (pinned) $("patch").textContent = `Pinned ${describe(of, pin.patches)}, of message ${pin.sequence}`;
 }
 
@@ -228,11 +229,11 @@ function setMode(value) {
 }
 
 let silence = 0;
-function notice(text) {
+function notice(text, stays = false) {
   $("notice").textContent = text;
   $("notice").hidden = !text;
   clearTimeout(silence);
-  if (text && !document.body.classList.contains("disconnected")) silence = setTimeout(() => notice(""), 8000);
+  if (text && !stays && !document.body.classList.contains("disconnected")) silence = setTimeout(() => notice(""), 8000);
 }
 
 function median(values) {
@@ -272,9 +273,9 @@ $("copy").addEventListener("click", async () => {
   view.copied = asPython(tiles.frame, tiles.shown.pin, space);
   try {
     await navigator.clipboard.writeText(view.copied);
-    notice("Copied. Save message gives the file that it reads.");
+    notice("Copied. Save pinned message gives the file that it reads.");
   } catch {
-    notice(view.copied); // no clipboard without https or localhost
+    notice(view.copied, true); // no clipboard without https or localhost
   }
 });
 document.addEventListener("keydown", (event) => {

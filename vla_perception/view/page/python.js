@@ -2,7 +2,7 @@
 
 const quote = (text) => JSON.stringify(text); // a JSON string is one of Python's
 
-/** Python that computes from the saved message what the page shows. */
+/** Python that computes from the message in which a place was pinned what the page showed then. */
 export function asPython(frame, pin, space) {
   const view = frame.views.findIndex((one) => one.camera === pin.camera);
   const tokens = pin.patches.map((patch) => patch + frame.first);
@@ -13,8 +13,8 @@ export function asPython(frame, pin, space) {
 
 from vla_perception.tokens import VisualTokens
 
-# Message ${frame.sequence} of the page, saved with "Save message".
-tokens = VisualTokens.load("tokens-${frame.sequence}.safetensors")
+# Message ${pin.sequence} of the page, saved with "Save pinned message".
+tokens = VisualTokens.load("tokens-${pin.sequence}.safetensors")
 vectors = ${values}  # [views, tokens, channels], ${space.replace(/[^\x20-\x7e]/g, "?")}
 view = tokens.cameras.index(${quote(pin.camera)})${view === 0 ? "" : `  # ${view}`}
 reference = vectors[view, ${JSON.stringify(tokens)}].mean(axis=0)
