@@ -281,8 +281,11 @@ class VisualTokenizer:
 
     def encode_empty(self, features: bool = False) -> TokenizerOutput:
         """Of one view without an image: pixel values of -1, as LeRobot and openpi have it for a missing camera."""
+        return self.encode(self._empty_view(), features)
+
+    def _empty_view(self) -> list[torch.Tensor]:
         sizes = [encoder.image_size for encoder in self.config.encoders]
-        return self.encode([torch.full((1, 3, size, size), -1.0) for size in sizes], features)
+        return [torch.full((1, 3, size, size), -1.0) for size in sizes]
 
     @property
     def condition_channels(self) -> int:
@@ -356,7 +359,13 @@ class VisualTokenizer:
                 return found
         return self._encoded(self._preprocessor(images, steps), features)
 
-    def warm_up(self, views: int = 1, size: tuple[int, int] = (480, 640), cameras: Sequence[str] | None = None) -> None:
+    def warm_up(
+        self,
+        views: int = 1,
+        size: tuple[int, int] = (480, 640),
+        cameras: Sequence[str] | None = None,
+        empty_view: bool = False,
+    ) -> None:
         """Runs some times on black images, so that the first real frame does not pay for set-up.
 
         Weights are packed, code is compiled, and the CUDA graphs for this number of views are captured here. Images of
@@ -366,10 +375,13 @@ class VisualTokenizer:
         Args:
             size: (height, width) of the images that `__call__` will get.
             cameras: that they come from, as for `preprocess`.
+            empty_view: whether `encode_empty` will be called, too, which is another number of views.
         """
         images = [np.zeros((*size, 3), np.uint8)] * views
         with self._condition.held(), torch.inference_mode():
             self._encoded(self._preprocessor(images), features=False)
+            if empty_view and views > 1 and self.runtime in ("graph", "compile"):
+                self._encoded(self._empty_view(), features=False)
         if self.device.type == "cuda":
             ready: Sequence[np.ndarray] = images
             steps: Sequence[tuple[Step, ...]] | None = None

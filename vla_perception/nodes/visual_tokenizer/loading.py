@@ -99,7 +99,8 @@ def _load(parameters: TokenizerParameters, logger: RcutilsLogger) -> VisualToken
         **parameters.model_options(),
     )
     log_duration("loading the model")
-    tokenizer.warm_up(len(parameters.subscribed_cameras), cameras=parameters.subscribed_cameras)
+    cameras = parameters.subscribed_cameras
+    tokenizer.warm_up(len(cameras), cameras=cameras, empty_view=len(cameras) < len(parameters.cameras))
     log_duration("warming up")
     return tokenizer
 
