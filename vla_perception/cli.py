@@ -212,6 +212,7 @@ def _tokenize(given: argparse.Namespace) -> int:
 
     offline.allow_large_images()
     for path in given.images:  # before anything that takes long, as importing PyTorch does
+        offline.refuse_recording(path)
         image_files.check(path, given.max_image_pixels)
     _check_folder(given.out)
     check_model(given.model, **model_options(given))

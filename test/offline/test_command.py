@@ -96,7 +96,11 @@ def test_what_an_earlier_run_did_is_no_part_of_the_rate():
     [
         (["--output", "features"], "--projector none"),
         (["--copy-topics"], "--copy-topics needs --format mcap"),
+        (["--copy-topics", "/tf", "--format", "mcap"], "no source is a bag"),
+        (["--workers", "2"], "need --engine ray"),
         (["--rate", "-1"], "above 0"),
+        (["--rate", "inf"], "above 0"),
+        (["--image-rate", "inf"], "above 0"),
         (["--episodes", "1"], "no source is one"),
         (["--values", "action=/command"], "no source is a bag"),
         (["--values", "action"], "--values 'action': expected NAME=TOPIC"),
@@ -108,6 +112,13 @@ def test_what_an_earlier_run_did_is_no_part_of_the_rate():
 def test_options_that_make_no_sense(tmp_path, tokenize, options, text):
     code, _, told = tokenize(write_images(tmp_path / "shots", 1), *options)
     assert code == 1 and text in told and not (tmp_path / "out").exists()
+
+
+def test_topics_to_copy_are_looked_for_before_anything_is_computed(tmp_path, tokenize):
+    drive = write_drive(tmp_path / "drive")
+    code, _, told = tokenize(drive, "--format", "mcap", "--copy-topics", "command", "/tf")
+    assert code == 1 and "has no /tf to copy; it has /command, /front" in told and not (tmp_path / "out").exists()
+    assert tokenize(drive, "--format", "mcap", "--copy-topics", "command")[0] == 0
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path, tokenize):
@@ -142,6 +153,9 @@ def test_a_model_with_film_needs_a_condition(tmp_path):
 
 
 def test_options_of_runs_are_refused_for_a_single_file(tmp_path, tokenize):
+    for recording in (write_drive(tmp_path / "drive"), tmp_path / "clip.mp4"):
+        code, _, told = tokenize(recording, out=tmp_path / "tokens.safetensors")
+        assert code == 1 and "FILE.safetensors is for those alone; give --out FOLDER" in told
     image = write_images(tmp_path / "shots", 1) / "image_0.png"
     for option, name in (
         (["--every", "2"], "--every"),

@@ -37,6 +37,9 @@ _FIELDS = {
 class BagRecording:
     """One bag. Images come as the node gets them: messages with the fields of Image or CompressedImage.
 
+    Attributes beside those of `Recording`:
+        recorded_topics: all that the bag has.
+
     Raises:
         SourceError: no bag, no such cameras or values.
     """
@@ -55,6 +58,7 @@ class BagRecording:
                 self._values = _value_topics(bag, selection)
                 self._counts = {name: bag.topics[topic].messages for name, topic in self._topics.items()}
                 self.seconds = bag.seconds
+                recorded_topics = tuple(bag.topics)
         except BagError as error:
             raise DamagedError(str(error)) from error
         folder = path.parent if path.name == "metadata.yaml" else path
@@ -62,6 +66,7 @@ class BagRecording:
         self.name = safe_name(stem)
         self.files = sorted(entry for entry in folder.iterdir() if entry.is_file()) if folder.is_dir() else [path]
         self.cameras = tuple(self._topics)
+        self.recorded_topics = recorded_topics
         self.details: dict[str, object] = {
             "topics": dict(self._topics),
             **(

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import math
 import os
 import shutil
 import sys
@@ -134,6 +135,14 @@ def refuse_options(given: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is for --out FOLDER, not for a FILE.safetensors")
 
 
+def refuse_recording(path: Path) -> None:
+    """ValueError for a source of runs where image files become one FILE.safetensors."""
+    from vla_perception.offline.video_recordings import SUFFIXES as VIDEOS
+
+    if path.is_dir() or path.suffix.lower() in {*VIDEOS, ".mcap", ".db3", ".zstd"}:
+        raise ValueError(f"{path} is not an image file: FILE.safetensors is for those alone; give --out FOLDER")
+
+
 def _at_least(least: int) -> Any:
     def number(text: str) -> int:
         value = int(text)
@@ -153,7 +162,7 @@ def run(given: argparse.Namespace, choices: dict[str, Any]) -> int:
 
     if given.output != "tokens":
         raise ValueError("--output features is for --out FILE.safetensors; --projector none makes the tokens features")
-    if not given.rate >= 0 or not given.image_rate > 0:
+    if not 0 <= given.rate < math.inf or not 0 < given.image_rate < math.inf:
         raise ValueError("--rate and --image-rate are frames per second, above 0")
     selection = sources.Selection(
         cameras=sources.parse_cameras(given.cameras),
@@ -169,6 +178,8 @@ def run(given: argparse.Namespace, choices: dict[str, Any]) -> int:
     )
     if given.copy_topics is not None and given.format != "mcap":
         raise ValueError("--copy-topics needs --format mcap")
+    if given.engine != "ray" and (given.workers or given.worker_cpus != 1):
+        raise ValueError("--workers and --worker-cpus need --engine ray")
     settings = RunSettings(
         given.out,
         selection,
@@ -183,6 +194,8 @@ def run(given: argparse.Namespace, choices: dict[str, Any]) -> int:
     check_model(given.model, **choices)
     damaged: list[dict[str, str]] = []
     recordings = sources.open_recordings(given.images, selection, damaged if given.on_error == "skip" else None)
+    if settings.copied:
+        sources.check_topics(recordings, settings.copied)
     for each in damaged:
         print(f"{each['source']}: left out: {each['error']}", file=sys.stderr)
     allow_large_images()

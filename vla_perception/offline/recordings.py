@@ -232,6 +232,19 @@ def open_recordings(
     return recordings
 
 
+def check_topics(recordings: Sequence[Recording], topics: Sequence[str]) -> None:
+    """SourceError where a bag lacks one of the topics that are to be copied, or no recording is a bag."""
+    from vla_perception.offline.bag_recordings import BagRecording
+
+    bags = [recording for recording in recordings if isinstance(recording, BagRecording)]
+    if not bags:
+        raise SourceError("--copy-topics names topics of bags, and no source is a bag")
+    for bag in bags:
+        absent = [topic for topic in topics if f"/{topic.lstrip('/')}" not in bag.recorded_topics]
+        if absent:
+            raise SourceError(f"{bag.source} has no {absent[0]} to copy; it has {', '.join(bag.recorded_topics)}")
+
+
 def _kind(path: Path) -> str:
     """What a path is: image, images, video, lerobot or bag. By its content for folders, by its suffix for files."""
     from vla_perception.offline.image_recordings import SUFFIXES as IMAGES
