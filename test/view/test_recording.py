@@ -107,6 +107,12 @@ def test_a_bag_of_tokens_has_a_time_line(bag):
         assert feed.details("/tokens")["facts"]["model"] == "test"
 
 
+def test_a_folder_of_bags_lists_them(bag):
+    with open_recording(bag.parent) as feed:
+        assert [one["topic"] for one in feed.tokenizers()] == ["bag/tokens"]
+        assert np.array_equal(feed.snapshot("bag/tokens", 3).tokens.data, message_at(3).data)
+
+
 def test_a_page_goes_to_any_message_also_when_paused(bag):
     with open_recording(bag) as feed:
         session = Session(feed, Palette(), 5.0)

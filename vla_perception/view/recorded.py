@@ -57,16 +57,17 @@ class BagFrames:
 
     is_quick = True
 
-    def __init__(self, path: Path, topic: str) -> None:
-        self.name = topic
+    def __init__(self, path: Path, topic: str, name: str) -> None:
+        self.name = name
+        self._topic = topic
         self._bag = Bag(path)
         self._cameras = self._bag.image_topics()
         self._times_ns = [message.time_ns for message in self._bag.messages([topic])]
         self.times: Sequence[float] = [(time_ns - self._times_ns[0]) / 1e9 for time_ns in self._times_ns]
 
     @classmethod
-    def open(cls, path: Path) -> list[BagFrames]:
-        """One for each topic of tokens. ValueError where there is none."""
+    def open(cls, path: Path, prefix: str = "") -> list[BagFrames]:
+        """One for each topic of tokens, called prefix and topic. ValueError where there is none."""
         try:
             with Bag(path) as bag:
                 topics = [
@@ -80,7 +81,7 @@ class BagFrames:
             raise
         if not topics:
             raise ValueError(f"{path} holds no token messages; --model MODEL encodes its images")
-        return [cls(path, topic) for topic in topics]
+        return [cls(path, topic, f"{prefix}{topic}") for topic in topics]
 
     def close(self) -> None:
         self._bag.close()
@@ -91,8 +92,8 @@ class BagFrames:
         while first and self._times_ns[first - 1] == time_ns:
             first -= 1  # messages may share a time
         skip, history, tokens = index - first, ImageHistory(), None
-        for message in self._bag.messages([self.name, *self._cameras], time_ns - int(LOOK_BACK_SEC * 1e9)):
-            if message.topic != self.name:
+        for message in self._bag.messages([self._topic, *self._cameras], time_ns - int(LOOK_BACK_SEC * 1e9)):
+            if message.topic != self._topic:
                 history.add(message.topic, header_stamp_ns(message.cdr), message.cdr)
             elif message.time_ns == time_ns:
                 if not skip:
@@ -100,7 +101,7 @@ class BagFrames:
                     break
                 skip -= 1
         if tokens is None:
-            raise ValueError(f"{self._bag.path} lacks a message of {self.name} that it had before")
+            raise ValueError(f"{self._bag.path} lacks a message of {self._topic} that it had before")
         types = {topic: self._bag.topics[topic].type for topic in self._cameras}
         images = tuple(
             None if match is None else LazyImage(partial(_recorded_image, types[match[0]], match[2]), match[1])

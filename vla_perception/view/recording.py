@@ -13,7 +13,7 @@ from vla_perception.view.snapshot import Snapshot
 
 #: Snapshots that are kept, of all recordings: a page asks again when it changes what is painted.
 KEPT = 16
-#: Token files of a folder that are listed.
+#: Token files or bags of a folder that are listed.
 MAX_FILES = 500
 
 
@@ -125,4 +125,9 @@ def open_recording(path: Path, model: str | None = None) -> RecordingFeed:
         return RecordingFeed([TokenFileFrames(file, name) for file, name in names.items()], path.name)
     if model is not None:
         return RecordingFeed(ComputedFrames.open(path, model), f"{path.name}, encoded by {model}")
+    if path.is_dir() and not (path / "metadata.yaml").exists():
+        bags = [file.parent for file in sorted(path.rglob("metadata.yaml"))[:MAX_FILES]]
+        if bags:  # a run of `tokenize --format mcap`
+            opened = [frames for bag in bags for frames in BagFrames.open(bag, str(bag.relative_to(path)))]
+            return RecordingFeed(opened, path.name)
     return RecordingFeed(BagFrames.open(path), path.name)

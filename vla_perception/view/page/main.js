@@ -215,6 +215,7 @@ function tellPin() {
 }
 
 function release() {
+  if ($("notice").textContent === view.copied) notice("");
   connection.send({ type: "untouch" });
 }
 
