@@ -54,6 +54,15 @@ def test_json_for_scripts(capsys):
     assert report["out_hz"] == 10 and report["weights"] == "random" and report["cameras"][0]["received"] == 12
 
 
+def test_ctrl_c_is_how_one_leaves_it(capsys, monkeypatch):
+    def interrupted(_seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(top.time, "sleep", interrupted)
+    assert top.run(busy_feed(), once=False, as_json=True) == 0
+    assert json.loads(capsys.readouterr().out)["tokenizers"][0]["out_hz"] == 10
+
+
 def test_once_without_a_tokenizer_is_an_error(capsys):
     feed = FakeFeed()
     feed.tokenizers = list

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -18,7 +19,7 @@ _CLEAR = "\x1b[H\x1b[2J"
 
 
 def run(feed: Feed, *, once: bool, as_json: bool, wait_sec: float = 5.0) -> int:
-    """Prints until Ctrl-C, or once. The exit code: 1 if `once` found no tokenizer that sends diagnostics."""
+    """Prints until Ctrl-C, or once. The exit code: 0, or 1 if `once` found no tokenizer."""
     if once:
         end = time.monotonic() + wait_sec
         # Rates follow from two diagnostics, a second apart.
@@ -29,11 +30,13 @@ def run(feed: Feed, *, once: bool, as_json: bool, wait_sec: float = 5.0) -> int:
             print(f"vla-perception: no tokenizer in {feed.title} within {wait_sec:g} s", file=sys.stderr)
         return 0 if reports else 1
     terminal = sys.stdout.isatty() and not as_json
-    while True:
-        if terminal:
-            sys.stdout.write(_CLEAR)
-        _print(feed, collect(feed), as_json)
-        time.sleep(REFRESH_SEC)
+    with contextlib.suppress(KeyboardInterrupt):  # how one leaves it
+        while True:
+            if terminal:
+                sys.stdout.write(_CLEAR)
+            _print(feed, collect(feed), as_json)
+            time.sleep(REFRESH_SEC)
+    return 0
 
 
 def collect(feed: Feed) -> list[dict[str, object]]:
