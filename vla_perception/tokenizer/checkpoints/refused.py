@@ -10,10 +10,14 @@ _DEEPSTACK = (
     "features of three layers of its vision tower go past the connector into the first layers of the language model "
     "(DeepStack), so the tokens alone would be a part of what it sees"
 )
+#: LeRobot's `groot` does not say which release it is.
+_GR00T = (
+    f"GR00T N1.7 is built on Qwen3-VL: {_DEEPSTACK}; earlier releases have another tower (Eagle), which is not read"
+)
 #: Beginning of an entry of config.json that names the model, in lower case → what keeps it from being cut.
 _REASONS = {
-    "gr00t": f"GR00T N1.7 is built on Qwen3-VL: {_DEEPSTACK}",
-    "groot": f"GR00T N1.7 is built on Qwen3-VL: {_DEEPSTACK}",
+    "gr00t": _GR00T,
+    "groot": _GR00T,
     "qwen3_vl": f"Qwen3-VL: {_DEEPSTACK}",
     "qwen3vl": f"Qwen3-VL: {_DEEPSTACK}",
     "molmoact2": (
