@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 import checkpoints  # noqa: E402
+import film_checkpoints  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from vla_perception import cli  # noqa: E402
@@ -84,9 +85,42 @@ def test_the_presets_encoders_are_timms(preset, strategy):
     for encoder in config.encoders:
         with on_meta():
             tower = PatchEncoder(encoder, cls_token=config.cls_token)
-        known, built = vits.by_name(encoder, config.cls_token), vits.of_module(tower)
-        assert replace(known, layers=()) == replace(built, layers=())
-        assert sorted(map(astuple, known.layers)) == sorted(map(astuple, built.layers))
+        same_vit(vits.by_name(encoder, config.cls_token), vits.of_module(tower))
+
+
+def same_vit(known, built):
+    assert replace(known, layers=()) == replace(built, layers=())
+    assert sorted(map(astuple, known.layers)) == sorted(map(astuple, built.layers))
+
+
+def test_film_has_parameters_and_no_operations_of_its_own_for_an_image(tmp_path):
+    """OpenVLA's encoders by arithmetic, and small ones in a real forward pass."""
+    for encoder in PRESETS["openvla-7b"].encoders:
+        plain, modulated = encoder, replace(encoder, film=4096)
+        with on_meta():
+            tower = PatchEncoder(modulated)
+        known, without = vits.by_name(modulated, False), vits.by_name(plain, False)
+        same_vit(known, vits.of_module(tower))
+        assert known.layers == without.layers
+        assert known.parameters - without.parameters == 2 * known.blocks * 4097 * known.channels
+
+    folder = film_checkpoints.write(tmp_path / "oft", film_checkpoints.film_state())
+    it = describe(read_config(str(folder)))
+    tokenizer = VisualTokenizer.load(folder, device="cpu", runtime="eager")
+    tokenizer.set_condition([0.5] * 96)
+    pixels = tokenizer.preprocess([checkpoints.image()])
+    assert it["flops_per_view"] == pytest.approx(counted(lambda: tokenizer.encode(pixels)), rel=0.01)
+    assert it["parameters"] == sum(parameter.numel() for parameter in tokenizer.network.parameters())
+    assert "  modulated    by FiLM: 2 layers 96 → 384 in each block, computed when the instruction changes" in as_text(
+        it
+    )
+
+
+def test_what_is_not_openvlas_own_is_said():
+    text = as_text(describe(PRESETS["smolvla"]))
+    assert "  resized by   resize_with_pad_top_left" in text
+    assert "  runs         12 blocks of 12 heads and the final norm, activation gelu_tanh" in text
+    assert "resized by" not in as_text(describe(PRESETS["openvla-7b"]))
 
 
 @pytest.mark.parametrize("change", [{"image_size": 8}, {"overrides": {"mlp_ratio": 2.0}}, {"timm_id": "test_vit"}])

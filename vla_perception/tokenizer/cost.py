@@ -214,6 +214,9 @@ def _encoder(encoder: EncoderConfig, vit: Vit, config: TokenizerConfig) -> dict:
         "blocks": vit.blocks,
         "blocks_left_out": 0 if config.cls_token else -1 - encoder.layer,
         "final_norm": config.cls_token or encoder.final_norm,
+        "activation": encoder.overrides.get("act_layer", "gelu"),
+        "resize_strategy": encoder.resize_strategy,
+        "film": encoder.film,
         "heads": vit.heads,
         "prefix_tokens": vit.prefix_tokens,
         "parameters": vit.parameters,
@@ -256,15 +259,24 @@ def _lines(it: dict) -> Iterator[str]:
     yield ""
     for encoder in it["encoders"]:
         yield f"{encoder['name']}: {encoder['timm_id']}"
+        if encoder["resize_strategy"] != "resize-naive":
+            yield f"  resized by   {encoder['resize_strategy']}"
         yield f"  patches      {_patches(encoder)}"
         run = f"{encoder['blocks']} blocks of {encoder['heads']} heads"
         if encoder["blocks_left_out"]:
             run += f" (the last of {encoder['blocks'] + 1} is not needed)"
         if encoder["final_norm"]:
             run += " and the final norm"
+        if encoder["activation"] != "gelu":
+            run += f", activation {encoder['activation']}"
         if encoder["prefix_tokens"]:
             run += f", {encoder['prefix_tokens']} prefix tokens beside the patches"
         yield f"  runs         {run}"
+        if encoder["film"]:
+            yield (
+                f"  modulated    by FiLM: 2 layers {encoder['film']} → {encoder['channels']} in each block, computed when the "
+                "instruction changes"
+            )
         yield f"  costs        {_si(encoder['parameters'])} parameters, {_si(encoder['flops'])}FLOP per image"
     names = " + ".join(str(encoder["channels"]) for encoder in it["encoders"])
     joined = f"{names} = {it['channels']}" if len(it["encoders"]) > 1 else f"{names}"

@@ -34,7 +34,7 @@ class Vit:
         heads: of attention.
         prefix_tokens: class token and registers.
         parameters: numbers in all of it.
-        layers: those with weights that are multiplied.
+        layers: those with weights that are multiplied for each image; FiLM's are when the instruction changes.
         latents: tokens of an attention-pooling head; 0 without one.
     """
 
@@ -125,6 +125,8 @@ def by_name(encoder: EncoderConfig, cls_token: bool) -> Vit | None:
         parameters += 2 * width  # the final norm
     if pooled:
         parameters += 3 * width  # latent and norm
+    if encoder.film:
+        parameters += blocks * 2 * (encoder.film + 1) * width  # scale and shift
     return Vit(
         (rows, columns),
         patch,
@@ -142,6 +144,8 @@ def of_module(tower: PatchEncoder) -> Vit:
     """The same of any encoder that has been built, be it on the meta device."""
     from torch import nn
 
+    from vla_perception.tokenizer.film import FilmLinear
+
     vit: Any = tower.vit
     rows, columns = tower.grid
     tokens = rows * columns + vit.num_prefix_tokens
@@ -151,7 +155,7 @@ def of_module(tower: PatchEncoder) -> Vit:
         for name, module in vit.named_modules():
             if isinstance(module, nn.Conv2d) or (isinstance(module, nn.Linear) and name.startswith("patch_embed.")):
                 count = rows * columns
-            elif isinstance(module, nn.Linear):
+            elif isinstance(module, nn.Linear) and not isinstance(module, FilmLinear):
                 count = latents if name.startswith("attn_pool.") and not name.endswith(".kv") else tokens
             else:
                 continue
