@@ -44,7 +44,7 @@ BAGS = ["mcap>=1.1", "pyyaml>=6"]  # mcap brings zstandard and lz4
 # Recorded data → tokens (docs/offline.md).
 OFFLINE = [
     *BAGS,
-    "rosbags>=0.11",  # messages of bags without ROS, and writing bags
+    "rosbags>=0.11.2",  # messages of bags without ROS, and writing bags; older ones write no QoS into MCAP
     "av>=12",  # videos: its wheels bring FFmpeg, where torchcodec needs FFmpeg's libraries on the machine
     "pyarrow>=14",  # LeRobot datasets are parquet files
     "tqdm>=4.60",
@@ -59,7 +59,7 @@ TEST = [
     "pytest>=8,<10",
     "pytest-xdist>=3.5",  # tests without ROS in a process per core
     "scikit-image>=0.22",  # photographs
-    "rosbags>=0.11",  # writes bags
+    "rosbags>=0.11.2",  # writes bags
     "pyyaml",
     "packaging",
     "selenium>=4.20,<5",  # drives Debian's Chromium; finds no driver by itself on the network where it is given one
