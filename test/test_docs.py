@@ -149,7 +149,8 @@ def test_the_tutorial_of_training(tmp_path):
         pytest.importorskip(package)
     commands = [line for block in blocks("tutorial_training.md", "bash") for line in block.splitlines()]
     find = {part: next(line for line in commands if part in line) for part in (
-        "record_episodes.py", " tokenize ", "verify tokens", "policy.py train", "visual_tokenizer ", "policy.py run", "bag_player "
+        "record_episodes.py", " tokenize ", "verify tokens", "policy.py train", "visual_tokenizer ", "policy.py run", "bag_player ",
+        "--topic tokens"
     )}  # fmt: skip
     find["record_episodes.py"] = find["record_episodes.py"].replace("--episodes 30", "--episodes 5 --frames 6")
     find["policy.py train"] += " --steps 2 --batch 4"
@@ -168,8 +169,15 @@ def test_the_tutorial_of_training(tmp_path):
             said = process.output
             assert part != "verify tokens" or "30 of 30 frames are sound" in said
     assert re.search(r"held-out episodes.*\n +this head +\d+\.\d+\n +last action +\d+\.\d+\n +mean action", said), said
-    with start("visual_tokenizer ") as tokenizer, start("policy.py run", "--count 2") as policy:
-        tokenizer.wait_for("ready", 120.0)
-        with start("bag_player ", "-p loop:=true"):
-            assert policy.wait(120) == 0, policy.output
+    with start("visual_tokenizer ") as tokenizer:
+        with start("policy.py run", "--count 2") as policy:
+            tokenizer.wait_for("ready", 120.0)
+            with start("bag_player ", "-p loop:=true"):
+                assert policy.wait(120) == 0, policy.output
+        with start("--topic tokens") as verifier:
+            verifier.wait_for("play the recording now", 60.0)
+            with start("bag_player ", "-p rate:=0.5"):
+                assert verifier.wait(120) == 0, verifier.output
+    compared = re.search(r"(\d+) of (\d+) frames have the same bits", verifier.output)
+    assert compared and int(compared[1]) == int(compared[2]) >= 1, verifier.output
     assert len(re.findall(r"message \d+: [+-]\d\.\d+, [+-]\d\.\d+, [+-]\d\.\d+, [+-]\d\.\d+\n", policy.output)) == 2
