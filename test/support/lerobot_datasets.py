@@ -20,7 +20,7 @@ KINDS = {
     "files": (("video", "video"), "h264"),  # a file of each kind per episode
 }
 #: Height, width.
-SIZES = {"observation.images.front": (72, 96), "observation.images.wrist": (64, 64)}
+SIZES = {"observation.images.front": (72, 96), "observation.images.wrist": (54, 70)}
 
 
 def image(rows: int, columns: int, episode: int, frame: int) -> np.ndarray:
