@@ -356,7 +356,7 @@ class DevicePreprocessor:
 
             self._kernels = preprocess_kernels
             for config, got, expected in zip(self.encoders, self([image]), Preprocessor(self.encoders)([image])):
-                # Those in float32 are PyTorch's own on any device, and CUDA's differ in the last bit.
+                # Those in float32 are PyTorch's operations on any device, and need no Triton.
                 if config.resize_strategy not in FLOAT_RESIZES and not torch.equal(got.cpu(), expected):
                     raise ArithmeticError("their values are not PIL's on this device")
         except Exception as error:

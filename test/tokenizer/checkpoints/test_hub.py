@@ -170,6 +170,31 @@ def test_a_policy_that_cannot_be_served_is_refused_before_weights_are_fetched(se
     assert server.sent() < BESIDE
 
 
+@pytest.mark.parametrize("part", ["expert", "vision"])
+def test_an_adapter_of_a_policy_of_lerobots(serve, tmp_path, part):
+    """As LeRobot saves it, with the policy's configuration beside it; the base model is here."""
+    base = lerobot_checkpoints.write(tmp_path / "base", "smolvla", tiny_smolvla(), 32)
+    inner = {"expert": "lm_expert.layers.0", "vision": "vlm.model.vision_model.encoder.layers.0"}[part]
+    module = f"base_model.model.model.vlm_with_expert.{inner}.self_attn.q_proj"
+    tensors = {f"{module}.lora_A.weight": torch.ones(4, 64), f"{module}.lora_B.weight": torch.ones(64, 4)}
+    settings = {"peft_type": "LORA", "r": 4, "base_model_name_or_path": str(base)}
+    files = {"config.json": (base / "config.json").read_bytes(), "adapter_config.json": json.dumps(settings).encode()}
+    serve(files | {"adapter_model.safetensors": save(tensors)})
+    if part == "vision":
+        with pytest.raises(CheckpointError, match="2 tensors that change the vision tower.*merge it"):
+            VisualTokenizer.load(ID, device="cpu")
+    else:
+        assert (
+            VisualTokenizer.load(ID, device="cpu").fingerprint == VisualTokenizer.load(base, device="cpu").fingerprint
+        )
+
+
+def test_a_model_that_is_not_cut_behind_vision_is_refused_for_that_and_not_for_its_files(serve):
+    serve({"config.json": b'{"model": {"observation_tokenizers": {}}}', "300000/default/checkpoint": b""})
+    with pytest.raises(CheckpointError, match="Octo has no vision part"):
+        hub.fetch(ID)
+
+
 def test_the_configuration_of_a_policy_of_which_only_that_is_fetched(serve):
     serve({"config.json": b'{"type": "pi05"}', "model.safetensors": save({"a": torch.zeros(MIB)})})
     assert read_config(ID).output_channels == 2048  # π0's published tower: of the weights nothing is read

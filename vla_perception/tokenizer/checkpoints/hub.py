@@ -156,11 +156,11 @@ def _fetch(root: Path, repository: str, commit: str, files: Collection[str]) -> 
         if shards:
             _assemble(target / "model.safetensors", _sources(repository, commit, shards), source, names)
         if _ADAPTER in files:
-            _assemble(target / _ADAPTER, _sources(repository, commit, [_ADAPTER]), source, names)
+            _assemble(target / _ADAPTER, _sources(repository, commit, [_ADAPTER]), source, names, needed=False)
         beside = f"lora_adapter/{_ADAPTER}"
         if not shards and beside in files:
             _copy(repository, commit, "lora_adapter/adapter_config.json", files, target)
-            _assemble(target / beside, _sources(repository, commit, [beside]), source, names)
+            _assemble(target / beside, _sources(repository, commit, [beside]), source, names, needed=False)
         target.parent.rename(root / commit)
     finally:
         lock.release()
@@ -169,7 +169,7 @@ def _fetch(root: Path, repository: str, commit: str, files: Collection[str]) -> 
 
 def _configuration(root: Path, repository: str, commit: str, files: Collection[str]) -> Path:
     """Fetches and checks the small files, in a partial folder: it gets its final name once it has the weights, too."""
-    _refuse(repository, files)
+    _refuse(repository, commit, files)
     target = root / f"{commit}.partial" / root.name
     for file in _SMALL_FILES:
         _copy(repository, commit, file, files, target)
@@ -177,8 +177,8 @@ def _configuration(root: Path, repository: str, commit: str, files: Collection[s
     return target
 
 
-def _refuse(repository: str, files: Collection[str]) -> None:
-    """Refuses a model that cannot be fetched in parts, or has no weights to read, before anything is fetched."""
+def _refuse(repository: str, commit: str, files: Collection[str]) -> None:
+    """Refuses a model that cannot be fetched in parts, or has no weights to read, before these are fetched."""
     film = sorted(file for file in files if re.fullmatch(r"vision_backbone--.*_checkpoint\.pt", file))
     if film:
         raise CheckpointError(
@@ -194,6 +194,8 @@ def _refuse(repository: str, files: Collection[str]) -> None:
             f"{repository} holds Prismatic's .pt files, which cannot be fetched in parts. Fetch one run whole, as in "
             f"`hf download {repository} --include '{folder}' --local-dir FOLDER`, and give the run's folder as the model"
         )
+    if "config.json" in files:  # Octo's, say
+        refused.refuse(read_json(_small(repository, commit, "config.json")), f"{repository}: config.json")
     raise CheckpointError(f"{repository} has no .safetensors file; weights are read from safetensors, never a pickle")
 
 
@@ -282,16 +284,25 @@ class _Piece:
 
 
 def _assemble(
-    target: Path, sources: Sequence[LocalFile | RemoteFile], about: Mapping[str, str], names: ModuleType
+    target: Path,
+    sources: Sequence[LocalFile | RemoteFile],
+    about: Mapping[str, str],
+    names: ModuleType,
+    needed: bool = True,
 ) -> None:
     """Writes the wanted tensors of several safetensors files to one; resumes an earlier, interrupted attempt.
 
     Every attempt has the same header, and tensors follow in the order in which they are read, so the number of bytes in
     the partial file says which are left.
+
+    Args:
+        needed: whether there must be such tensors. An adapter may leave the vision part alone.
     """
     if target.is_file():
         return
     header, pieces = _plan(sources, about, names)
+    if needed and not pieces:
+        raise CheckpointError(f"{about['repository']} has no tensor of a vision part; is it a vision-language model?")
     length = len(header) + sum(stop - start for piece in pieces for start, stop in piece.spans)
     partial, counted = target.with_name(f"{target.name}.partial"), target.with_name(f"{target.name}.partial.bytes")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -359,8 +370,6 @@ def _plan(
             found.append((width, number, entry["data_offsets"][0], name, entry, begin))
     # Before any tensor is fetched: with other names the language model would be fetched, too.
     parts.refuse_unknown(about["repository"], (name for name in names if not parts.is_known(name)))
-    if not found:
-        raise CheckpointError(f"{about['repository']} has no tensor of a vision part; is it a vision-language model?")
     found.sort(key=lambda item: item[:4])
     header: dict[str, object] = {"__metadata__": dict(about)}
     pieces: list[_Piece] = []

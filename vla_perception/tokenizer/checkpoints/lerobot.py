@@ -140,7 +140,7 @@ def refuse_adapter(where: object, names: Iterable[str], cure: str) -> None:
 
 
 def _bare(name: str) -> str:
-    return unwrapped(name).removeprefix("model.")
+    return unwrapped(unwrapped(name).removeprefix("base_model.model.")).removeprefix("model.")
 
 
 def refuse_orbax(directory: Path) -> None:

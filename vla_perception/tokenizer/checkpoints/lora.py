@@ -94,8 +94,7 @@ def with_adapter(checkpoint: Checkpoint, directory: Path, of_film: bool = False)
     """
     settings = read_json(directory / "adapter_config.json")
     if checkpoint.of_lerobot:  # of any kind, as nothing of it is read
-        names = (unwrapped(stored.name).removeprefix(_PEFT_PREFIX) for stored in _stored_tensors(directory))
-        lerobot.refuse_adapter(directory, names, _CURE)
+        lerobot.refuse_adapter(directory, (stored.name for stored in _stored_tensors(directory)), _CURE)
         return checkpoint
     check_kind(settings, directory)
     if checkpoint.adapters:
