@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from vla_perception.offline import run, run_index
 from vla_perception.offline.recordings import Recording, open_recordings
 
 if TYPE_CHECKING:
+    from ray.util import ActorPool
+
     from vla_perception.tokenizer import VisualTokenizer
 
 #: How often an actor that died is started again, and how often its recording is tried again.
@@ -104,12 +106,8 @@ def tokenize(
     try:
         announce(ray.get(actors[0].expected_bytes.remote()))
         index = _begun(ray, actors)
-        pool = ActorPool(actors)
-        names = [recording.name for recording in recordings]
         begun = time.perf_counter()
-        for left_out, frame_sets, done, earlier, reported in pool.map_unordered(
-            lambda actor, name: actor.encode.remote(name), names
-        ):
+        for left_out, frame_sets, done, earlier, reported in _encoded(ActorPool(actors), recordings):
             failed += left_out
             statistics.frame_sets += frame_sets
             for text in reported:
@@ -127,6 +125,13 @@ def tokenize(
     statistics.seconds = time.perf_counter() - began
     failed.sort(key=lambda entry: entry["name"])
     return run.end(settings, index, recordings, failed), statistics
+
+
+def _encoded(pool: ActorPool, recordings: Sequence[Recording]) -> Iterator[tuple]:
+    """What `_Worker.encode` returns of each recording, as they are done."""
+    return pool.map_unordered(
+        lambda actor, name: actor.encode.remote(name), [recording.name for recording in recordings]
+    )
 
 
 def _actors(ray: Any, load: Callable, sources: Sequence, settings: run.RunSettings, most: int, cpus: int) -> list:
