@@ -129,3 +129,20 @@ def test_a_view_without_a_camera(cut):
 
 def test_views_in_the_policys_order(cut):
     assert cut[1].views == VIEWS
+
+
+def test_tokens_have_the_dtype_of_the_policys_vision():
+    """Not that of the images: LeRobot feeds images in float32 to towers in bfloat16."""
+    policy = Miniature("pi05")
+    policy.vlm.bfloat16()
+    image = torch.zeros(1, 3, policy.size, policy.size)
+    expected = policy._embedder.embed_image(image.bfloat16())
+    split = SplitPolicy(policy)
+    policy.predict_action_chunk = lambda batch: policy._embedder.embed_image(next(iter(batch.values())))
+    values = torch.arange(3.0 * 16 * OUT).view(3, 16, OUT)
+    views = [View(name, "", 0, 90, 130, (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)) for name in VIEWS]
+    metadata = VisualTokenizer.from_preset("tiny-random").metadata() | {"grid": (4, 4)}
+    tokens = VisualTokens.from_torch(values, sequence=0, views=views, **metadata)
+    found = split.act(tokens, {f"observation.images.{view}": image for view in VIEWS})
+    assert found.dtype == expected.dtype == torch.bfloat16 and found.shape == expected.shape
+    assert torch.equal(found[0], values[0].bfloat16())
