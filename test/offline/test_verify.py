@@ -4,13 +4,14 @@ import json
 import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 for package in ("torch", "rosbags", "mcap", "tqdm", "av", "pyarrow"):
     pytest.importorskip(package)
-from offline_runs import ROOT, tokenize, write_drive  # noqa: E402
+from offline_runs import ROOT, bfloat16, tokenize, write_drive  # noqa: E402
 from pixel_tokenizer import PixelTokenizer  # noqa: E402
 from recorded import write_images  # noqa: E402
 
@@ -101,6 +102,19 @@ def test_steps_count_the_numbers_between():
         words = [array.view(np.uint32 if dtype == "float32" else np.uint16) for array in (numbers, beside)]
         steps = verify._ordered(words[1], dtype) - verify._ordered(words[0], dtype)
         assert steps.tolist() == [1, 1, 1, 1]
+
+
+def test_steps_are_those_of_the_largest_difference():
+    """Not of values beside zero, between whose signs lie thousands of numbers."""
+
+    def tokens(*values):
+        words = bfloat16([values])
+        numbers = (words.astype(np.uint32) << 16).view(np.float32)
+        return SimpleNamespace(dtype="bfloat16", shape=words.shape, data=words, float32=lambda: numbers)
+
+    report = verify.Report()
+    report.compare(tokens(1e-3, 2.0), tokens(-1e-3, 2.03125), "here")
+    assert (report.worst, report.worst_steps, report.worst_at) == (0.03125, 2, "here")
 
 
 def test_frames_of_one_side_alone(tmp_path):

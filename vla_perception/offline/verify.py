@@ -31,7 +31,7 @@ class Report:
         frames: compared, or looked at.
         equal: of these, those with the same bits; of one side alone, those that are sound.
         only_a, only_b: frames that one side alone has.
-        worst: largest difference of two values, in numbers; and in steps of the stored dtype.
+        worst, worst_steps: largest difference of two values, in numbers; and the same in steps of the stored dtype.
         worst_at: where it is: recording and frame.
         settings: what differs in model, settings and environment, a line each.
         problems: what is wrong, a line each.
@@ -64,11 +64,12 @@ class Report:
         if np.array_equal(a.data, b.data):
             self.equal += 1
             return
-        worst = float(np.abs(a.float32() - b.float32()).max())
-        steps = int(np.abs(_ordered(a.data, a.dtype) - _ordered(b.data, b.dtype)).max())
-        self.worst_steps = max(self.worst_steps, steps)
-        if worst >= self.worst:
-            self.worst, self.worst_at = worst, where
+        differences = np.abs(a.float32() - b.float32())
+        place = np.unravel_index(differences.argmax(), differences.shape)
+        if differences[place] >= self.worst:
+            self.worst, self.worst_at = float(differences[place]), where
+            # Of this value: around zero the numbers lie so close that any difference is thousands of steps.
+            self.worst_steps = abs(int(_ordered(a.data[place], a.dtype)) - int(_ordered(b.data[place], b.dtype)))
 
 
 def _ordered(words: np.ndarray, dtype: str) -> np.ndarray:
