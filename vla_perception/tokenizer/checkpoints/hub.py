@@ -293,16 +293,12 @@ def _assemble(
     """Writes the wanted tensors of several safetensors files to one; resumes an earlier, interrupted attempt.
 
     Every attempt has the same header, and tensors follow in the order in which they are read, so the number of bytes in
-    the partial file says which are left.
-
-    Args:
-        needed: whether there must be such tensors. An adapter may leave the vision part alone.
+    the partial file says which are left. If not `needed` there may be none: an
+    adapter may leave vision alone.
     """
     if target.is_file():
         return
-    header, pieces = _plan(sources, about, names)
-    if needed and not pieces:
-        raise CheckpointError(f"{about['repository']} has no tensor of a vision part; is it a vision-language model?")
+    header, pieces = _plan(sources, about, names, needed)
     length = len(header) + sum(stop - start for piece in pieces for start, stop in piece.spans)
     partial, counted = target.with_name(f"{target.name}.partial"), target.with_name(f"{target.name}.partial.bytes")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -349,7 +345,7 @@ def _assemble(
 
 
 def _plan(
-    sources: Sequence[LocalFile | RemoteFile], about: Mapping[str, str], parts: ModuleType
+    sources: Sequence[LocalFile | RemoteFile], about: Mapping[str, str], parts: ModuleType, needed: bool
 ) -> tuple[bytes, list[_Piece]]:
     """The header of the new file, and the tensors that follow it."""
     found: list[tuple[int, int, int, str, dict, int]] = []
@@ -370,6 +366,8 @@ def _plan(
             found.append((width, number, entry["data_offsets"][0], name, entry, begin))
     # Before any tensor is fetched: with other names the language model would be fetched, too.
     parts.refuse_unknown(about["repository"], (name for name in names if not parts.is_known(name)))
+    if needed and not found:
+        raise CheckpointError(f"{about['repository']} has no tensor of a vision part; is it a vision-language model?")
     found.sort(key=lambda item: item[:4])
     header: dict[str, object] = {"__metadata__": dict(about)}
     pieces: list[_Piece] = []
