@@ -35,7 +35,7 @@ def main() -> int:
 
 
 def fuzz(name: str, module: str, seconds: float, corpus: Path | None) -> int:
-    """One target; a process that died of an input is followed by another one. How many inputs were found."""
+    """One target, by one process after the other: it may die of an input. How many inputs were found."""
     end, signatures, inputs = time.monotonic() + seconds, set(), 0
     while (left := end - time.monotonic()) > 1.0:
         outcome = run_child(module, "fuzz", name, str(left), corpus=corpus, timeout=left + 180.0)
@@ -45,9 +45,8 @@ def fuzz(name: str, module: str, seconds: float, corpus: Path | None) -> int:
                 signatures.add(found.signature)
                 path = keep(found.target, found.data)
                 print(f"\n{path.relative_to(HERE)}: {found.signature}\n{found.text}\n", flush=True)
-        if outcome.returncode >= 0:
-            if outcome.returncode:
-                print(f"{name}: the process ended with {outcome.returncode}: {outcome.errors[-1000:]}", flush=True)
+        if outcome.returncode > 0:
+            print(f"{name}: the process ended with {outcome.returncode}: {outcome.errors[-1000:]}", flush=True)
             break
     print(f"{name}: {inputs} inputs, {len(signatures)} found", flush=True)
     return len(signatures)

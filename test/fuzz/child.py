@@ -21,6 +21,8 @@ from engine import Current, Finding, Target, check, limit_process, smaller  # no
 
 #: Inputs between two reports of how many there were: atheris ends the process without a word.
 _EVERY = 100
+#: Inputs after which a process led by coverage ends, and another one goes on: libFuzzer takes some KB for each.
+_RUNS = 50_000
 #: Inputs of a run without coverage that later ones are made of.
 _KEPT = 2000
 
@@ -98,6 +100,7 @@ def fuzz_by_coverage(target: Target, seconds: float, reporter: Reporter, corpus:
     options = {
         "max_len": target.max_bytes,
         "max_total_time": max(int(seconds), 1),
+        "runs": _RUNS,
         "rss_limit_mb": 0,  # the engine has limits of its own
         "timeout": 0,
         "detect_leaks": 0,
