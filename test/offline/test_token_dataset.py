@@ -129,6 +129,13 @@ def test_an_index_leads_to_files_of_its_folder_alone(folder, tmp_path, entry):
         TokenDataset(changed)
 
 
+def test_an_index_whose_file_is_gone_says_so(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run/b.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"b.safetensors is in the index .* not there \(1 of 2 files\)"):
+        TokenDataset(tmp_path / "run")
+
+
 def test_another_fingerprint_is_refused(folder, tmp_path):
     assert len(TokenDataset(folder, expect_fingerprint=PixelTokenizer.fingerprint[:8])) == 7
     with pytest.raises(FingerprintMismatchError, match="expected cdcdcdcd"):

@@ -92,6 +92,7 @@ class TokenDataset(Dataset):
     Raises:
         FingerprintMismatchError: a file has another fingerprint than the index, the other files, or `expect_fingerprint`.
         TokenFormatError: a damaged file.
+        run_index.RunIndexError: the index is damaged, or names files that are not there.
         ValueError: no such files, or files that do not go together.
     """
 
@@ -241,6 +242,11 @@ def _files(source: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple[lis
             if not files:
                 raise ValueError(f"{folder} holds no token files; bags of token messages are not read as a dataset")
             found = [(str(entry["name"]), folder / str(entry["file"])) for entry in files]
+            if missing := [path for _, path in found if not path.is_file()]:
+                raise run_index.RunIndexError(
+                    f"{missing[0]} is in the index of its run, and is not there ({len(missing)} of {len(found)} files): put "
+                    "it back, or let `vla-perception tokenize` with the same --out make it again"
+                )
             return found, str(index["model"].get("fingerprint", ""))
         source = [path]
     paths = [Path(each) for each in source]

@@ -139,7 +139,7 @@ class TokenFile:
         """[frames, …], a copy: it may lie unaligned."""
         dtype = _FROM_STORED.get(entry["dtype"])
         if dtype is None or (kind is not None and dtype != np.dtype(kind)):
-            raise TokenFormatError(f"{name} is stored as {str(entry['dtype'])[:20]}")
+            raise TokenFormatError(f"{name} is stored as {codec.brief(entry['dtype'])}")
         values = _array(payload, entry, dtype)
         shape = [self.shape[1] if length == "V" else length for length in tail]
         if not values.ndim or len(values) != self.shape[0] or (kind is not None and list(values.shape[1:]) != shape):
@@ -175,31 +175,37 @@ class TokenFile:
         return found.copy()
 
     def frame(self, index: int) -> VisualTokens:
-        """The message that the node would have sent; its arrays are of the mapped file."""
+        """The message that the node would have sent; its arrays are of the mapped file.
+
+        Raises:
+            IndexError: no such frame.
+            TokenFormatError: what is stored of it is no message: a stamp that is none, a part of an image beyond it.
+        """
         if not -len(self) <= index < len(self):
             raise IndexError(f"frame {index} of {len(self)}")
         if self._message is not None:
             return self._message
-        views = []
-        for view, camera in enumerate(self.cameras):
-            roi = tuple(map(float, self._rois[index, view]))
-            views.append(
-                View(
-                    camera,
-                    self._frame_names[self._frame_ids[index, view]],
-                    int(self.stamps_ns[index, view]),
-                    int(self._heights[index, view]),
-                    int(self._widths[index, view]),
-                    tuple(map(float, self._affines[index, view])),
-                    roi=roi if any(roi) else None,
-                )
+        try:
+            return VisualTokens(
+                data=self._words[index],
+                dtype=self.dtype,
+                views=tuple(self._view(index, view) for view in range(len(self.cameras))),
+                sequence=int(self.sequence[index]),
+                **self._fields,
             )
-        return VisualTokens(
-            data=self._words[index],
-            dtype=self.dtype,
-            views=tuple(views),
-            sequence=int(self.sequence[index]),
-            **self._fields,
+        except ValueError as error:
+            raise TokenFormatError(f"{self.path}: frame {index}: {error}") from None
+
+    def _view(self, index: int, view: int) -> View:
+        roi = tuple(map(float, self._rois[index, view]))
+        return View(
+            self.cameras[view],
+            self._frame_names[self._frame_ids[index, view]],
+            int(self.stamps_ns[index, view]),
+            int(self._heights[index, view]),
+            int(self._widths[index, view]),
+            tuple(map(float, self._affines[index, view])),
+            roi=roi if any(roi) else None,
         )
 
     def is_sound(self, index: int) -> bool:
