@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from vla_perception.nodes.visual_tokenizer import loading
+
 PROGRAM = """
 import re, threading
 from vla_perception.nodes.visual_tokenizer.loading import release_memory
@@ -36,3 +38,19 @@ def test_memory_of_a_model_goes_back_to_the_system():
     before, freed, released = map(int, run.stdout.split())
     assert freed > before + 80, "glibc kept it; otherwise this shows nothing"
     assert released < before + 10
+
+
+class Unmappable:
+    """As without memory for PyTorch's libraries."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "vla_perception.tokenizer.runtime":
+            raise OSError("libcudart.so.13: failed to map segment from shared object")
+
+
+def test_an_import_of_pytorch_that_breaks_off_is_final(monkeypatch):
+    """A second one in the same process fails whatever there is then."""
+    monkeypatch.delitem(sys.modules, "vla_perception.tokenizer.runtime", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Unmappable(), *sys.meta_path])
+    with pytest.raises(loading.BrokenImportError, match="new process .* OSError: libcudart"):
+        loading._import_tokenizer()

@@ -53,12 +53,7 @@ def load_tokenizer(
         try:
             result.append(_load(parameters, logger))
         except ImportError as error:
-            if "torch" in str(error) and not isinstance(error, ModuleNotFoundError):
-                result.append(
-                    BrokenImportError(f"PyTorch could not be imported, and only a new process can try again: {error}")
-                )
-            else:
-                result.append(ValueError(f"{error}; run `pip install '.[tokenizer]'` in vla_perception's sources"))
+            result.append(ValueError(f"{error}; run `pip install '.[tokenizer]'` in vla_perception's sources"))
         except BaseException as error:
             result.append(error)
         finished.set()
@@ -85,11 +80,7 @@ def _load(parameters: TokenizerParameters, logger: RcutilsLogger) -> VisualToken
         begun = now
 
     _check(parameters)
-    with startup.imports():
-        from vla_perception.tokenizer.runtime import limit_threads
-        from vla_perception.tokenizer.tokenizer import VisualTokenizer
-
-        limit_threads()
+    VisualTokenizer = _import_tokenizer()
     log_duration("importing PyTorch and timm")
     tokenizer = VisualTokenizer.load(
         parameters.model,
@@ -103,6 +94,22 @@ def _load(parameters: TokenizerParameters, logger: RcutilsLogger) -> VisualToken
     tokenizer.warm_up(len(cameras), cameras=cameras, empty_view=len(cameras) < len(parameters.cameras))
     log_duration("warming up")
     return tokenizer
+
+
+def _import_tokenizer() -> type[VisualTokenizer]:
+    try:
+        with startup.imports():
+            from vla_perception.tokenizer.runtime import limit_threads
+            from vla_perception.tokenizer.tokenizer import VisualTokenizer
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) or (isinstance(error, ImportError) and "torch" not in str(error)):
+            raise  # a package is missing, or too old
+        # Without memory it breaks off anywhere: a library that cannot be mapped is an OSError.
+        raise BrokenImportError(
+            f"PyTorch could not be imported, and only a new process can try again: {type(error).__name__}: {error}"
+        ) from error
+    limit_threads()
+    return VisualTokenizer
 
 
 def _check(parameters: TokenizerParameters) -> None:
