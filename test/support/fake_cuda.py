@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from vla_perception.tokenizer import PRESETS, cuda_graphs, dependent_launches, tokenizer
 from vla_perception.tokenizer.checkpoints import open as checkpoints
+from vla_perception.tokenizer.preprocess_gpu import DevicePreprocessor
 
 
 class Recorder(TorchDispatchMode):
@@ -73,6 +74,18 @@ def one_thread():
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def let_plans_be_captured(monkeypatch):
+    """Preprocessing in PyTorch's operations goes into the graph, too: the recorders can record it."""
+    plan = DevicePreprocessor.plan
+
+    def capturable(self, images, steps=None):
+        made = plan(self, images, steps)
+        made.capturable = True
+        return made
+
+    monkeypatch.setattr(DevicePreprocessor, "plan", capturable)
 
 
 def install(monkeypatch):

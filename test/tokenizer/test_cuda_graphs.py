@@ -358,14 +358,7 @@ def test_each_failure_is_reported_where_neither_compiling_nor_capturing_works(cu
 @pytest.fixture
 def in_graph(cuda, monkeypatch):
     """A tokenizer that takes the CPU for a GPU: preprocessing in PyTorch's operations, which the fakes can record."""
-    plan = DevicePreprocessor.plan
-
-    def capturable(self, images, steps=None):
-        made = plan(self, images, steps)
-        made.capturable = True
-        return made
-
-    monkeypatch.setattr(DevicePreprocessor, "plan", capturable)
+    fake_cuda.let_plans_be_captured(monkeypatch)
     tokenizer = load(runtime="eager")
     tokenizer._preprocessor = DevicePreprocessor(tokenizer.config.encoders, torch.device("cpu"))
     tokenizer._runtime = CudaGraphs(tokenizer.network, torch.device("cpu"), torch.float32)

@@ -22,14 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def cuda(monkeypatch):
-    plan = DevicePreprocessor.plan
-
-    def capturable(self, images, steps=None):
-        made = plan(self, images, steps)
-        made.capturable = True
-        return made
-
-    monkeypatch.setattr(DevicePreprocessor, "plan", capturable)
+    fake_cuda.let_plans_be_captured(monkeypatch)
     with fake_cuda.one_thread():
         yield fake_cuda.install(monkeypatch)
 
