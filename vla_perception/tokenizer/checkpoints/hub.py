@@ -293,8 +293,7 @@ def _assemble(
     """Writes the wanted tensors of several safetensors files to one; resumes an earlier, interrupted attempt.
 
     Every attempt has the same header, and tensors follow in the order in which they are read, so the number of bytes in
-    the partial file says which are left. If not `needed` there may be none: an
-    adapter may leave vision alone.
+    the partial file says which are left. If not `needed`, there may be none: an adapter may leave vision alone.
     """
     if target.is_file():
         return
