@@ -199,7 +199,7 @@ def number(context: LaunchContext, name: str, kind: type = float) -> Any:
         if not math.isfinite(value):
             raise ValueError
         return value
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"{name}:={text} is not a {'whole ' if kind is int else ''}number") from None
 
 

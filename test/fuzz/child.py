@@ -104,7 +104,7 @@ def fuzz_by_coverage(target: Target, seconds: float, reporter: Reporter, corpus:
         "rss_limit_mb": 0,  # the engine has limits of its own
         "timeout": 0,
         "detect_leaks": 0,
-        "verbosity": 0,
+        "verbosity": 1,  # its lines on stderr are where the coverage stands
     }
     arguments = [sys.argv[0], *(f"-{name}={value}" for name, value in options.items()), str(grown), str(seeds)]
     atheris.Setup(arguments, reporter, custom_mutator=mutate)

@@ -14,7 +14,14 @@ from pathlib import Path
 
 from engine import HERE, Current
 
-MODULES = ("image_targets", "token_targets", "checkpoint_targets", "recording_targets")
+MODULES = (
+    "image_targets",
+    "token_targets",
+    "checkpoint_targets",
+    "recording_targets",
+    "dataset_targets",
+    "view_targets",
+)
 
 
 @dataclass(frozen=True)

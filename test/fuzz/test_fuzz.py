@@ -9,7 +9,9 @@ pytest.importorskip("torch")
 pytest.importorskip("timm")
 pytest.importorskip("rosbags")
 pytest.importorskip("pyarrow")
-from engine import FOUND
+pytest.importorskip("av")
+pytest.importorskip("simplejpeg")
+from engine import FOUND, HERE
 from fuzzing import MODULES, run_child, target_names
 
 #: Mutated inputs for each target; slow ones have fewer.
@@ -22,6 +24,10 @@ def test_damaged_inputs_get_documented_errors_in_little_time_and_memory(module):
     assert not outcome.found, "\n\n".join(map(str, outcome.found))
     assert outcome.returncode == 0, outcome.errors
     assert sum(outcome.inputs.values()) > COUNT
+
+
+def test_every_file_of_targets_is_run():
+    assert {path.stem for path in HERE.glob("*_targets.py")} == set(MODULES)
 
 
 def test_what_was_found_belongs_to_a_target():

@@ -13,6 +13,7 @@ import av  # noqa: E402
 from offline_runs import DATASET, MS, ROOT  # noqa: E402
 from recorded import numbered_image, png, write_bag, write_images, write_video  # noqa: E402
 
+from vla_perception.offline import lerobot  # noqa: E402
 from vla_perception.offline.recordings import (  # noqa: E402
     Selection,
     SourceError,
@@ -352,6 +353,49 @@ def test_an_episode_with_missing_rows_is_reported(tmp_path):
     assert len(list(whole.frame_sets())) == 3 and whole.problems.count == 0
     assert len(list(cut.frame_sets())) == 1 and cut.problems.count == 1
     assert "has 1 of the 2 rows of episode 1" in cut.problems.shown[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "says"),
+    [
+        ("timestamp", None, "row 0 of episode 0 .*there is no timestamp"),
+        ("timestamp", [0.0, None, 0.4], "row 1 of episode 0"),
+        ("timestamp", [0.0, 0.2, 1e300], "row 2 of episode 0 .*1e"),
+        ("timestamp", [float("nan")] * 3, "row 0 of episode 0 .*nan"),
+        ("index", [0, None, 2], "row 1 of episode 0 .*index is not int64"),
+        ("index", ["a", "b", "c"], "row 0 of episode 0 .*index is not int64"),
+        ("episode_index", None, "episode_index"),
+    ],
+)
+def test_rows_that_are_not_as_info_says(tmp_path, name, values, says):
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    write_images_of_version_3(tmp_path / "pusher", (3,))
+    file = tmp_path / "pusher/data/file-000.parquet"
+    table = parquet.read_table(file)
+    place = table.schema.get_field_index(name)
+    table = table.remove_column(place)
+    parquet.write_table(table if values is None else table.append_column(name, pyarrow.array(values)), file)
+    (recording,) = open_recordings([tmp_path / "pusher"], Selection())
+    with pytest.raises(SourceError, match=f"file-000.parquet.*{says}"):
+        list(recording.frame_sets())
+
+
+def test_lists_of_episodes_that_no_dataset_has(tmp_path, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    write_images_of_version_3(tmp_path / "pusher", (3, 2, 4))
+    monkeypatch.setattr(lerobot, "_MAX_EPISODES", 2)
+    with pytest.raises(SourceError, match="more than 2 episodes"):
+        open_recordings([tmp_path / "pusher"], Selection())
+    file = tmp_path / "pusher/meta/episodes/file-000.parquet"
+    for name, value in (("length", -3), ("length", 10**15), ("episode_index", -1)):
+        episode = {"episode_index": 0, "length": 3, "tasks": ["push"], "data/chunk_index": 0, "data/file_index": 0}
+        parquet.write_table(pyarrow.Table.from_pylist([episode | {name: value}]), file)
+        with pytest.raises(SourceError, match=f"list of episodes cannot be read: {name} is {value}"):
+            open_recordings([tmp_path / "pusher"], Selection())
 
 
 def test_a_dataset_of_images_and_one_of_version_2(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from vla_perception.view import top
 from vla_perception.view.health import GONE_SEC, MAX_CAMERAS, LogBook, Reception, Status, TokenizerHealth
 
 
@@ -108,6 +109,14 @@ def test_no_more_is_kept_than_is_for_use():
     assert len(health.samples) == 600
     many = Status.of("x", 0, "ok", ((str(index), "v") for index in range(10_000)))
     assert len(many.values) == 64
+
+
+def test_names_that_a_terminal_would_obey_are_escaped():
+    health = TokenizerHealth("/tokens")
+    health.on_statuses([model(**{"\x1b[2J": "1"}), camera("\x1b[2J\x07")], 1.0)
+    details = health.details(1.0)
+    assert details["cameras"][0]["camera"] == "\\x1b[2J\\x07" and "\\x1b[2J" in details["facts"]
+    assert "\x1b" not in top.as_text("test", [details], [])
 
 
 def test_the_log_keeps_warnings():

@@ -178,6 +178,16 @@ def test_a_page_sees_frames_health_and_the_message_itself(served):
         assert np.array_equal(VisualTokens.from_bytes(body).data, tokens.data)
         page.say(type="nonsense")
         assert "unknown message" in page.wait_for("error")["text"]
+        page.say(type="hz", hz=10**400)
+        assert "finite" in page.wait_for("error")["text"]
+        for garbage, said in (
+            ("[" * 5000, "not JSON"),
+            ("{", "not JSON"),
+            ("[]", "not an object"),
+            (b"{}", "not text"),
+        ):
+            page._connection.send(garbage)
+            assert said in page.wait_for("error")["text"]
     wait_until(lambda: not feed.readers, 5, "nobody wants tokens any more")
 
 

@@ -194,6 +194,8 @@ def test_tokens_are_wanted_only_by_a_page_that_is_seen():
         '{"type": "touch", "camera": "front", "box": [1, 2, 3, NaN], "hold": true}',
         '{"type": "mode", "mode": "__class__"}',
         '{"type": "hz", "hz": "fast"}',
+        '{"type": "hz", "hz": 1' + "0" * 400 + "}",
+        "[" * 5000,
         '{"type": "hide", "spaces": "siglip"}',
         '{"type": "hide", "spaces": [["siglip"]]}',
         '{"type": "seek", "index": 1}',

@@ -68,6 +68,16 @@ def test_tokens_that_are_not_finite_are_left_out_and_black():
     assert (colors[7] == 0).all() and np.isfinite(basis.axes).all()
 
 
+def test_values_whose_squares_are_infinite_are_black_and_leave_the_others_as_they_are():
+    tokens = np.random.default_rng(0).normal(size=(50, 16)).astype(np.float32)
+    huge = tokens.copy()
+    huge[7, 3], huge[8] = 3e38, -1e30
+    colors = PrincipalComponents.fit(huge).rgb(huge)
+    others = np.delete(np.arange(50), [7, 8])
+    assert (colors[7:9] == 0).all()
+    np.testing.assert_array_equal(colors[others], PrincipalComponents.fit(tokens[others]).rgb(tokens[others]))
+
+
 @pytest.mark.parametrize("bad", [np.zeros(8), np.zeros((2, 0)), np.zeros((0, 4)), np.full((3, 4), np.nan)])
 def test_bad_tokens_are_refused(bad):
     with pytest.raises(ValueError):

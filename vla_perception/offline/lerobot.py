@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from vla_perception.offline.recordings import FrameError, FrameSet, Problems, Selection, SourceError, safe_name
-from vla_perception.offline.video_recordings import check_frame_size, frames_of, opened, to_rgb
+from vla_perception.offline.video_recordings import MAX_SECONDS, check_frame_size, frames_of, opened, to_rgb
 from vla_perception.sources import image_files
 
 #: Seconds between a row's timestamp and its frame, at most: LeRobot's default.
@@ -28,8 +28,14 @@ _IMAGES = ("image", "video")
 _PREFIX = "observation.images."
 #: Bytes of info.json, and of a line of v2.1's lists.
 _MAX_JSON = 8 << 20
-#: Rows that are held at a time.
-_ROWS = 256
+#: Of an episode's number and length.
+_MAX_COUNT = 10**12
+#: Of a dataset; some bytes of parquet can stand for any number of rows.
+_MAX_EPISODES = 1 << 20
+#: Of all episodes' tasks together.
+_MAX_CHARACTERS = 1 << 28
+#: Rows that are held at a time: of numbers, and of images.
+_ROWS, _IMAGE_ROWS = 256, 16
 #: What may stand in info.json's templates for paths.
 _FIELD = re.compile(r"\{[a-z_]+(:0?\d{1,2}d)?\}")
 
@@ -69,24 +75,31 @@ class _Dataset:
             self._chunk_size = int(info.get("chunks_size") or 1000)
             if not 0 < self.fps < 1e6 or self._chunk_size < 1:
                 raise ValueError("fps or chunks_size is not a positive number")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise SourceError(f"{root}/meta/info.json is not as LeRobot writes it: {error!r}") from error
         self.image_keys = [key for key, feature in self.features.items() if feature.get("dtype") in _IMAGES]
         self.depth_keys = [key for key in self.image_keys if _is_depth(self.features[key])]
 
     @cached_property
     def episodes(self) -> list[_Episode]:
+        found: list[_Episode] = []
+        characters = 0
         try:
-            found = list(self._episodes_of_v3() if self.version.startswith("v3.") else self._episodes_of_v2())
+            for episode in self._episodes_of_v3() if self.version.startswith("v3.") else self._episodes_of_v2():
+                characters += sum(map(len, episode.tasks))
+                if len(found) == _MAX_EPISODES or characters > _MAX_CHARACTERS:
+                    raise SourceError(
+                        f"{self.root}/meta lists more than {_MAX_EPISODES} episodes, or tasks of more than "
+                        f"{_MAX_CHARACTERS >> 20} Mi characters: split the dataset"
+                    )
+                found.append(episode)
         except SourceError:
             raise
         except Exception as error:  # noqa: BLE001 - pyarrow's errors, and whatever odd content leads to
-            raise SourceError(f"{self.root}/meta: the list of episodes cannot be read: {str(error):.500}") from error
+            raise SourceError(f"{self.root}/meta: the list of episodes cannot be read: {_reason(error)}") from error
         return sorted(found, key=lambda episode: episode.index)
 
     def _episodes_of_v3(self) -> Iterator[_Episode]:
-        import pyarrow.parquet as parquet
-
         videos = [key for key in self.image_keys if self.features[key]["dtype"] == "video"]
         columns = ["episode_index", "length", "tasks", "data/chunk_index", "data/file_index"]
         for key in videos:
@@ -95,10 +108,10 @@ class _Dataset:
         if not files:
             raise SourceError(f"{self.root}/meta/episodes holds no parquet file: is the dataset complete?")
         for file in files:
-            for row in parquet.read_table(file, columns=columns).to_pylist():
+            for row in _table_rows(file, columns):
                 yield _Episode(
-                    int(row["episode_index"]),
-                    int(row["length"]),
+                    _count(row, "episode_index"),
+                    _count(row, "length"),
                     tuple(map(str, row["tasks"] or ())),
                     self._file(self._data_path, chunk_index=row["data/chunk_index"], file_index=row["data/file_index"]),
                     {
@@ -109,7 +122,7 @@ class _Dataset:
                                 chunk_index=row[f"videos/{key}/chunk_index"],
                                 file_index=row[f"videos/{key}/file_index"],
                             ),
-                            float(row[f"videos/{key}/from_timestamp"]),
+                            _seconds(row, f"videos/{key}/from_timestamp"),
                         )
                         for key in videos
                     },
@@ -121,7 +134,7 @@ class _Dataset:
             if not line.strip():
                 continue
             row = _object(line, path)
-            index = int(row["episode_index"])
+            index = _count(row, "episode_index")
             names = {"episode_chunk": index // self._chunk_size, "episode_index": index}
             videos = {
                 key: (self._file(self._video_path, video_key=key, **names), 0.0)
@@ -129,7 +142,7 @@ class _Dataset:
                 if self.features[key]["dtype"] == "video"
             }
             tasks = tuple(map(str, row.get("tasks") or ()))
-            yield _Episode(index, int(row["length"]), tasks, self._file(self._data_path, **names), videos)
+            yield _Episode(index, _count(row, "length"), tasks, self._file(self._data_path, **names), videos)
 
     def _file(self, template: str, **names: Any) -> Path:
         """A file of the dataset, by info.json's template for its path; never outside of the dataset."""
@@ -176,7 +189,7 @@ class EpisodeRecording:
             readers = [self._reader(key, stack) for key in self._keys.values()]
             ordinal = -1
             for ordinal, row in enumerate(self._rows()):
-                seconds = float(row["timestamp"])
+                seconds, values = self._numbers(row, ordinal)
                 images = [reader(row, seconds) for reader in readers]
                 stamp_ns = round(seconds * 1e9)
                 yield FrameSet(
@@ -186,7 +199,7 @@ class EpisodeRecording:
                     (stamp_ns,) * len(images),
                     ("",) * len(images),
                     partial(_all, images),
-                    self._values(row),
+                    values,
                 )
             if ordinal + 1 < self._episode.length:
                 self.problems.add(
@@ -214,13 +227,24 @@ class EpisodeRecording:
                 columns = [name for name in file.schema_arrow.names if name in (*wanted, "episode_index", "timestamp")]
                 unused = [key for key in self._dataset.image_keys if key not in self._keys.values()]
                 columns = [name for name in columns if name not in unused]
-                groups = [group for group in range(file.num_row_groups) if _may_hold(file, group, index)]
-                for batch in file.iter_batches(_ROWS, row_groups=groups, columns=columns):
+                groups = _row_groups(self._episode.data, index)
+                rows = _IMAGE_ROWS if set(columns) & set(self._dataset.image_keys) else _ROWS
+                for batch in file.iter_batches(rows, row_groups=groups, columns=columns):
                     for row in batch.to_pylist():
                         if row["episode_index"] == index:
                             yield row
-        except OSError as error:
-            raise SourceError(f"{self._episode.data} cannot be read: {error}") from error
+        except Exception as error:  # noqa: BLE001 - pyarrow's errors, and whatever odd content leads to
+            raise SourceError(f"{self._episode.data} cannot be read: {_reason(error)}") from error
+
+    def _numbers(self, row: dict[str, Any], ordinal: int) -> tuple[float, dict[str, np.ndarray]]:
+        """The time of a row, and its values. SourceError for a row that is not as info.json says."""
+        try:
+            return _seconds(row, "timestamp"), self._values(row)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise SourceError(
+                f"{self._episode.data}: row {ordinal} of episode {self._episode.index} is not as meta/info.json says: "
+                f"{_reason(error)}"
+            ) from error
 
     def _values(self, row: dict[str, Any]) -> dict[str, np.ndarray]:
         found = {}
@@ -228,7 +252,10 @@ class EpisodeRecording:
             dtype = _DTYPES.get(str(feature.get("dtype")))
             if dtype is None or name not in row or name == "timestamp":
                 continue
-            value: np.ndarray = np.asarray(row[name], dtype)
+            try:
+                value: np.ndarray = np.asarray(row[name], dtype)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ValueError(f"{name} is not {feature.get('dtype')}: {error}") from error
             found[name] = value if list(value.shape) != [1] else value.reshape(())
         return found
 
@@ -325,15 +352,15 @@ def _is_depth(feature: dict[str, Any]) -> bool:
     return False
 
 
-def _may_hold(file: Any, group: int, index: int) -> bool:
-    """Whether rows of an episode may be in a row group, by its statistics."""
-    row_group = file.metadata.row_group(group)
-    # Their columns are leaves: an image before `episode_index` is two of them, so its place in the schema is another one.
-    leaves = (row_group.column(leaf) for leaf in range(row_group.num_columns))
-    statistics = next((leaf.statistics for leaf in leaves if leaf.path_in_schema == "episode_index"), None)
-    if statistics is None or not statistics.has_min_max:
-        return True
-    return statistics.min <= index <= statistics.max
+def _row_groups(path: Path, index: int) -> list[int]:
+    """Those in which rows of an episode may be, by their statistics.
+
+    Not by `ParquetFile.metadata`: damaged statistics end the process there (pyarrow 26), and are an error here.
+    """
+    from pyarrow import dataset, fs
+
+    fragment = dataset.ParquetFileFormat().make_fragment(str(path), filesystem=fs.LocalFileSystem())
+    return [group.id for group in fragment.subset(dataset.field("episode_index") == index).row_groups]
 
 
 def _stored_image(row: dict, _seconds: float, *, key: str, root: Path, max_pixels: int) -> Any:
@@ -355,6 +382,38 @@ def _all(images: list) -> list[np.ndarray]:
 
 def _raise(error: Exception) -> None:
     raise error
+
+
+def _table_rows(file: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """Rows of a parquet file, some at a time."""
+    import pyarrow.parquet as parquet
+
+    with parquet.ParquetFile(file) as table:
+        for batch in table.iter_batches(_ROWS, columns=columns):
+            yield from batch.to_pylist()
+
+
+def _count(row: dict[str, Any], name: str) -> int:
+    """A whole number that something is counted with. ValueError for what is none."""
+    value = int(row[name])
+    if not 0 <= value <= _MAX_COUNT:
+        raise ValueError(f"{name} is {str(value):.50}")
+    return value
+
+
+def _seconds(row: dict[str, Any], name: str) -> float:
+    """ValueError for a time that no frame has."""
+    value = float(row[name])
+    if not abs(value) <= MAX_SECONDS:
+        raise ValueError(f"{name} is {value}")
+    return value
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in few words; a KeyError says the name alone."""
+    if isinstance(error, KeyError):
+        return f"there is no {str(error.args[0]):.100}"
+    return f"{str(error):.500}" or type(error).__name__
 
 
 def _read_text(path: Path, limit: int = _MAX_JSON) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -290,12 +291,12 @@ def safe_name(text: str) -> str:
 
 def _tell_apart(recordings: Sequence[Recording]) -> None:
     """Puts the parent folder's name in front where two recordings have the same name."""
-    names = [recording.name for recording in recordings]
+    names = Counter(recording.name for recording in recordings)
     for recording in recordings:
-        if names.count(recording.name) > 1:
+        if names[recording.name] > 1:
             recording.name = f"{safe_name(Path(recording.source).resolve().parent.name)}/{recording.name}"
-    names = [recording.name for recording in recordings]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    names = Counter(recording.name for recording in recordings)
+    twice = sorted(name for name, count in names.items() if count > 1)
     if twice:
         sources = [recording.source for recording in recordings if recording.name == twice[0]]
         raise SourceError(

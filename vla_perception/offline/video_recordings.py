@@ -29,6 +29,8 @@ from vla_perception.offline.recordings import (
 SUFFIXES = frozenset((".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg"))
 #: FFmpeg's names of the containers that are read. Others are playlists, which lead to further files and addresses.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo"
+#: Of a frame's time: nanoseconds beyond it do not fit into 64 bits.
+MAX_SECONDS = float(1 << 33)
 
 
 class VideoRecording:
@@ -81,7 +83,10 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
     with container:
         if not container.streams.video:
             raise DamagedError(f"{path} holds no video")
-        yield container, container.streams.video[0]
+        stream = container.streams.video[0]
+        if stream.codec_context is None or not stream.time_base:
+            raise DamagedError(f"{path}: its video is damaged, or of a codec that PyAV cannot decode")
+        yield container, stream
 
 
 def frames_of(container: Any, stream: Any, start_sec: float = 0.0) -> Iterator[tuple[float, Any]]:
@@ -89,7 +94,19 @@ def frames_of(container: Any, stream: Any, start_sec: float = 0.0) -> Iterator[t
 
     A damaged one comes as a FrameError in the place of the frame, and so do those after it that build on it, up to the
     next key frame: FFmpeg conceals damage, and smears it over what follows.
+
+    Raises:
+        DamagedError: nothing can be read from there on.
     """
+    import av
+
+    try:
+        yield from _frames_of(container, stream, start_sec)
+    except (av.FFmpegError, OverflowError) as error:
+        raise DamagedError(f"{container.name} cannot be read any further: {error}") from error
+
+
+def _frames_of(container: Any, stream: Any, start_sec: float) -> Iterator[tuple[float, Any]]:
     import av
 
     if start_sec > 0:
@@ -104,8 +121,11 @@ def frames_of(container: Any, stream: Any, start_sec: float = 0.0) -> Iterator[t
             yield seconds, FrameError(f"a frame after {seconds:.3f} s cannot be decoded: {error}")
             continue
         for frame in frames:
-            if frame.pts is not None:
-                seconds = float((frame.pts - first) * stream.time_base)
+            shown = seconds if frame.pts is None else float((frame.pts - first) * stream.time_base)
+            if abs(shown) > MAX_SECONDS:
+                yield seconds, FrameError(f"a frame after {seconds:.3f} s says that it is shown at {shown:.3g} s")
+                continue
+            seconds = shown
             damaged = frame.is_corrupt or (damaged and not frame.key_frame)
             yield seconds, FrameError(f"the frame at {seconds:.3f} s is damaged") if damaged else frame
 
@@ -119,11 +139,16 @@ def check_frame_size(stream: Any, path: Path, max_pixels: int) -> None:
 
 
 def to_rgb(frame: Any, max_pixels: int) -> np.ndarray:
-    """uint8 RGB [height, width, 3] of an av.VideoFrame, turned as the file says. FrameError if it cannot be had."""
+    """uint8 RGB [height, width, 3] of an av.VideoFrame, turned as the file says. ValueError if it cannot be had."""
+    import av
+
     if isinstance(frame, FrameError):
         raise frame
     check_size(frame.width, frame.height, max_pixels)
-    image = frame.to_ndarray(format="rgb24")
+    try:
+        image = frame.to_ndarray(format="rgb24")
+    except av.FFmpegError as error:
+        raise FrameError(f"a frame cannot be made an image: {error}") from error
     turns = round(getattr(frame, "rotation", 0) / 90)
     return np.ascontiguousarray(np.rot90(image, turns)) if turns % 4 else image
 

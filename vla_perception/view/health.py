@@ -36,12 +36,12 @@ class Status:
 
     @classmethod
     def of(cls, name: str, level: int, message: str, values: Iterable[tuple[str, str]]) -> Status:
-        """With no more of each text than is kept of it."""
+        """With no more of each text than is kept of it, and nothing in it that a terminal would obey."""
         pairs: dict[str, str] = {}
         for key, value in values:
             if len(pairs) < MAX_VALUES:
-                pairs[key[:MAX_TEXT]] = printable(value[:MAX_TEXT])
-        return cls(name[:MAX_TEXT], level, printable(message[:MAX_TEXT]), pairs)
+                pairs[printable(key[:MAX_TEXT])] = printable(value[:MAX_TEXT])
+        return cls(printable(name[:MAX_TEXT]), level, printable(message[:MAX_TEXT]), pairs)
 
     @property
     def is_of_a_tokenizer(self) -> bool:

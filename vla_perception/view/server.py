@@ -33,7 +33,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from vla_perception.view.analysis import Palette
-from vla_perception.view.session import MAX_MESSAGE, Feed, Session
+from vla_perception.view.session import MAX_MESSAGE, Feed, Session, parse_message
 
 PAGE = Path(__file__).with_name("page")
 #: Open pages at most.
@@ -283,19 +283,28 @@ class _Page:
 
     async def _read(self) -> None:
         while True:
-            text = await self._socket.receive_text()
             try:
-                kind = json.loads(text).get("type") if len(text) <= MAX_MESSAGE else None
-                if kind == "painted":
+                text = await self._receive()
+                message = parse_message(text)
+                if message.get("type") == "painted":
                     self._painted.set()
-                elif kind == "control":
-                    await self._control(json.loads(text))
+                elif message.get("type") == "control":
+                    await self._control(message)
                 else:
                     for answer in await self._server.in_worker(functools.partial(self.session.receive, text)):
                         await self._send(answer)
                     self.changed.set()
-            except (ValueError, AttributeError, RecursionError) as error:
+            except ValueError as error:
                 await self._send_error(error)
+
+    async def _receive(self) -> str:
+        """The next message. ValueError for one of bytes."""
+        text: str | None = None
+        with contextlib.suppress(KeyError):  # what Starlette raises for one
+            text = await self._socket.receive_text()
+        if not isinstance(text, str):
+            raise ValueError("a message of the page is not text")
+        return text
 
     async def _control(self, message: dict[str, object]) -> None:
         if not self._allow_control:

@@ -114,11 +114,7 @@ class Session:
 
     def receive(self, text: str) -> list[bytes]:
         """Takes in one message of the page and gives the answers. ValueError for what is none."""
-        if len(text) > MAX_MESSAGE:
-            raise ValueError("a message of the page is too long")
-        message = json.loads(text)
-        if not isinstance(message, dict):
-            raise ValueError("a message of the page is not an object")
+        message = parse_message(text)
         handler = {
             "select": self._on_select,
             "visible": self._on_visible,
@@ -342,6 +338,19 @@ class Session:
         }
 
 
+def parse_message(text: str) -> dict[str, object]:
+    """A message of the page. ValueError for what is none."""
+    if len(text) > MAX_MESSAGE:
+        raise ValueError("a message of the page is too long")
+    try:
+        message = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"a message of the page is not JSON: {error}") from error
+    if not isinstance(message, dict):
+        raise ValueError("a message of the page is not an object")
+    return message
+
+
 def _first_patch(tokens: VisualTokens) -> int:
     """Tokens of a view before the first one that lies on the grid."""
     return tokens.shape[1] - tokens.grid[0] * tokens.grid[1] if has_patches(tokens) else 0
@@ -354,6 +363,10 @@ def _name(value: object) -> str:
 
 
 def _finite(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
+    except OverflowError:  # JSON's whole numbers have any number of digits
+        number = math.nan
+    if not math.isfinite(number):
         raise ValueError("a number must be finite")
-    return float(value)
+    return number

@@ -16,6 +16,8 @@ import numpy as np
 # Percentiles of the fitted tokens that become 0 and 255. The extremes are left out because ViTs have a few
 # tokens of very large norm, which would leave everything else grey.
 LOW, HIGH = 1.0, 99.0
+#: Tokens with larger values count as not finite: sums of their squares would be.
+LARGEST = 1e15
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,14 @@ class PrincipalComponents:
 
     @classmethod
     def fit(cls, tokens: np.ndarray, like: PrincipalComponents | None = None) -> PrincipalComponents:
-        """The basis of `tokens` [n, channels] (any float dtype; rows with NaN or infinity are left out).
+        """The basis of `tokens` [n, channels] (any float dtype; rows with NaN, infinity or beyond LARGEST are left out).
 
         Signs are fixed by rule, so the same tokens give the same colors on every run. With `like`, order and
         signs of the axes are those that agree best with that earlier basis instead.
         Raises ValueError if `tokens` has another shape or no finite row.
         """
         rows = _rows(tokens)
-        rows = rows[np.isfinite(rows).all(axis=1)]
+        rows = rows[_usable(rows)]
         if len(rows) == 0:
             raise ValueError("no finite token to fit principal components to")
         mean = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
@@ -63,13 +65,15 @@ class PrincipalComponents:
         return (rows - self.mean) @ self.axes.T
 
     def rgb(self, tokens: np.ndarray) -> np.ndarray:
-        """uint8 [n, 3]: one color per token. Tokens that are not finite come out black."""
-        projected = self.project(tokens)
+        """uint8 [n, 3]: one color per token. Tokens that are not finite, or beyond LARGEST, come out black."""
+        rows = _rows(tokens)
+        usable = _usable(rows)
+        projected = self.project(rows if usable.all() else np.where(usable[:, None], rows, 0))
         span = self.high - self.low
         flat = span <= 1e-6 * max(float(span.max()), 1e-30)
         shown = (projected - self.low) / np.where(flat, 1, span)
         shown[:, flat] = 0.5  # nothing varies along this axis: middle grey rather than amplified noise
-        shown[~np.isfinite(projected).all(axis=1)] = 0
+        shown[~usable] = 0
         return np.rint(np.clip(shown, 0, 1) * 255).astype(np.uint8)
 
 
@@ -78,6 +82,11 @@ def _rows(tokens: np.ndarray) -> np.ndarray:
     if rows.ndim != 2 or rows.shape[1] == 0:
         raise ValueError(f"expected tokens of shape [n, channels], got {rows.shape}")
     return rows.astype(np.float32, copy=False)
+
+
+def _usable(rows: np.ndarray) -> np.ndarray:
+    """bool [n]: rows that can be computed with."""
+    return (np.abs(rows) <= LARGEST).all(axis=1)  # NaN is not
 
 
 def _leading_axes(centred: np.ndarray) -> np.ndarray:

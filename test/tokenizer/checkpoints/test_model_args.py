@@ -130,6 +130,7 @@ def test_what_timm_gains_is_refused_until_it_is_looked_at():
         {"reg_tokens": 10**6},
         {"mlp_ratio": float("nan")},
         {"mlp_ratio": 1e9},
+        {"mlp_ratio": 10**400},
         {"mlp_ratio": "4"},
         {"qkv_bias": 1},
         {"qkv_bias": "true"},

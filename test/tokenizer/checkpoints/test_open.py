@@ -14,6 +14,7 @@ from torch import nn  # noqa: E402
 
 from vla_perception.tokenizer import CheckpointError, EncoderConfig, VisualTokenizer  # noqa: E402
 from vla_perception.tokenizer import presets as presets_module  # noqa: E402
+from vla_perception.tokenizer.checkpoints import hub  # noqa: E402
 
 IMAGE = checkpoints.image()
 HALF = (0.5, 0.5, 0.5)
@@ -430,3 +431,20 @@ def test_encoders_that_cannot_be_had(model, words):
 def test_encoder_settings_are_checked():
     with pytest.raises(ValueError, match="unknown resize strategy"):
         EncoderConfig("dinov2", checkpoints.TIMM_IDS[0], 98, HALF, HALF, "squeeze")
+
+
+#: Of repositories: some that are one, and some that none is.
+NAMES = ["a/b", "Org_1/a.b-c", "a/" + "b" * 96, "a/" + "b" * 97, "a/b--c", "a/b..c", "a/b.git", "a/b-", "a-/b", "a/b."]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_those_that_the_hubs_client_takes(name):
+    try:
+        huggingface_hub.utils.validate_repo_id(name)
+        valid = True
+    except ValueError:
+        valid = False
+    assert hub.is_id(name) == hub.is_id(f"{name}@main") == valid
+    if not valid:
+        with pytest.raises(CheckpointError, match="is not a Hugging Face id"):
+            hub.fetch(name)

@@ -31,7 +31,11 @@ from vla_perception.tokenizer.checkpoints.paths import cache_directory, exists
 
 log = logging.getLogger(__name__)
 
-_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w.][\w./-]*))?", re.ASCII)
+#: What the hub's client takes: names of at most 96 characters, in which some things must not be.
+_NAME = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"
+_ID = re.compile(
+    rf"(?![^@]*(?:--|\.\.))(?P<repository>{_NAME}/{_NAME}(?<!\.git))(?:@(?P<revision>[\w.][\w./-]{{0,199}}))?", re.ASCII
+)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _INDEX = "model.safetensors.index.json"
 _SMALL_FILES = (
@@ -93,7 +97,7 @@ def _parse(name: str) -> tuple[str, str, Path]:
     """Repository, revision, and its folder in the cache."""
     match = _ID.fullmatch(name)
     if match is None:
-        raise CheckpointError(f"{name!r} is not a Hugging Face id; write org/name or org/name@revision")
+        raise CheckpointError(f"{name!r:.200} is not a Hugging Face id; write org/name or org/name@revision")
     return match["repository"], match["revision"] or "main", cache_directory() / "hub" / match["repository"]
 
 

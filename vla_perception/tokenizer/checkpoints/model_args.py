@@ -7,7 +7,6 @@ and arguments that come from files are only those that shape a plain vision tran
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 
@@ -98,7 +97,7 @@ def _fits(key: str, value: object) -> bool:
     if key in _NUMBERS:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return False
-        return math.isfinite(value) and _NUMBERS[key][0] <= value <= _NUMBERS[key][1]
+        return _NUMBERS[key][0] <= value <= _NUMBERS[key][1]  # NaN is not, and whole numbers may have any length
     if key in _SWITCHES:
         return isinstance(value, bool)
     return isinstance(value, str) and value.lower() in _CHOICES[key]
