@@ -192,9 +192,7 @@ class Kit:
         views = sorted({1, max(views for views, *_ in SIZES)})
         rows = gpu_preprocess.measure(DEVICE, ROUNDS, tuple(sizes), views, self.tokenizer.config.encoders)
         print(gpu_preprocess.table(rows))
-        helpers = gpu_preprocess.measure_helpers(DEVICE, ROUNDS)
-        print("\n".join(f"{what}: {times}" for what, times in helpers.items()))
-        return {f"{row['views']} view(s) of {row['size']} {row['encoding']}": row for row in rows} | helpers
+        return {f"{row['views']} view(s) of {row['size']} {row['encoding']}": row for row in rows}
 
     def variants(self) -> dict:
         found: dict[str, dict] = {}
@@ -347,7 +345,7 @@ def _kernel_actions(block: torch.nn.Module, tokens: int) -> Iterator[tuple[str, 
     yield "sum, layer norm: PyTorch", lambda: gpu_variants.add_layer_norm(values, delta, gamma, norm)
     yield "sum, layer norm: Triton", normalize
     for elements in (512, 1024):
-        with gpu_variants.pytorchs(ELEMENTS_PER_WARP=elements):
+        with gpu_variants.pytorchs(ELEMENTS_PER_WARP=elements, ELEMENTS_PER_WARP_OF_MANY=elements):
             yield f"sum, layer norm: Triton, {elements} elements a warp", normalize
     yield "GELU: PyTorch", lambda: functional.gelu(wide)
     yield "GELU: Triton", lambda: triton_kernels.gelu(wide)

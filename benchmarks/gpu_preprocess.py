@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vla_perception.tokenizer import PRESETS, EncoderConfig, upload
+from vla_perception.tokenizer import PRESETS, EncoderConfig
 from vla_perception.tokenizer.image_transforms import ImageTransforms, Step
 from vla_perception.tokenizer.preprocess import Preprocessor
 from vla_perception.tokenizer.preprocess_gpu import DevicePreprocessor, PreprocessPlan
@@ -101,26 +101,6 @@ def measure_libero(
         outputs = _outputs(plan, source.device)
         row["kernels_us"] = _graph(lambda: plan.run(source, outputs), rounds)
     return row
-
-
-def measure_helpers(device: torch.device, rounds: int = 50) -> dict[str, dict[str, float]]:
-    """Microseconds of an upload by so many threads beside the caller's, each with a part, per image."""
-    preprocessor = DevicePreprocessor(PRESETS["openvla-7b"].encoders, device)
-    generator = np.random.default_rng(2)
-    kept = upload._MAX_HELPERS, upload._BYTES_PER_HELPER
-    found = {}
-    try:
-        upload._BYTES_PER_HELPER = 1
-        for height, width in SIZES:
-            sets = [[generator.integers(0, 256, (height, width, 3), dtype=np.uint8)] for _ in range(ROTATION)]
-            plan, row = preprocessor.plan(sets[0]), {}
-            for helpers in (0, 1, 2, 3, 5):
-                upload._MAX_HELPERS = helpers
-                row[f"{helpers} helpers"] = _wall(plan.upload, sets, rounds)
-            found[f"upload of {width}x{height}"] = row
-    finally:
-        upload._MAX_HELPERS, upload._BYTES_PER_HELPER = kept
-    return found
 
 
 def _outputs(plan: PreprocessPlan, device: torch.device) -> list[torch.Tensor]:
@@ -231,14 +211,10 @@ def main() -> None:
     device = torch.device(arguments.device)
     with torch.inference_mode():
         rows = measure(device, arguments.rounds)
-        helpers = measure_helpers(device, arguments.rounds)
     print(table(rows))
-    print(helpers)
     if arguments.json:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        arguments.json.write_text(
-            json.dumps({"device": name, "torch": torch.__version__, "rows": rows, "helpers": helpers}, indent=1)
-        )
+        arguments.json.write_text(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

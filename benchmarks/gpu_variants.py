@@ -21,25 +21,36 @@ def changes(views: int) -> Iterator[Change]:
     """What is tried for one view, or for several, which get less."""
     yield "as it is", contextlib.nullcontext()
     yield "without dependent launches", replaced(dependent_launches, WANTED=False)
+    yield "no weights read ahead", pytorchs(_ahead=lambda weights, like: (like, 0))
     yield "one stream", _one_stream()
-    yield "PyTorch's kernels", pytorchs(add_layer_norm=add_layer_norm, gelu=functional.gelu, attention=attention)
+    yield "PyTorch's kernels", pytorchs(add_layer_norm=add_layer_norm, gelu=gelu, attention=attention)
     if views > 1:
         return
     yield "PyTorch's sum and layer norm", pytorchs(add_layer_norm=add_layer_norm)
-    yield "PyTorch's GELU", pytorchs(gelu=functional.gelu)
+    yield "PyTorch's GELU", pytorchs(gelu=gelu)
     yield "PyTorch's attention", pytorchs(attention=attention)
+    for elements in (256, 512, 1024):
+        yield (
+            f"sum and layer norm, {elements} elements a warp",
+            pytorchs(ELEMENTS_PER_WARP=elements, ELEMENTS_PER_WARP_OF_MANY=elements),
+        )
     for blocks in ATTENTION_BLOCKS[:2]:
         yield f"attention {blocks}", pytorchs(ATTENTION_BLOCKS=blocks)
 
 
-def add_layer_norm(values, delta, gamma, norm):
+def add_layer_norm(values, delta, gamma, norm, ahead=None):
     """PyTorch's operations for `triton_kernels.add_layer_norm`."""
     if delta is not None:
         values = values + delta if gamma is None else torch.addcmul(values, delta, gamma)
     return values, functional.layer_norm(values, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def attention(projected, heads, scale):
+def gelu(values, tanh=False, ahead=None):
+    """PyTorch's operation for `triton_kernels.gelu`."""
+    return functional.gelu(values, approximate="tanh" if tanh else "none")
+
+
+def attention(projected, heads, scale, ahead=None):
     """PyTorch's operations for `triton_kernels.attention`, as timm has them."""
     views, tokens, channels = projected.shape
     query, key, value = projected.view(views, tokens, 3, heads, channels // 3 // heads).permute(2, 0, 3, 1, 4)

@@ -69,7 +69,7 @@ def test_every_question_is_answered(kit, tmp_path, capsys, monkeypatch):
     )
     assert set(answers["latency"]) >= {"2 view(s) of 64 x 48"}
     assert all(0 < row["end_to_end_ms"]["p50"] for size, row in answers["latency"].items() if "view" in size)
-    assert len(answers["preprocess"]) == 14 and all(row.get("equal", True) for row in answers["preprocess"].values())
+    assert len(answers["preprocess"]) == 12 and all(row.get("equal", True) for row in answers["preprocess"].values())
     as_it_is = answers["variants"]["1 view(s), as it is"]
     assert as_it_is["replay_us"] > 0 and as_it_is["relative_l2"] < 1e-5 and as_it_is["same_bits"]
     assert all(not row["fallback"] for row in answers["variants"].values())

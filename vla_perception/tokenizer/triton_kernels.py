@@ -13,12 +13,36 @@ import triton.language as tl
 
 from vla_perception.tokenizer.dependent_launches import launch_options
 
-#: Elements of a row per warp of `add_layer_norm`.
-ELEMENTS_PER_WARP = 256
+#: Elements of a row per warp of `add_layer_norm`, for up to so many rows and for more: many rows fill the device anyway.
+ELEMENTS_PER_WARP, FEW_ROWS, ELEMENTS_PER_WARP_OF_MANY = 256, 600, 512
 #: Elements per program of `gelu`.
 _GELU_BLOCK = 1024
 #: Queries and keys that a program of `attention` holds at a time, warps, and stages of loads that run ahead.
 ATTENTION_BLOCKS = (64, 64, 4, 3)
+
+#: A Hopper's copy engine reads what lies there into the L2 cache. One thread of the program asks for it.
+_TO_L2 = tl.constexpr(
+    "{ .reg .pred first; .reg .u32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0; "
+    "@first cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"
+)
+
+
+@triton.jit
+def _bring_to_l2(weights, nbytes, program, programs):
+    """Asks for this program's share of the weights, `nbytes` of all programs."""
+    share = (tl.cdiv(nbytes, programs) + 15) // 16 * 16
+    begin = program * share
+    size = tl.minimum(share, nbytes - begin)
+    if size > 0:
+        address = weights.to(tl.int64, bitcast=True) + begin
+        tl.inline_asm_elementwise(_TO_L2, "=r,l,r", [address, size], dtype=tl.int32, is_pure=False, pack=1)
+
+
+def _ahead(weights: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """A kernel's last arguments: the weights to bring into the L2 cache, and how many bytes of them."""
+    if weights is None:
+        return like, 0
+    return weights, weights.numel() * weights.element_size() // 16 * 16
 
 
 @triton.jit
@@ -31,6 +55,8 @@ def _add_layer_norm_kernel(
     total,
     normal,
     epsilon,
+    ahead,
+    ahead_bytes,
     channels: tl.constexpr,
     has_delta: tl.constexpr,
     has_gamma: tl.constexpr,
@@ -44,6 +70,7 @@ def _add_layer_norm_kernel(
     if has_gamma:
         factor = tl.load(gamma + columns, mask=inside, other=0.0).to(tl.float32)
     if dependent:  # all above are weights, which the kernel right in front of this one does not write
+        _bring_to_l2(ahead, ahead_bytes, tl.program_id(0), tl.num_programs(0))
         tl.extra.cuda.gdc_wait()
     at = tl.program_id(0).to(tl.int64) * channels + columns
     row = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
@@ -66,6 +93,7 @@ def add_layer_norm(
     delta: torch.Tensor | None,
     gamma: torch.Tensor | None,
     norm: torch.nn.LayerNorm,
+    ahead: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``values + delta * gamma`` and its layer norm over the last dimension, [..., channels] each.
 
@@ -73,6 +101,7 @@ def add_layer_norm(
         values, delta: [..., channels]; without `delta` the sum is `values`.
         gamma: [channels]; None for 1.
         norm: with weight and bias. Neither these nor `gamma` may be what the kernel right in front has written.
+        ahead: the weights of the product behind it: read into the L2 cache meanwhile, where launches are dependent.
     """
     values = values.contiguous()
     channels = values.shape[-1]
@@ -80,7 +109,9 @@ def add_layer_norm(
     total = values if delta is None else torch.empty_like(values)
     delta = values if delta is None else delta.contiguous()
     block = triton.next_power_of_2(channels)
-    _add_layer_norm_kernel[(values.numel() // channels,)](
+    rows = values.numel() // channels
+    elements = ELEMENTS_PER_WARP if rows <= FEW_ROWS else ELEMENTS_PER_WARP_OF_MANY
+    _add_layer_norm_kernel[(rows,)](
         values,
         delta,
         values if gamma is None else gamma,
@@ -89,11 +120,12 @@ def add_layer_norm(
         total,
         normal,
         norm.eps,
+        *_ahead(ahead, values),
         channels,
         total is not values,
         gamma is not None,
         block,
-        num_warps=max(1, min(8, block // ELEMENTS_PER_WARP)),
+        num_warps=max(1, min(8, block // elements)),
         **launch_options(),
     )
     return total, normal
@@ -112,8 +144,11 @@ def gelu_of(x, tanh: tl.constexpr):
 
 
 @triton.jit
-def _gelu_kernel(values, result, length, tanh: tl.constexpr, block: tl.constexpr, dependent: tl.constexpr):
+def _gelu_kernel(
+    values, result, length, ahead, ahead_bytes, tanh: tl.constexpr, block: tl.constexpr, dependent: tl.constexpr
+):
     if dependent:
+        _bring_to_l2(ahead, ahead_bytes, tl.program_id(0), tl.num_programs(0))
         tl.extra.cuda.gdc_wait()
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = at < length
@@ -122,13 +157,13 @@ def _gelu_kernel(values, result, length, tanh: tl.constexpr, block: tl.constexpr
     tl.store(result + at, x.to(result.dtype.element_ty), mask=inside)
 
 
-def gelu(values: torch.Tensor, tanh: bool = False) -> torch.Tensor:
-    """GELU, exact by the error function, or approximated by tanh."""
+def gelu(values: torch.Tensor, tanh: bool = False, ahead: torch.Tensor | None = None) -> torch.Tensor:
+    """GELU, exact by the error function, or approximated by tanh; `ahead` as for `add_layer_norm`."""
     values = values.contiguous()
     result = torch.empty_like(values)
     length = values.numel()
     grid = (triton.cdiv(length, _GELU_BLOCK),)
-    _gelu_kernel[grid](values, result, length, tanh, _GELU_BLOCK, **launch_options())
+    _gelu_kernel[grid](values, result, length, *_ahead(ahead, values), tanh, _GELU_BLOCK, **launch_options())
     return result
 
 
@@ -138,52 +173,73 @@ def _attention_kernel(
     result,
     tokens,
     scale,
+    ahead,
+    ahead_bytes,
     heads: tl.constexpr,
     width: tl.constexpr,
-    padded: tl.constexpr,
+    most: tl.constexpr,
+    rest: tl.constexpr,
     rows: tl.constexpr,
     keys: tl.constexpr,
     dependent: tl.constexpr,
 ):
     if dependent:
+        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        _bring_to_l2(ahead, ahead_bytes, program, tl.num_programs(0) * tl.num_programs(1))
         tl.extra.cuda.gdc_wait()
-    # FlashAttention's online softmax: one program holds `rows` queries of one head and goes through all keys.
+    # FlashAttention's online softmax: one program holds `rows` queries of one head and goes through all keys. A head is
+    # `most` channels, a power of 2, and what is left of it: 72 are 64 and 16, of which 8 are zeros, and not 128.
     head = tl.program_id(1) % heads
     stride: tl.constexpr = 3 * heads * width  # from one token to the next
     view = (tl.program_id(1) // heads).to(tl.int64) * tokens
     start = projected + view * stride + head * width
     row = tl.program_id(0) * rows + tl.arange(0, rows)
-    column = tl.arange(0, padded)
-    in_width = column < width
-    query_mask = (row < tokens)[:, None] & in_width[None, :]
-    query = tl.load(start + row[:, None] * stride + column[None, :], mask=query_mask, other=0.0)
+    row_there = (row < tokens)[:, None]
+    column = tl.arange(0, most)[None, :]
+    query = tl.load(start + row[:, None] * stride + column, mask=row_there, other=0.0)
+    summed = tl.zeros([rows, most], tl.float32)
+    if rest:
+        column_rest = most + tl.arange(0, rest)[None, :]
+        in_width = column_rest < width
+        query_rest = tl.load(start + row[:, None] * stride + column_rest, mask=row_there & in_width, other=0.0)
+        summed_rest = tl.zeros([rows, rest], tl.float32)
     highest = tl.full([rows], float("-inf"), tl.float32)
     weight = tl.zeros([rows], tl.float32)
-    summed = tl.zeros([rows, padded], tl.float32)
     for first in range(0, tokens, keys):
         other = first + tl.arange(0, keys)
-        key_mask = (other < tokens)[:, None] & in_width[None, :]
-        at = other[:, None] * stride + column[None, :]
-        key = tl.load(start + heads * width + at, mask=key_mask, other=0.0)
-        score = tl.dot(query, tl.trans(key)) * scale
-        score = tl.where((other < tokens)[None, :], score, float("-inf"))
+        there = (other < tokens)[:, None]
+        key_at = start + heads * width + other[:, None] * stride
+        value_at = key_at + heads * width
+        score = tl.dot(query, tl.trans(tl.load(key_at + column, mask=there, other=0.0)))
+        if rest:
+            key_rest = tl.load(key_at + column_rest, mask=there & in_width, other=0.0)
+            score = tl.dot(query_rest, tl.trans(key_rest), score)
+        score = tl.where((other < tokens)[None, :], score * scale, float("-inf"))
         higher = tl.maximum(highest, tl.max(score, 1))
         share = tl.exp2(score - higher[:, None])
         fade = tl.exp2(highest - higher)
-        value = tl.load(start + 2 * heads * width + at, mask=key_mask, other=0.0)
-        summed = summed * fade[:, None] + tl.dot(share.to(value.dtype), value)
+        value = tl.load(value_at + column, mask=there, other=0.0)
+        rounded = share.to(value.dtype)
+        summed = summed * fade[:, None] + tl.dot(rounded, value)
+        if rest:
+            value_rest = tl.load(value_at + column_rest, mask=there & in_width, other=0.0)
+            summed_rest = summed_rest * fade[:, None] + tl.dot(rounded, value_rest)
         weight = weight * fade + tl.sum(share, 1)
         highest = higher
-    out = result + (view + row[:, None]) * (heads * width) + head * width + column[None, :]
-    tl.store(out, (summed / weight[:, None]).to(result.dtype.element_ty), mask=query_mask)
+    out = result + (view + row[:, None]) * (heads * width) + head * width
+    kind = result.dtype.element_ty
+    tl.store(out + column, (summed / weight[:, None]).to(kind), mask=row_there)
+    if rest:
+        tl.store(out + column_rest, (summed_rest / weight[:, None]).to(kind), mask=row_there & in_width)
 
 
-def attention(projected: torch.Tensor, heads: int, scale: float) -> torch.Tensor:
+def attention(projected: torch.Tensor, heads: int, scale: float, ahead: torch.Tensor | None = None) -> torch.Tensor:
     """Softmax attention of every token over all tokens of its view.
 
     Args:
         projected: [views, tokens, 3 · heads · width], float16 or bfloat16: queries, keys and values, of all heads each,
-            as one linear layer gives them. width is at most 128.
+            as one linear layer gives them. width is 16 to 128.
+        ahead: as for `add_layer_norm`.
 
     Returns:
         [views, tokens, heads · width].
@@ -193,14 +249,17 @@ def attention(projected: torch.Tensor, heads: int, scale: float) -> torch.Tensor
     width = channels // (3 * heads)
     result = projected.new_empty(views, tokens, heads * width)
     rows, keys, warps, stages = ATTENTION_BLOCKS
+    most = 1 << (width.bit_length() - 1)
     _attention_kernel[(triton.cdiv(tokens, rows), views * heads)](
         projected,
         result,
         tokens,
         scale * 1.4426950408889634,  # exp2 is what the hardware has
+        *_ahead(ahead, projected),
         heads,
         width,
-        max(16, triton.next_power_of_2(width)),
+        most,
+        max(16, triton.next_power_of_2(width - most)) if width > most else 0,
         rows,
         keys,
         num_warps=warps,
