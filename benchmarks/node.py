@@ -93,7 +93,8 @@ def run(size: str, encoding: str, views: int, rate: float, transport: str, optio
         "shared_memory": "true" if transport == "shared_memory" else "false",
         "autostart": "true",
     }
-    words = [word for name, value in settings.items() for word in ("-p", f"{name}:={value}")]
+    given = [*(f"{name}:={value}" for name, value in settings.items()), *options.parameters]
+    words = [word for value in given for word in ("-p", value)]
     inner = [str(Path(__file__).resolve()), "--role"]
     with stack:
         policy = start(domain, [*inner, "policy"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -351,6 +352,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="tiny-random")
     add_placement(parser)
+    parser.add_argument("--parameters", nargs="+", default=[], metavar="NAME:=VALUE", help="of the node, beside these")
     parser.add_argument("--seconds", type=float, default=10.0, help="per case")
     parser.add_argument("--start-sec", type=float, default=120.0, help="the node may take so long until it subscribes")
     parser.add_argument("--warm-up", type=int, default=5, help="sets before those that count")
@@ -377,7 +379,7 @@ def main() -> None:
         print("| " + " | ".join(map(str, shown.values())) + " |", flush=True)
         rows.append(row)
     if options.json:
-        asked = {name: getattr(options, name) for name in ("model", "device", "compute_dtype")}
+        asked = {name: getattr(options, name) for name in ("model", "device", "compute_dtype", "parameters")}
         result = {"machine": processor()} | asked | {"cases": rows}
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
