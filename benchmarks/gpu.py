@@ -1,6 +1,6 @@
 """What a CUDA device does with the tokenizer, question by question: prints tables and writes one JSON.
 
-    python benchmarks/gpu.py --json gpu.json                         # all questions, some two minutes on an H100
+    python benchmarks/gpu.py --json gpu.json                         # all questions, some three minutes on an H100
     python benchmarks/gpu.py --json gpu.json latency variants        # these alone
 
 ``latency``: host uint8 images → tokens on the device, for several numbers of views and sizes, and the device's memory.
@@ -11,6 +11,7 @@ whether a second capture and later replays give the same bits; for one view and 
 ``kernels``: what lies between the products, one by one: PyTorch's beside Triton's, and Triton's block sizes.
 ``products``: the matrix products, one by one.
 ``float8``: the model in `compute_dtype: float8` beside bfloat16, and its products; some 20 s on an H100.
+``tuned``: what `vla-perception tune` finds in `SEARCH_SECONDS` for each number of views of `variants`, before and after.
 
 Device times are CUDA events' around work that was queued before it began, so no launch of the host is in them. What is
 compared is measured in one process on one device. How captures survive others is asked by the tests with the marker gpu.
@@ -33,6 +34,7 @@ from pathlib import Path
 
 import gpu_float8
 import gpu_preprocess
+import gpu_tuned
 import gpu_variants
 import numpy as np
 import torch
@@ -49,8 +51,10 @@ DEVICE, DTYPE, ROUNDS, REPEAT = torch.device("cuda"), torch.bfloat16, 100, 40
 SIZES = ((1, 480, 640), (2, 480, 640), (4, 480, 640), (1, 1080, 1920))
 #: Numbers that products take in turn, more than fit in an L2 cache.
 ROTATED_WEIGHTS = 60_000_000
-#: Numbers of views of `variants`.
+#: Numbers of views of `variants` and `tuned`.
 VARIANT_VIEWS = (1, 4)
+#: Of `tuned`, for each number of views.
+SEARCH_SECONDS = 40.0
 
 
 def device_us(action: Callable[[], object], rounds: int | None = None) -> float:
@@ -307,6 +311,11 @@ class Kit:
             ROUNDS,
         )
 
+    def tuned(self) -> dict:
+        return gpu_tuned.measure(
+            lambda: load(self._model), VARIANT_VIEWS, random_images, device_us, ROUNDS, SEARCH_SECONDS
+        )
+
     # --- parts
 
     def _plain(self) -> ReferenceModel:
@@ -362,7 +371,7 @@ def _product(values: torch.Tensor, weights: list[torch.Tensor], bias: torch.Tens
     return lambda: functional.linear(values, next(turn), bias)
 
 
-QUESTIONS = ("latency", "variants", "preprocess", "profile", "products", "kernels", "float8")
+QUESTIONS = ("latency", "variants", "preprocess", "profile", "products", "kernels", "float8", "tuned")
 
 
 def _versions() -> dict:

@@ -48,7 +48,7 @@ def measure(
             difference, cosine = distance(tokens, expected)
             row = {
                 "replay_us": replay_us(each, views, device_us),
-                "end_to_end_ms": _end_to_end_ms(each, images(views), rounds),
+                "end_to_end_ms": end_to_end_ms(each, images(views), rounds),
                 "relative_l2": difference,
                 "lowest_cosine": cosine,
                 "same_bits": torch.equal(tokens, each.encode(pixel_values).tokens),
@@ -81,7 +81,8 @@ def replay_us(tokenizer: VisualTokenizer, views: int, device_us: Timer) -> float
     return device_us(graphs[keys[0]].graph.replay) if keys else float("nan")
 
 
-def _end_to_end_ms(tokenizer: VisualTokenizer, images: list[np.ndarray], rounds: int) -> float:
+def end_to_end_ms(tokenizer: VisualTokenizer, images: list[np.ndarray], rounds: int) -> float:
+    """Median of images on the host → tokens on the device."""
     times = []
     for index in range(rounds + 5):
         torch.cuda.synchronize()

@@ -7,15 +7,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
+import fake_cublaslt  # noqa: E402
 import fake_cuda  # noqa: E402
 from ros_harness import ROOT  # noqa: E402
 
-from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
+from vla_perception.tokenizer import VisualTokenizer, cublaslt, tuned_products  # noqa: E402
 from vla_perception.tokenizer.cuda_graphs import CudaGraphs  # noqa: E402
 
 
 @pytest.fixture
-def kit(monkeypatch):
+def kit(monkeypatch, tmp_path):
     """benchmarks/gpu.py, for a CPU that passes for a GPU, with little to do."""
     fake_cuda.install(monkeypatch)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
@@ -27,8 +28,12 @@ def kit(monkeypatch):
             model, device="cpu", compute_dtype="float32", image_size=[28, 32], runtime="eager"
         )
         tokenizer._runtime = CudaGraphs(tokenizer.network, torch.device("cpu"), torch.float32)
+        tokenizer._runtime.kernels = tuned_products.use(tokenizer.network)
         return tokenizer
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(tuned_products.TOLERANCES, torch.float32, 1e-4)
+    monkeypatch.setattr(cublaslt, "open_library", lambda device: fake_cublaslt.FakeLt())
     for name, value in {
         "DEVICE": torch.device("cpu"),
         "DTYPE": torch.float32,
@@ -38,6 +43,7 @@ def kit(monkeypatch):
         "SIZES": ((2, 48, 64),),
         "VARIANT_VIEWS": (1,),
         "ROTATED_WEIGHTS": 1000,
+        "SEARCH_SECONDS": 5.0,
     }.items():
         monkeypatch.setattr(gpu, name, value)
     monkeypatch.setattr(gpu.gpu_preprocess, "SIZES", ((48, 64), (64, 96)))
@@ -85,6 +91,10 @@ def test_every_question_is_answered(kit, tmp_path, capsys, monkeypatch):
         answers["float8"]["float8, 4 view(s)"]["relative_l2"] < 1e-5
         and answers["float8"]["float8, 4 view(s)"]["replay_us"] > 0
     )
+    tuned = answers["tuned"]["1 view(s)"]
+    assert tuned["before_replay_us"] > 0 and tuned["after_replay_us"] > 0 and tuned["relative_l2_to_before"] < 1e-5
+    assert tuned["same_bits_again"] and tuned["same_bits_at_another_start"]
+    assert answers["tuned"]["1 view(s), search"]["tried"] > 0 and not (tmp_path / "cache").exists()
     assert answers["start"]["model"] == "tiny-random" and answers["versions"]["device"] == "a fake"
 
 

@@ -430,7 +430,10 @@ def _device_name(device: torch.device) -> str:
 
 
 def _print_about(report: dict) -> None:
-    print(f"{report['model']} ({report['weights']} weights), {report['compute_dtype']}, runtime {report['runtime']}")
+    print(
+        f"{report['model']} ({report['weights']} weights), {report['compute_dtype']}, runtime {report['runtime']}, "
+        f"kernels {report['kernels']}"
+    )
     if report["runtime_fallback"]:
         print(f"  instead of what was asked for: {report['runtime_fallback']}")
     print(report["device"] + "; " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()))

@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     offline.add_verify(commands)
     _add_describe(commands)
     _add_bench(commands)
+    _add_tune(commands)
     _add_doctor(commands)
     view_command.add_view(commands)
     view_command.add_top(commands)
@@ -122,14 +123,7 @@ def _device(text: str) -> str:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that any model has."""
-    parser.add_argument("--encoders", nargs="+", metavar="NAME", help="encoders to keep, such as dinov2; default: all")
-    parser.add_argument(
-        "--image-size",
-        nargs="+",
-        type=int,
-        metavar="PIXELS",
-        help="one for all encoders, or one for each; 0: the model's own",
-    )
+    _add_encoders(parser)
     parser.add_argument(
         "--token-strategy", default="patch", choices=options.TOKEN_STRATEGIES, help="default: %(default)s"
     )
@@ -142,6 +136,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="STEP",
         help="what is done to images first, in the order given (docs/nodes.md says what each does): "
         + ", ".join(options.IMAGE_TRANSFORMS).replace("crop,", "crop:x,y,width,height,"),
+    )
+
+
+def _add_encoders(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--encoders", nargs="+", metavar="NAME", help="encoders to keep, such as dinov2; default: all")
+    parser.add_argument(
+        "--image-size",
+        nargs="+",
+        type=int,
+        metavar="PIXELS",
+        help="one for all encoders, or one for each; 0: the model's own",
     )
 
 
@@ -296,6 +301,51 @@ def _bench(given: argparse.Namespace) -> None:
         baseline=given.baseline,
         seconds=given.seconds,
         json_file=given.json,
+    )
+
+
+def _add_tune(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "tune",
+        help="find the fastest matrix products of this GPU's for a model, once",
+        description="Tries cuBLASLt's proposals for the encoders' matrix products in the CUDA graph, and keeps the fastest "
+        "in the cache folder: runtime graph takes them from the next start on, for the same GPU, versions, precision and "
+        "layers. Tokens change in their last bits. Leave the GPU to it meanwhile (docs/performance.md).",
+    )
+    parser.add_argument("--model", help=MODEL_HELP)
+    _add_encoders(parser)
+    add_placement(parser)
+    parser.add_argument(
+        "--views", default=[1], type=_numbers, metavar="N[,N…]", help="images in a batch, e.g. 1,2,4 (default: 1)"
+    )
+    parser.add_argument(
+        "--seconds", default=60.0, type=float, help="of searching for each number of views (default: %(default)s)"
+    )
+    parser.add_argument("--forget", action="store_true", help="remove what was found, for all models, and end")
+    parser.set_defaults(run=_tune)
+
+
+def _tune(given: argparse.Namespace) -> None:
+    from vla_perception.tokenizer.checkpoints.open import check_model
+
+    if not given.forget:
+        if given.model is None:
+            raise ValueError("tune takes --model, or --forget")
+        check_model(given.model, **model_options(given))
+    with startup.Progress() as progress, startup.imports():
+        progress("importing PyTorch, torchvision and timm", begins=True)
+        from vla_perception import tune
+
+    if given.forget:
+        tune.forget()
+        return
+    tune.run(
+        given.model,
+        device=given.device,
+        compute_dtype=given.compute_dtype,
+        views=given.views,
+        seconds=given.seconds,
+        **model_options(given),
     )
 
 

@@ -114,6 +114,7 @@ def install(monkeypatch):
 
     class Stream:
         device_index = 0
+        cuda_stream = 0
 
         def __init__(self, device=None, name="side", priority=0):
             self.name = name
@@ -187,6 +188,7 @@ def install(monkeypatch):
         "use_mem_pool": use_mem_pool,
         "get_device_properties": lambda device: SimpleNamespace(multi_processor_count=132),
         "get_device_name": lambda device: "a fake",
+        "get_device_capability": lambda device=None: (9, 0),
         "graph_pool_handle": lambda: object(),
         "is_current_stream_capturing": lambda: happened.capturing_elsewhere,
     }.items():

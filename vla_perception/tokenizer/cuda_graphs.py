@@ -176,6 +176,12 @@ class CudaGraphs(Runtime):
                 return None
             return self._replay(captured, lambda inputs: plan.upload(images, into=inputs[0]), features)
 
+    def replay_last(self) -> None:
+        """Launches the graph that was used last once more, on what it holds, to be timed. There must be one."""
+        captured = next(reversed(self._captured.values()))
+        assert captured is not None
+        captured.graph.replay()
+
     def _was_seen(self, key: _Key) -> bool:
         """Whether it is among the last few keys that this was asked for."""
         seen = key in self._seen

@@ -7,6 +7,7 @@
 ``graph``
     CUDA: the whole network is captured once per number of views and then launched as one graph; each encoder has a
     separate stream, so that the small products of one run on multiprocessors that the other leaves idle (cuda_graphs.py).
+    Products that ``vla-perception tune`` has chosen are taken where there are any (tuned_products.py).
 ``compile``
     `torch.compile` fuses the operations between the matrix products; on CUDA the result is captured as for ``graph``.
 ``auto``
@@ -27,6 +28,7 @@ import torch
 from torch import nn
 
 from vla_perception.options import RUNTIMES
+from vla_perception.tokenizer import tuned_products
 from vla_perception.tokenizer.float8 import quantize_encoders
 from vla_perception.tokenizer.fused_blocks import fuse_blocks, patches_as_products, replace_modules, scale_in_one
 from vla_perception.tokenizer.network import TokenizerNetwork
@@ -42,7 +44,7 @@ class Runtime:
         name: the runtime in use, one of `RUNTIMES` without ``auto``.
         fallback: what does not run in the runtime that was requested, and why; empty if everything does.
         kernels: whose kernels run between the matrix products: ``triton``, or ``pytorch``, with the reason where ``triton``
-            was wanted.
+            was wanted; and which tuned products are in use, if any (tuned_products.py).
     """
 
     def __init__(self, network: TokenizerNetwork, device: torch.device, dtype: torch.dtype) -> None:
@@ -159,7 +161,8 @@ def make_runtime(
 
     runtime = CudaGraphs(network, device, dtype, compiled=name == "compile")
     if name == "graph":
-        runtime.kernels = f"pytorch ({without})" if without else "triton"
+        tuned = tuned_products.use(network) if dtype in tuned_products.TOLERANCES and not in_float8 else ""
+        runtime.kernels = ", ".join(filter(None, (f"pytorch ({without})" if without else "triton", tuned)))
         if without:
             log.warning("PyTorch's kernels instead of Triton's, which is slower: %s", without)
     return runtime

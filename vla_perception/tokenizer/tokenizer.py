@@ -233,7 +233,9 @@ class VisualTokenizer:
 
     @property
     def kernels(self) -> str:
-        """What computes between the matrix products: ``pytorch``, or ``triton``, with a reason where the first had to."""
+        """What computes between the matrix products: ``pytorch``, or ``triton``, with a reason where the first had to; and
+        which tuned products are in use, if any: other ones, other last bits.
+        """
         return self._runtime.kernels
 
     @property

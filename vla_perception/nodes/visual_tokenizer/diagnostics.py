@@ -174,7 +174,7 @@ class Diagnostics:
 
 
 def _model_values(tokenizer: VisualTokenizer) -> dict[str, object]:
-    keys = ("model", "weights", "fingerprint", "compute_dtype", "device", "runtime")
+    keys = ("model", "weights", "fingerprint", "compute_dtype", "device", "runtime", "kernels")
     values: dict[str, object] = {key: getattr(tokenizer, key) for key in keys}
     if tokenizer.device.type == "cuda":
         import torch

@@ -142,7 +142,7 @@ def _log_what_was_loaded(tokenizer: VisualTokenizer, logger: RcutilsLogger, seco
     logger.info(
         f"ready after {seconds:.1f} s: {tokenizer.model} ({tokenizer.weights} weights), {tokenizer.tokens_per_view} "
         f"tokens × {tokenizer.channels} channels per view, fingerprint {tokenizer.fingerprint[:12]}, "
-        f"runtime {tokenizer.runtime} on {tokenizer.device} in {tokenizer.compute_dtype}"
+        f"runtime {tokenizer.runtime} on {tokenizer.device} in {tokenizer.compute_dtype}, kernels {tokenizer.kernels}"
     )
 
 

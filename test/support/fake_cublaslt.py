@@ -1,0 +1,64 @@
+"""cuBLASLt without a GPU: proposals that PyTorch computes, right, with other last bits, and wrong."""
+
+import itertools
+
+from torch.nn import functional
+
+from vla_perception.tokenizer.cublaslt import Choice, Configuration, CublasLtError
+
+
+def choice(index, multiprocessors=0, tile=None):
+    """A proposal of number `index`."""
+    tile = 100 + index if tile is None else tile
+    return Choice(multiprocessors, index, Configuration(66, tile, 1, 0, 0, 1, 35, 0, 4, 0))
+
+
+def halves(values, weight, bias):
+    """The product, its sums made in two parts: other last bits."""
+    middle = weight.shape[1] // 2
+    left, right = (
+        functional.linear(values[..., part].float(), weight[:, part].float())
+        for part in (slice(middle), slice(middle, None))
+    )
+    return (left + right + (0 if bias is None else bias.float())).to(values.dtype)
+
+
+def wrong(values, weight, bias):
+    return functional.linear(values, weight, bias) * 1.5
+
+
+def refused(values, weight, bias):
+    raise CublasLtError("cublasLtMatmul ended with status 15", 15)
+
+
+_turn = itertools.count()
+
+
+def unsteady(values, weight, bias):
+    """Within rounding, and other bits every time."""
+    return functional.linear(values, weight, bias) * (1 + next(_turn) % 2 * 0.009)
+
+
+class Product:
+    def __init__(self, compute, choice):
+        self.compute, self.choice = compute, choice
+
+    def __call__(self, values, weight, bias):
+        return self.compute(values, weight, bias)
+
+
+class FakeLt:
+    """The same proposals for every product; `asked` holds (rows, out, in) of each."""
+
+    version = 130001
+
+    def __init__(self, *computations):
+        self.computations = computations or (functional.linear, halves, wrong, refused, unsteady)
+        self.asked = []
+
+    def proposals(self, rows, weight, bias):
+        self.asked.append((rows, *weight.shape))
+        return [Product(compute, choice(index, 66 * (index % 2))) for index, compute in enumerate(self.computations)]
+
+    def product(self, rows, weight, bias, choice):
+        return next((each for each in self.proposals(rows, weight, bias) if each.choice == choice), None)
