@@ -91,11 +91,10 @@ def tune(
     """
     tuned_products.clear(network, views)
     timer = GraphTimer(network, views)
-    with torch.inference_mode():
-        before = timer.tokens()
     groups = tuned_products.groups_of(network)
-    found = Search(lt, groups, views, timer, lambda text: progress(text, begins=True)).run(seconds)
-    with torch.inference_mode():
+    with torch.cuda.device(groups[0].layers[0].weight.device), torch.inference_mode():
+        before = timer.tokens()
+        found = Search(lt, groups, views, timer, lambda text: progress(text, begins=True)).run(seconds)
         after, again = timer.tokens(), timer.tokens()
     error, _ = distance(after.double(), before.double())
     limit = TOLERANCES[str(before.dtype).removeprefix("torch.")]

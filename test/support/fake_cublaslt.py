@@ -14,13 +14,12 @@ def choice(index, multiprocessors=0, tile=None):
 
 
 def halves(values, weight, bias):
-    """The product, its sums made in two parts: other last bits."""
+    """The product, its sums made in two parts that are rounded: other last bits."""
     middle = weight.shape[1] // 2
     left, right = (
-        functional.linear(values[..., part].float(), weight[:, part].float())
-        for part in (slice(middle), slice(middle, None))
+        functional.linear(values[..., part], weight[:, part]) for part in (slice(middle), slice(middle, None))
     )
-    return (left + right + (0 if bias is None else bias.float())).to(values.dtype)
+    return (left + right) if bias is None else (left + right) + bias
 
 
 def wrong(values, weight, bias):

@@ -260,7 +260,7 @@ class Product:
         problem = self._problem
         weight_at, values_at, result_at = (ctypes.c_void_p(part.data_ptr()) for part in (weight, values, result))
         stream = torch.cuda.current_stream(values.device).cuda_stream
-        with self._lt.lock:
+        with torch.cuda.device(values.device), self._lt.lock:
             if bias is not None:
                 problem.set_bias(bias)
             self._lt.call(
