@@ -33,7 +33,8 @@ network, encoder, projector
 weights, checkpoints/
     Which tensors of a checkpoint the network reads, and where they lie in files.
 devices, runtime
-    Where the network computes, and how: cuda_graphs, fused_blocks, float8 and their kernels.
+    Where the network computes, and how: cuda_graphs, fused_blocks, float8 and their kernels; tuned_products, and cublaslt
+    and product_search beside it.
 cost, vits
     What tokens are and cost, by arithmetic.
 
