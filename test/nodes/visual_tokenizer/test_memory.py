@@ -1,9 +1,11 @@
-"""What a node that was cleaned up gives back."""
+"""What a node gives back to the system."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+from ros_harness import RosContext, in_domain
 
 from vla_perception.nodes.visual_tokenizer import loading
 
@@ -38,6 +40,74 @@ def test_memory_of_a_model_goes_back_to_the_system():
     before, freed, released = map(int, run.stdout.split())
     assert freed > before + 80, "glibc kept it; otherwise this shows nothing"
     assert released < before + 10
+
+
+#: As in a node: threads that stay have freed much, after something large was freed (glibc keeps twice as much then).
+THREADS = """
+import re, threading
+from vla_perception.nodes import executables
+executables._run = lambda _name: None
+executables.visual_tokenizer()
+from vla_perception.nodes.visual_tokenizer.loading import trim_memory
+
+def resident():
+    with open("/proc/self/status") as status:
+        return int(re.search(r"RssAnon:\\s+(\\d+)", status.read())[1]) // 1024
+
+def work():
+    blocks = [bytearray(b"x" * (64 << 10)) for _ in range(400)]
+    filled.wait()
+    del blocks
+    freed.wait()
+    end.wait()
+
+bytearray(30 << 20)
+filled, freed, end = threading.Barrier(8), threading.Barrier(9), threading.Event()
+before = resident()
+threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]
+for thread in threads:
+    thread.start()
+freed.wait()
+trim_memory()
+print(resident() - before)
+end.set()
+"""
+SETTINGS = {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_that_threads_freed_goes_back_to_the_system():
+    def left(**extra):
+        environment = {name: value for name, value in os.environ.items() if name not in SETTINGS} | extra
+        run = subprocess.run(
+            [sys.executable, "-c", THREADS], capture_output=True, text=True, check=True, env=environment
+        )
+        return int(run.stdout)
+
+    assert left() < 20
+    assert left(MALLOC_ARENA_MAX="8") > 80, "who sets it gets it; and glibc keeps it without, or this shows nothing"
+
+
+@pytest.mark.ros
+def test_a_node_gives_memory_back_now_and_then(monkeypatch):
+    pytest.importorskip("rclpy")
+    from vla_perception.nodes.visual_tokenizer import node as node_module
+
+    given_back = []
+    monkeypatch.setattr(node_module, "trim_memory", lambda: given_back.append(1))
+    with RosContext() as ros:
+        with in_domain(ros.domain):
+            node = node_module.VisualTokenizerNode(lambda _code: None, context=ros.context)
+        ros.nodes.append(node)
+        try:
+            monkeypatch.setattr(node_module, "TRIM_SEC", 3600.0)
+            node._on_timer()
+            assert not given_back
+            monkeypatch.setattr(node_module, "TRIM_SEC", 0.0)
+            node._on_timer()
+            assert len(given_back) == 1
+        finally:
+            node.close()
 
 
 class Unmappable:

@@ -150,7 +150,7 @@ def freeze_loaded_objects() -> None:
     """A full garbage collection over torch's and the model's objects stalls all threads for 0.1 to 0.2 s."""
     gc.collect()
     gc.freeze()
-    _trim()
+    trim_memory()
 
 
 def release_memory() -> None:
@@ -160,13 +160,14 @@ def release_memory() -> None:
     if "torch" in sys.modules and (torch := sys.modules["torch"]).cuda.is_initialized():
         with contextlib.suppress(RuntimeError):  # of a device that failed, or older torches after a failed capture
             torch.cuda.empty_cache()
-    _trim()
+    trim_memory()
 
 
-def _trim() -> None:
-    """Gives the system what glibc keeps of freed memory.
+def trim_memory() -> None:
+    """Gives the system what glibc keeps of freed memory, in some milliseconds.
 
-    It keeps that per thread, and transitions run in several ones: each would keep the size of a small model.
+    It keeps a small model's size at the end of a heap, and whatever lies below a block that is still used. All of it is
+    given back where there is one heap (executables.py).
     """
     with contextlib.suppress(AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

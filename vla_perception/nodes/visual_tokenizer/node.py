@@ -34,6 +34,7 @@ from vla_perception.nodes.visual_tokenizer.loading import (
     freeze_loaded_objects,
     load_tokenizer,
     release_memory,
+    trim_memory,
 )
 from vla_perception.nodes.visual_tokenizer.parameters import PARAMETERS, TokenizerParameters
 from vla_perception.nodes.visual_tokenizer.pipeline import Pipeline
@@ -43,6 +44,8 @@ from vla_perception.synchronizer import SetSynchronizer
 
 #: Seconds that the `encode` service waits for an encoding at most.
 REQUEST_SEC = 60.0
+#: Seconds between two times that freed memory is given back to the system.
+TRIM_SEC = 10.0
 
 
 def _transition(during: str, after: str) -> Callable:
@@ -93,6 +96,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         self._closing = threading.Event()
         self._pipeline: Pipeline | None = None  # from configure to cleanup
         self._next_sequence = 0  # of a next pipeline: numbers go on
+        self._trimmed = time.monotonic()
 
         # What the tokenizer says: where it computes and why, how far a download is, what it assumes.
         self._log_handler = RosLogHandler(self.get_logger())
@@ -263,7 +267,7 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         return response
 
     def _on_timer(self) -> None:
-        """Once a second: follows the publishers, notices what is missing, publishes diagnostics."""
+        """Once a second: follows the publishers, notices what is missing, publishes diagnostics, gives memory back."""
         now, pipeline = time.monotonic(), self._pipeline
         self._cameras.follow_publishers()
         self._cameras.check_health(now, self.parameters.values.warn_age_sec)
@@ -278,6 +282,9 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             self._token_publisher,
             self._next_sequence if pipeline is None else pipeline.sequence,
         )
+        if now - self._trimmed >= TRIM_SEC:
+            self._trimmed = now
+            trim_memory()
 
 
 def main(args: list[str] | None = None) -> int:
