@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+#: Characters of an error: what quotes lists of names from a file could fill a log.
+MAX_ERROR = 4000
+
 
 def printable(text: str) -> str:
     """The text with escapes (``\\x1b``, ``\\n``, ``\\ud800``) for whatever is not printed.
@@ -12,3 +15,9 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(part if part.isprintable() else part.encode("unicode_escape").decode() for part in text)
+
+
+def error_text(text: str) -> str:
+    """The text of an error that quotes a file: printable, and of a long one the begin and the end, where the advice is."""
+    text = printable(text)
+    return text if len(text) <= MAX_ERROR else f"{text[: MAX_ERROR - 1000]} … {text[-900:]}"

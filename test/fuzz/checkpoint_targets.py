@@ -17,11 +17,12 @@ import lerobot_checkpoints
 import numpy as np
 import torch
 from engine import Target, scratch
+from huggingface_hub import constants
 from mutations import change_json, change_safetensors, change_zip
 from safetensors.torch import save, save_file
 
 from vla_perception.tokenizer import CheckpointError, VisualTokenizer
-from vla_perception.tokenizer.checkpoints import lerobot, timm_encoders
+from vla_perception.tokenizer.checkpoints import hub, lerobot, timm_encoders
 from vla_perception.tokenizer.checkpoints.checkpoint import Checkpoint
 from vla_perception.tokenizer.checkpoints.files import PickledTensors, SafetensorsFile
 from vla_perception.tokenizer.checkpoints.open import open_checkpoint
@@ -263,6 +264,25 @@ def lerobot_tensors_seeds() -> list[bytes]:
     return [content[8 : 8 + int.from_bytes(content[:8], "little")].rstrip()]
 
 
+def hub_repository(data: bytes) -> None:
+    """A repository of the hub as its cache has it: the input is as OpenVLA's. Checked and planned, but nothing copied."""
+    commit = "0" * 40
+    cache = Path(constants.HF_HUB_CACHE) / "models--a--b"
+    snapshot = cache / "snapshots" / commit
+    if not snapshot.exists():
+        (cache / "refs").mkdir(parents=True)
+        (cache / "refs" / "main").write_text(commit)
+        snapshot.mkdir(parents=True)
+        for file in _openvla().glob("*.safetensors"):
+            (snapshot / file.name).symlink_to(file)
+    _place(snapshot, OPENVLA, data)
+    names = hub._names(hub.fetch_configuration("a/b"))
+    files = {path.name for path in snapshot.iterdir()}
+    shards = hub._shards("a/b", commit, files, names)
+    header, pieces = hub._plan(hub._sources("a/b", commit, shards), {"repository": "a/b"}, names, needed=True)
+    assert len(header) < 1 << 20 and all(start <= stop for piece in pieces for start, stop in piece.spans)
+
+
 # OpenVLA-OFT with FiLM
 
 
@@ -318,6 +338,7 @@ TARGETS = [
     Target(
         "openvla_load", openvla_loaded, openvla_seeds, _ERRORS, (change_json,), cpu_sec=4.0, memory_mib=256, cost=20
     ),
+    Target("hub_repository", hub_repository, openvla_seeds, _ERRORS, (change_json,), cost=2),
     Target("adapter_config", adapter, adapter_seeds, _ERRORS, (change_json,), cost=2),
     Target("prismatic_config", prismatic, prismatic_seeds, _ERRORS, (change_json,), cost=2),
     Target("timm_config", timm, timm_seeds, _ERRORS, (change_json,), cost=4),

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import re
+from pathlib import Path
 
+import camera_images
 import numpy as np
-from engine import Target
+import offline_runs
+from engine import Target, scratch
 from fake_feed import FakeFeed, random_tokens, snapshot_of
 from mutations import change_json, change_safetensors
 
+from vla_perception.sources.bags import BagError
 from vla_perception.tokens import TokenFormatError, View, VisualTokens
+from vla_perception.tokens.message import FORMAT
 from vla_perception.view import top
 from vla_perception.view.analysis import Palette
 from vla_perception.view.health import LogBook, Status, TokenizerHealth
+from vla_perception.view.recording import open_recording
 from vla_perception.view.session import MODES, Session
 from vla_perception.view.wire import unpack
 
@@ -128,18 +136,107 @@ def tokens(data: bytes) -> None:
         unpack(session.frame(feed.latest))
 
 
+def _small_tokens(stamp_ns: int, grid: tuple[int, int] = (3, 4), **changes) -> VisualTokens:
+    affine = (0.1, 0.0, 0.0, 0.0, 0.1, 0.0)
+    views = tuple(View(name, name, stamp_ns, 30, 40, affine) for name in ("front", "wrist"))
+    return random_tokens(1, seed=1, channels=3, grid=grid, views=views, **changes)
+
+
 def tokens_seeds() -> list[bytes]:
-    views = tuple(View(name, name, 10**18, 30, 40, (0.1, 0.0, 0.0, 0.0, 0.1, 0.0)) for name in ("front", "wrist"))
-    small = random_tokens(1, seed=1, channels=3, grid=(3, 4), views=views)
-    plain = random_tokens(1, seed=1, channels=3, grid=(3, 4), views=views, features=False)
-    cls = random_tokens(1, channels=3, grid=(1, 1), views=views, features=False, token_strategy="cls")
     words = np.arange(72, dtype=np.uint16).reshape(2, 12, 3)
-    bfloat16 = random_tokens(1, channels=3, grid=(3, 4), views=views, features=False, data=words, dtype="bfloat16")
-    return [message.to_bytes() for message in (small, plain, cls, bfloat16)]
+    changes = (
+        {},
+        {"features": False},
+        {"features": False, "grid": (1, 1), "token_strategy": "cls"},
+        {"features": False, "data": words, "dtype": "bfloat16"},
+    )
+    return [_small_tokens(10**18, **change).to_bytes() for change in changes]
+
+
+# Recordings
+
+
+def _show(path: Path) -> None:
+    """Every message of a recording, with its images."""
+    with open_recording(path) as feed:
+        for tokenizer in feed.tokenizers():
+            topic = str(tokenizer["topic"])
+            session = Session(feed, Palette(), 5.0)
+            session.select(topic)
+            times = feed.times(topic)
+            assert all(map(math.isfinite, times[:1000]))
+            for index in {0, 1, len(times) - 1} & set(range(len(times))):
+                session.receive(json.dumps({"type": "seek", "index": index}))
+                frame = session.next_frame()
+                if frame is not None:
+                    unpack(frame)
+            json.dumps(feed.details(topic), allow_nan=False)
+
+
+def bag(data: bytes) -> None:
+    path = scratch() / "view.mcap"
+    path.write_bytes(data)
+    _show(path)
+
+
+def bag_seeds() -> list[bytes]:
+    """Two token messages and their images, raw and as JPEG; without checksums, so that mutations are read."""
+    from mcap.writer import CompressionType, IndexType, Writer
+    from rosbags.typesys import Stores, get_typestore
+
+    store = get_typestore(Stores.ROS2_JAZZY)
+    types = {name: store.types[f"sensor_msgs/msg/{name}"] for name in ("Image", "CompressedImage")}
+    head, time = store.types["std_msgs/msg/Header"], store.types["builtin_interfaces/msg/Time"]
+    jpeg = np.frombuffer(camera_images.jpeg(camera_images.photograph(30, 40)), np.uint8)
+    seeds = []
+    for index_types in (IndexType.ALL, IndexType.NONE):
+        stream = io.BytesIO()
+        writer = Writer(stream, compression=CompressionType.NONE, enable_crcs=False, index_types=index_types)
+        writer.start(profile="ros2", library="test")
+        topics = {"/front/image_raw": "Image", "/wrist/image_raw/compressed": "CompressedImage"}
+        topics["/tokens"] = "CompressedImage"
+        channels = {}
+        for topic, kind in topics.items():
+            schema = writer.register_schema(f"sensor_msgs/msg/{kind}", "ros2msg", b"")
+            channels[topic] = writer.register_channel(topic, "cdr", schema)
+        for second in (1, 2):
+            header = head(stamp=time(sec=second, nanosec=0), frame_id="camera")
+            message = _small_tokens(second * 10**9, features=False)
+            pixels = np.zeros(30 * 40, np.uint8)
+            messages = {
+                "/front/image_raw": types["Image"](header, 30, 40, "mono8", 0, 40, pixels),
+                "/wrist/image_raw/compressed": types["CompressedImage"](header, "jpeg", jpeg),
+                "/tokens": types["CompressedImage"](header, FORMAT, np.frombuffer(message.to_bytes(), np.uint8)),
+            }
+            for topic, content in messages.items():
+                cdr = bytes(store.serialize_cdr(content, f"sensor_msgs/msg/{topics[topic]}"))
+                writer.add_message(channels[topic], second * 10**9, cdr, second * 10**9)
+        writer.finish()
+        seeds.append(stream.getvalue())
+    return seeds
+
+
+def token_file(data: bytes) -> None:
+    path = scratch() / "view.safetensors"
+    path.write_bytes(data)
+    _show(path)
+
+
+def token_file_seeds() -> list[bytes]:
+    """Of a run, whose recording lies where the file says, and a message that a page has saved."""
+    folder = scratch() / "sources"
+    folder.mkdir(exist_ok=True)
+    run = scratch() / "run"
+    offline_runs.tokenize(run, [offline_runs.write_drive(folder / "one")])
+    return [next(run.glob("*.safetensors")).read_bytes(), _small_tokens(10**18).to_bytes()]
 
 
 TARGETS = [
     Target("view_page", page, page_seeds, (ValueError,), (change_page,), max_bytes=4096, cost=2),
     Target("view_health", health, health_seeds, (), (change_json,), max_bytes=8192),
     Target("view_tokens", tokens, tokens_seeds, (TokenFormatError,), (change_safetensors,), max_bytes=8192, cost=4),
+    Target("view_bag", bag, bag_seeds, (ValueError, BagError, TokenFormatError), max_bytes=16384, cost=4),
+    Target(
+        "view_token_file", token_file, token_file_seeds, (ValueError, TokenFormatError), (change_safetensors,), cost=4
+    ),
 ]

@@ -471,6 +471,14 @@ def test_names_in_errors_are_printable(tmp_path, name):
     assert str(caught.value).isprintable()
 
 
+def test_metadata_of_names_that_no_file_has_and_of_many(tmp_path):
+    mcap(tmp_path / "x_0.mcap")
+    for names in (["a" * 255], ["a" * 5000], ["nul\0.mcap"], [f"{number}_{'a' * 100}.mcap" for number in range(1000)]):
+        with pytest.raises(BagError, match="metadata.yaml lists .*not there: copy .*`ros2 bag reindex") as caught:
+            read(metadata(tmp_path, names))
+        assert len(str(caught.value)) <= 4000
+
+
 def test_a_metadata_file_that_says_nothing(tmp_path):
     mcap(tmp_path / "x_0.mcap")
     for text in (

@@ -107,6 +107,20 @@ def test_a_bag_of_tokens_has_a_time_line(bag):
         assert feed.details("/tokens")["facts"]["model"] == "test"
 
 
+def test_an_image_message_that_is_too_short_costs_no_tokens(tmp_path):
+    header, stamp = TYPES.types["std_msgs/msg/Header"], TYPES.types["builtin_interfaces/msg/Time"]
+    head, data = header(stamp=stamp(1, 0), frame_id=""), np.frombuffer(message_at(0).to_bytes(), np.uint8)
+    tokens = TYPES.types["sensor_msgs/msg/CompressedImage"](head, FORMAT, data)
+    with Writer(tmp_path / "short", version=9, storage_plugin=StoragePlugin.MCAP) as writer:
+        images = writer.add_connection("/front/image_raw", "sensor_msgs/msg/Image", typestore=TYPES)
+        topic = writer.add_connection("/tokens", "sensor_msgs/msg/CompressedImage", typestore=TYPES)
+        writer.write(images, BEGIN_NS, b"\0\1\0\0")
+        writer.write(topic, BEGIN_NS, TYPES.serialize_cdr(tokens, topic.msgtype))
+    with open_recording(tmp_path / "short") as feed:
+        snapshot = feed.snapshot("/tokens", 0)
+        assert snapshot.images == (None, None) and np.array_equal(snapshot.tokens.data, message_at(0).data)
+
+
 def test_a_folder_of_bags_lists_them(bag):
     with open_recording(bag.parent) as feed:
         assert [one["topic"] for one in feed.tokenizers()] == ["bag/tokens"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vla_perception.options import MAX_IMAGE_PIXELS
-from vla_perception.printable import printable
+from vla_perception.printable import error_text
 
 MAX_PIXELS = MAX_IMAGE_PIXELS
 #: Pixels of a side: what JPEG can hold. What goes through images row by row is bounded by this.
@@ -46,7 +46,7 @@ class ImageDecodeError(ValueError):
     """A camera message that cannot become an RGB image. The text says why and what to change."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(printable(text))  # it quotes what a message says of itself
+        super().__init__(error_text(text))  # it quotes what a message says of itself
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from vla_perception.images.streams import MAX_PIXELS
-from vla_perception.printable import printable
+from vla_perception.printable import error_text, printable
 
 #: Characters of a recording's name.
 _MAX_NAME = 100
@@ -22,7 +22,7 @@ class SourceError(ValueError):
     """A source that cannot be read as what it seems to be; the text says what to do."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(printable(text))  # it quotes names of any content
+        super().__init__(error_text(text))  # it quotes names of any content
 
 
 class DamagedError(SourceError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -94,7 +95,8 @@ class BagFrames:
         skip, history, tokens = index - first, ImageHistory(), None
         for message in self._bag.messages([self._topic, *self._cameras], time_ns - int(LOOK_BACK_SEC * 1e9)):
             if message.topic != self._topic:
-                history.add(message.topic, header_stamp_ns(message.cdr), message.cdr)
+                with contextlib.suppress(ValueError):  # too short for a header: that image is left out
+                    history.add(message.topic, header_stamp_ns(message.cdr), message.cdr)
             elif message.time_ns == time_ns:
                 if not skip:
                     tokens = VisualTokens.from_bytes(read_compressed_image(message.cdr).data)

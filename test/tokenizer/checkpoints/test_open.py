@@ -448,3 +448,12 @@ def test_names_are_those_that_the_hubs_client_takes(name):
     if not valid:
         with pytest.raises(CheckpointError, match="is not a Hugging Face id"):
             hub.fetch(name)
+
+
+def test_a_small_file_that_is_large_is_not_read(tmp_path, monkeypatch):
+    large = tmp_path / "config.json"
+    with large.open("wb") as file:
+        file.truncate(1 << 40)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(large))
+    with pytest.raises(CheckpointError, match="a/b: config.json has 1099511627776 bytes"):
+        hub._copy("a/b", "0" * 40, "config.json", {"config.json"}, tmp_path / "target")

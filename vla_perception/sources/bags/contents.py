@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 
-from vla_perception.printable import printable
+from vla_perception.printable import error_text
 
 IMAGE = "sensor_msgs/msg/Image"
 COMPRESSED_IMAGE = "sensor_msgs/msg/CompressedImage"
@@ -16,7 +16,7 @@ class BagError(ValueError):
     """The path is not a bag that can be read, or the bag lacks what was asked for; the text says what to do."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(printable(text))  # it quotes names of any content
+        super().__init__(error_text(text))  # it quotes names of any content
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,10 @@ def _listed_files(folder: Path, claimed: dict) -> list[Path]:
     listed = claimed.get("relative_file_paths")
     # Never outside of the folder, and each once. Until Foxy the paths began with the folder's name.
     names = [PurePosixPath(name).name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
-    names = list({name.removesuffix(".zstd"): _as_it_lies(folder, name) for name in names if name}.values())
+    present = {entry.name for entry in folder.iterdir() if entry.is_file()}
+    names = list({name.removesuffix(".zstd"): _as_it_lies(present, name) for name in names if name}.values())
     if names:
-        absent = [name for name in names if not (folder / name).is_file()]
+        absent = [name for name in names if name not in present]
         if absent:
             raise BagError(
                 f"{folder}: metadata.yaml lists {', '.join(absent)}, not there: copy what is missing, play the files "
@@ -79,10 +80,10 @@ def _storage_in(folder: Path) -> list[Path]:
     return [file for file in there if file.suffix != ".zstd" or file.with_suffix("") not in there]
 
 
-def _as_it_lies(folder: Path, name: str) -> str:
+def _as_it_lies(present: set[str], name: str) -> str:
     """The name, with or without .zstd: the recorder may have been killed before it compressed, or a user expanded it."""
     other = name.removesuffix(".zstd") if name.endswith(".zstd") else f"{name}.zstd"
-    return other if (folder / other).is_file() and not (folder / name).is_file() else name
+    return other if other in present and name not in present else name
 
 
 def _read_metadata(path: Path) -> dict:

@@ -39,11 +39,11 @@ Which of a checkpoint's tensors are read is decided in tokenizer/weights.py.
 
 from __future__ import annotations
 
-from vla_perception.printable import printable
+from vla_perception.printable import error_text
 
 
 class CheckpointError(ValueError):
     """The files do not hold a vision part that can be used; the message says what to do."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(printable(text))  # it quotes names of any content
+        super().__init__(error_text(text))  # it quotes names of any content

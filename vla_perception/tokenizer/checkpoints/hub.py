@@ -36,6 +36,8 @@ _NAME = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"
 _ID = re.compile(
     rf"(?![^@]*(?:--|\.\.))(?P<repository>{_NAME}/{_NAME}(?<!\.git))(?:@(?P<revision>[\w.][\w./-]{{0,199}}))?", re.ASCII
 )
+#: Bytes of a file that is fetched whole.
+_MAX_SMALL = 1 << 25
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _INDEX = "model.safetensors.index.json"
 _SMALL_FILES = (
@@ -251,7 +253,10 @@ def _shards(repository: str, commit: str, files: Collection[str], names: ModuleT
 def _small(repository: str, commit: str, file: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(repository, file, revision=commit))
+    path = Path(hf_hub_download(repository, file, revision=commit))
+    if path.stat().st_size > _MAX_SMALL:
+        raise CheckpointError(f"{repository}: {file} has {path.stat().st_size} bytes, which no checkpoint needs")
+    return path
 
 
 def _copy(repository: str, commit: str, file: str, files: Collection[str], target: Path) -> None:
