@@ -21,7 +21,6 @@ def changes(views: int) -> Iterator[Change]:
     """What is tried for one view, or for several, which get less."""
     yield "as it is", contextlib.nullcontext()
     yield "without dependent launches", replaced(dependent_launches, WANTED=False)
-    yield "no weights read ahead", pytorchs(_ahead=lambda weights, like: (like, 0))
     yield "one stream", _one_stream()
     yield "PyTorch's kernels", pytorchs(add_layer_norm=add_layer_norm, gelu=gelu, attention=attention)
     if views > 1:
@@ -38,19 +37,19 @@ def changes(views: int) -> Iterator[Change]:
         yield f"attention {blocks}", pytorchs(ATTENTION_BLOCKS=blocks)
 
 
-def add_layer_norm(values, delta, gamma, norm, ahead=None):
+def add_layer_norm(values, delta, gamma, norm):
     """PyTorch's operations for `triton_kernels.add_layer_norm`."""
     if delta is not None:
         values = values + delta if gamma is None else torch.addcmul(values, delta, gamma)
     return values, functional.layer_norm(values, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def gelu(values, tanh=False, ahead=None):
+def gelu(values, tanh=False):
     """PyTorch's operation for `triton_kernels.gelu`."""
     return functional.gelu(values, approximate="tanh" if tanh else "none")
 
 
-def attention(projected, heads, scale, ahead=None):
+def attention(projected, heads, scale):
     """PyTorch's operations for `triton_kernels.attention`, as timm has them."""
     views, tokens, channels = projected.shape
     query, key, value = projected.view(views, tokens, 3, heads, channels // 3 // heads).permute(2, 0, 3, 1, 4)

@@ -32,7 +32,7 @@ class Model:
     def __init__(self):
         self.gate, self.results = Gate(), []
 
-    def preprocess(self, images, cameras):
+    def prepare(self, images, cameras):
         return images
 
     def encode(self, pixel_values, features):

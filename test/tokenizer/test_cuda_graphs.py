@@ -469,14 +469,48 @@ def test_without_kernels_preprocessing_is_in_no_graph(cuda, in_graph, monkeypatc
     plan = in_graph._preprocessor.plan(images(1))
     plan.capturable = False
     for _ in range(3):
-        assert in_graph._runtime.from_images(plan, images(1)) is None
+        assert in_graph._runtime.from_images(plan, never) is None
     assert not cuda.captures
     plan.capturable, cuda.capturing_elsewhere = True, True
     for _ in range(3):
-        assert in_graph._runtime.from_images(plan, images(1)) is None
+        assert in_graph._runtime.from_images(plan, never) is None
+
+
+def never(memory):
+    raise AssertionError("there is no graph to fill")
+
+
+def test_uploaded_images_are_encoded_in_the_same_graph(cuda, in_graph):
+    """The first time in two steps, as there is no graph for such images yet; in one step and in two it is one graph then."""
+    exact = load(runtime="eager")
+    uploaded = [in_graph.prepare(images(2, seed)) for seed in range(4)]  # before any is encoded
+    found = [in_graph.encode(each, features=True) for each in uploaded]
+    found.append(in_graph(images(2, 4), features=True))
+    assert len(cuda.captures) == 2 and cuda.captures[1].replays == 4
+    for seed, output in enumerate(found):
+        expected = exact(images(2, seed), features=True)
+        torch.testing.assert_close(output.tokens, expected.tokens)
+        torch.testing.assert_close(output.features, expected.features)
+
+
+def test_on_a_cpu_prepared_images_are_pixel_values():
+    tokenizer = load(runtime="eager")
+    for prepared, expected in zip(tokenizer.prepare(images(2)), tokenizer.preprocess(images(2)), strict=True):
+        assert torch.equal(prepared, expected)
 
 
 # --- on a device
+
+
+@pytest.mark.gpu
+def test_every_way_gives_the_same_bits():
+    tokenizer = load(device="cuda", runtime="graph", compute_dtype="bfloat16")
+    tokenizer.warm_up(2, (120, 160))
+    for seed in range(3):
+        batch = images(2, seed)
+        tokens = tokenizer(batch).tokens
+        assert torch.equal(tokens, tokenizer.encode(tokenizer.prepare(batch)).tokens)
+        assert torch.equal(tokens, tokenizer.encode(tokenizer.preprocess(batch)).tokens)
 
 
 @pytest.mark.gpu

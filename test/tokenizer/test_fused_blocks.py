@@ -40,7 +40,7 @@ def noise(*shape, dtype=torch.float32, seed=0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 5, 384), (1, 3, 1152), (3, 100), (1, 1, 16), (601, 48)])
+@pytest.mark.parametrize("shape", [(2, 5, 384), (1, 3, 1152), (3, 100), (1, 1, 16)])
 @pytest.mark.parametrize("parts", ["values", "delta", "gamma"])
 @torch.inference_mode()
 def test_sum_and_layer_norm(dtype, shape, parts):
@@ -173,7 +173,7 @@ def test_kernels_are_used_without_dependent_launches_where_these_fail(monkeypatc
 
 def test_kernels_that_compute_something_else_are_not_used(monkeypatch):
     tokenizer = load(encoders=["siglip"], image_size=64)
-    monkeypatch.setattr(triton_kernels, "gelu", lambda values, tanh, ahead: functional.relu(values))
+    monkeypatch.setattr(triton_kernels, "gelu", lambda values, tanh: functional.relu(values))
     reason = fuse_blocks(tokenizer.network, torch.float32)
     assert reason.startswith("siglip: ValueError: Triton's kernels give other values than PyTorch's, relative L2 ")
     assert {type(block) for block in tokenizer.network.encoders["siglip"].vit.blocks} == {fused_blocks.Block}
@@ -238,16 +238,15 @@ for kernel, constants, options in (
      dict(num_warps=warps, num_stages=stages)),
 ):
     constants["dependent"] = dependent
-    kinds = {"epsilon": "fp32", "scale": "fp32"} | {"tokens": "i32", "length": "i32", "ahead_bytes": "i32"}
+    kinds = {"epsilon": "fp32", "scale": "fp32"} | {"tokens": "i32", "length": "i32"}
     kinds = {name: "constexpr" if name in constants else kinds.get(name, "*bf16") for name in kernel.arg_names}
     source = ASTSource(kernel, kinds, constexprs=constants)
     options |= dict(launch_pdl=True) if dependent else {}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     before, *after = compiled.asm["ptx"].split("griddepcontrol.wait")
     assert compiled.asm["cubin"] and len(after) == dependent and "griddepcontrol.launch" not in before + "".join(after)
-    if dependent:  # before that only weights are read, those of a product into the L2 cache alone, and nothing is written
-        assert before.count("cp.async.bulk.prefetch.L2.global") == 1 == before.count("cp.async")
-        assert "prefetch" not in after[0] and "st." not in before
+    if dependent:  # before that only the weights of the layer norm are read, and nothing is written
+        assert "st." not in before and "cp.async" not in before
         assert ("ld.global" in before) == (kernel is kernels._add_layer_norm_kernel)
 """
 

@@ -18,7 +18,6 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch.nn import functional
 
@@ -147,9 +146,9 @@ class CudaGraphs(Runtime):
             return self._replay(captured, fill, features)
 
     def from_images(
-        self, plan: PreprocessPlan, images: Sequence[np.ndarray], features: bool = True
+        self, plan: PreprocessPlan, fill: Callable[[torch.Tensor], object], features: bool = True
     ) -> tuple[torch.Tensor | None, torch.Tensor] | None:
-        """Images and the plan for them → as `__call__`, preprocessing being part of the graph.
+        """The plan for images, and what writes their memory → as `__call__`, preprocessing being part of the graph.
 
         None where there is no such graph: images of these sizes are seen for the first time (capturing takes longer
         than a graph saves), or it cannot be captured.
@@ -174,7 +173,7 @@ class CudaGraphs(Runtime):
             captured = self._graph(key, capture)
             if captured is None:
                 return None
-            return self._replay(captured, lambda inputs: plan.upload(images, into=inputs[0]), features)
+            return self._replay(captured, lambda inputs: fill(inputs[0]), features)
 
     def replay_last(self) -> None:
         """Launches the graph that was used last once more, on what it holds, to be timed. There must be one."""

@@ -58,14 +58,9 @@ class FusedBlock(nn.Module):
         from vla_perception.tokenizer import triton_kernels
 
         pending = values if isinstance(values, _Pending) else _Pending(values, None, None)
-        # Each kernel has the weights of the product behind it brought into the L2 cache.
-        mlp = self.mlp
-        values, normal = triton_kernels.add_layer_norm(*pending, self.norm1, ahead=self.attn.qkv.weight)
-        delta = self._attend(normal)
-        values, normal = triton_kernels.add_layer_norm(
-            values, delta, _gamma(self.ls1), self.norm2, ahead=mlp.fc1.weight
-        )
-        delta = mlp.fc2(triton_kernels.gelu(mlp.fc1(normal), is_tanh(mlp.act), ahead=mlp.fc2.weight))
+        values, normal = triton_kernels.add_layer_norm(*pending, self.norm1)
+        values, normal = triton_kernels.add_layer_norm(values, self._attend(normal), _gamma(self.ls1), self.norm2)
+        delta = self.mlp.fc2(triton_kernels.gelu(self.mlp.fc1(normal), is_tanh(self.mlp.act)))
         pending = _Pending(values, delta, _gamma(self.ls2))
         return pending if self._hand_on else _sum(pending)
 
@@ -74,8 +69,8 @@ class FusedBlock(nn.Module):
 
         if values.dtype == torch.float32:  # tensor cores would round to TF32
             return self.attn(values)
-        projected, proj = self.attn.qkv(values), self.attn.proj
-        return proj(triton_kernels.attention(projected, self.attn.num_heads, self.attn.scale, ahead=proj.weight))
+        attended = triton_kernels.attention(self.attn.qkv(values), self.attn.num_heads, self.attn.scale)
+        return self.attn.proj(attended)
 
 
 def _gamma(scale: nn.Module) -> torch.Tensor | None:

@@ -173,6 +173,12 @@ class PreprocessPlan:
                         between, resize.views, resize.down, resize.rows[0], *(list(part) for part in zip(*chosen))
                     )
 
+    def pixel_values(self, source: torch.Tensor) -> list[torch.Tensor]:
+        """What `upload` gave → per encoder float32 [views, 3, side, side]."""
+        outputs = [torch.empty(shape, dtype=torch.float32, device=source.device) for shape in self.outputs]
+        self.run(source, outputs)
+        return outputs
+
     def prepare(self, source: torch.Tensor) -> list[torch.Tensor]:
         """What the steps make of the images: per group of equal size and steps uint8 [views, size, size, 3].
 
@@ -220,6 +226,14 @@ class PreprocessPlan:
             backward = [dim for dim, step in enumerate(strides) if step < 0]
             parts.append(forward.flip(backward) if backward else forward)
         return parts[0][None] if len(parts) == 1 else torch.stack(parts)
+
+
+@dataclass(frozen=True)
+class UploadedImages:
+    """Images whose memory is on the GPU, as cameras sent them, and how their pixel values are computed there."""
+
+    plan: PreprocessPlan
+    memory: torch.Tensor
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager:
@@ -294,9 +308,7 @@ class DevicePreprocessor:
         if isinstance(images, np.ndarray) and images.ndim == 3:
             images = [images]
         plan = self.plan(images, steps)
-        outputs = [torch.empty(shape, dtype=torch.float32, device=self.device) for shape in plan.outputs]
-        plan.run(plan.upload(images), outputs)
-        return outputs
+        return plan.pixel_values(plan.upload(images))
 
     def plan(self, images: Sequence[np.ndarray], steps: Sequence[tuple[Step, ...]] | None = None) -> PreprocessPlan:
         """The plan for uint8 [height, width, 3] images of these sizes and layouts; their content does not matter.

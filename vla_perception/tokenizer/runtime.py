@@ -20,10 +20,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -66,9 +65,13 @@ class Runtime:
         return self._run([pixels.to(self._device, self._dtype, non_blocking=True) for pixels in pixel_values])
 
     def from_images(
-        self, plan: PreprocessPlan, images: Sequence[np.ndarray], features: bool = True
+        self, plan: PreprocessPlan, fill: Callable[[torch.Tensor], object], features: bool = True
     ) -> tuple[torch.Tensor | None, torch.Tensor] | None:
-        """Preprocessing and network in one launch; None if the runtime cannot do that for these images."""
+        """Preprocessing and network in one launch; None if the runtime cannot do that for these images.
+
+        Args:
+            fill: writes the images' memory into uint8 [plan.nbytes] on the device, on the current stream.
+        """
         return None
 
     def _run(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

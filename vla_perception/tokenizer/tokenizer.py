@@ -24,7 +24,7 @@ from vla_perception.tokenizer.image_transforms import ImageTransforms, Step, com
 from vla_perception.tokenizer.network import TokenizerNetwork, empty_network
 from vla_perception.tokenizer.pil_taps import FILTERS
 from vla_perception.tokenizer.preprocess import Preprocessor, source_to_grid
-from vla_perception.tokenizer.preprocess_gpu import DevicePreprocessor
+from vla_perception.tokenizer.preprocess_gpu import DevicePreprocessor, UploadedImages
 from vla_perception.tokenizer.presets import PRESETS
 from vla_perception.tokenizer.runtime import make_runtime
 from vla_perception.tokenizer.weights import draw_random, load_checkpoint
@@ -261,6 +261,20 @@ class VisualTokenizer:
         """
         return self._preprocessor(*self._transformed(as_images(images), cameras))
 
+    def prepare(
+        self, images: ImageLike | Sequence[ImageLike], cameras: Sequence[str] | None = None
+    ) -> UploadedImages | list[torch.Tensor]:
+        """What can be done for images before the encoders are free; `encode` does the rest.
+
+        On a GPU they are uploaded, which may still be running on the current stream, and `encode` computes pixel values and
+        tokens in one CUDA graph. On a CPU it is `preprocess`. Arguments and errors are those of `preprocess`.
+        """
+        images, steps = self._transformed(as_images(images), cameras)
+        if not isinstance(self._preprocessor, DevicePreprocessor):
+            return self._preprocessor(images, steps)
+        plan = self._preprocessor.plan(images, steps)
+        return UploadedImages(plan, plan.upload(images))
+
     def _transformed(
         self, images: Sequence[np.ndarray], cameras: Sequence[str] | None
     ) -> tuple[Sequence[np.ndarray], Sequence[tuple[Step, ...]] | None]:
@@ -274,11 +288,14 @@ class VisualTokenizer:
             return self._transforms.images_on_host(images, named)
         return self._transforms.images(images, named), None
 
-    def encode(self, pixel_values: Sequence[torch.Tensor], features: bool = False) -> TokenizerOutput:
-        """What `preprocess` gave → tokens; `features` also returns what went into the projector, pooled alike."""
+    def encode(self, pixel_values: UploadedImages | Sequence[torch.Tensor], features: bool = False) -> TokenizerOutput:
+        """What `preprocess` or `prepare` gave → tokens; `features` also returns what went into the projector, pooled alike."""
         with self._condition.held() as condition, torch.inference_mode():
             self._need_condition(condition)
-            found = self._encoded(pixel_values, features)
+            if isinstance(pixel_values, UploadedImages):
+                found = self._of_uploaded(pixel_values, features)
+            else:
+                found = self._encoded(pixel_values, features)
         return _output(*found, condition)
 
     def encode_empty(self, features: bool = False) -> TokenizerOutput:
@@ -356,10 +373,16 @@ class VisualTokenizer:
         self, images: Sequence[np.ndarray], steps: Sequence[tuple[Step, ...]] | None, features: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         if isinstance(self._preprocessor, DevicePreprocessor):
-            found = self._runtime.from_images(self._preprocessor.plan(images, steps), images, features)
+            plan = self._preprocessor.plan(images, steps)
+            found = self._runtime.from_images(plan, lambda memory: plan.upload(images, into=memory), features)
             if found is not None:
                 return found
         return self._encoded(self._preprocessor(images, steps), features)
+
+    def _of_uploaded(self, images: UploadedImages, features: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
+        plan, source = images.plan, images.memory
+        found = self._runtime.from_images(plan, lambda memory: memory.copy_(source, non_blocking=True), features)
+        return found or self._encoded(plan.pixel_values(source), features)
 
     def warm_up(
         self,

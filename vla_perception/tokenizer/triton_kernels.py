@@ -13,36 +13,12 @@ import triton.language as tl
 
 from vla_perception.tokenizer.dependent_launches import launch_options
 
-#: Elements of a row per warp of `add_layer_norm`, for up to so many rows and for more: many rows fill the device anyway.
-ELEMENTS_PER_WARP, FEW_ROWS, ELEMENTS_PER_WARP_OF_MANY = 256, 600, 512
+#: Elements of a row per warp of `add_layer_norm`.
+ELEMENTS_PER_WARP = 256
 #: Elements per program of `gelu`.
 _GELU_BLOCK = 1024
 #: Queries and keys that a program of `attention` holds at a time, warps, and stages of loads that run ahead.
 ATTENTION_BLOCKS = (64, 64, 4, 3)
-
-#: A Hopper's copy engine reads what lies there into the L2 cache. One thread of the program asks for it.
-_TO_L2 = tl.constexpr(
-    "{ .reg .pred first; .reg .u32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0; "
-    "@first cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"
-)
-
-
-@triton.jit
-def _bring_to_l2(weights, nbytes, program, programs):
-    """Asks for this program's share of the weights, `nbytes` of all programs."""
-    share = (tl.cdiv(nbytes, programs) + 15) // 16 * 16
-    begin = program * share
-    size = tl.minimum(share, nbytes - begin)
-    if size > 0:
-        address = weights.to(tl.int64, bitcast=True) + begin
-        tl.inline_asm_elementwise(_TO_L2, "=r,l,r", [address, size], dtype=tl.int32, is_pure=False, pack=1)
-
-
-def _ahead(weights: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """A kernel's last arguments: the weights to bring into the L2 cache, and how many bytes of them."""
-    if weights is None:
-        return like, 0
-    return weights, weights.numel() * weights.element_size() // 16 * 16
 
 
 @triton.jit
@@ -55,8 +31,6 @@ def _add_layer_norm_kernel(
     total,
     normal,
     epsilon,
-    ahead,
-    ahead_bytes,
     channels: tl.constexpr,
     has_delta: tl.constexpr,
     has_gamma: tl.constexpr,
@@ -70,7 +44,6 @@ def _add_layer_norm_kernel(
     if has_gamma:
         factor = tl.load(gamma + columns, mask=inside, other=0.0).to(tl.float32)
     if dependent:  # all above are weights, which the kernel right in front of this one does not write
-        _bring_to_l2(ahead, ahead_bytes, tl.program_id(0), tl.num_programs(0))
         tl.extra.cuda.gdc_wait()
     at = tl.program_id(0).to(tl.int64) * channels + columns
     row = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
@@ -93,7 +66,6 @@ def add_layer_norm(
     delta: torch.Tensor | None,
     gamma: torch.Tensor | None,
     norm: torch.nn.LayerNorm,
-    ahead: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``values + delta * gamma`` and its layer norm over the last dimension, [..., channels] each.
 
@@ -101,7 +73,6 @@ def add_layer_norm(
         values, delta: [..., channels]; without `delta` the sum is `values`.
         gamma: [channels]; None for 1.
         norm: with weight and bias. Neither these nor `gamma` may be what the kernel right in front has written.
-        ahead: the weights of the product behind it: read into the L2 cache meanwhile, where launches are dependent.
     """
     values = values.contiguous()
     channels = values.shape[-1]
@@ -109,9 +80,7 @@ def add_layer_norm(
     total = values if delta is None else torch.empty_like(values)
     delta = values if delta is None else delta.contiguous()
     block = triton.next_power_of_2(channels)
-    rows = values.numel() // channels
-    elements = ELEMENTS_PER_WARP if rows <= FEW_ROWS else ELEMENTS_PER_WARP_OF_MANY
-    _add_layer_norm_kernel[(rows,)](
+    _add_layer_norm_kernel[(values.numel() // channels,)](
         values,
         delta,
         values if gamma is None else gamma,
@@ -120,12 +89,11 @@ def add_layer_norm(
         total,
         normal,
         norm.eps,
-        *_ahead(ahead, values),
         channels,
         total is not values,
         gamma is not None,
         block,
-        num_warps=max(1, min(8, block // elements)),
+        num_warps=max(1, min(8, block // ELEMENTS_PER_WARP)),
         **launch_options(),
     )
     return total, normal
@@ -144,11 +112,8 @@ def gelu_of(x, tanh: tl.constexpr):
 
 
 @triton.jit
-def _gelu_kernel(
-    values, result, length, ahead, ahead_bytes, tanh: tl.constexpr, block: tl.constexpr, dependent: tl.constexpr
-):
+def _gelu_kernel(values, result, length, tanh: tl.constexpr, block: tl.constexpr, dependent: tl.constexpr):
     if dependent:
-        _bring_to_l2(ahead, ahead_bytes, tl.program_id(0), tl.num_programs(0))
         tl.extra.cuda.gdc_wait()
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = at < length
@@ -157,13 +122,13 @@ def _gelu_kernel(
     tl.store(result + at, x.to(result.dtype.element_ty), mask=inside)
 
 
-def gelu(values: torch.Tensor, tanh: bool = False, ahead: torch.Tensor | None = None) -> torch.Tensor:
-    """GELU, exact by the error function, or approximated by tanh; `ahead` as for `add_layer_norm`."""
+def gelu(values: torch.Tensor, tanh: bool = False) -> torch.Tensor:
+    """GELU, exact by the error function, or approximated by tanh."""
     values = values.contiguous()
     result = torch.empty_like(values)
     length = values.numel()
     grid = (triton.cdiv(length, _GELU_BLOCK),)
-    _gelu_kernel[grid](values, result, length, *_ahead(ahead, values), tanh, _GELU_BLOCK, **launch_options())
+    _gelu_kernel[grid](values, result, length, tanh, _GELU_BLOCK, **launch_options())
     return result
 
 
@@ -173,8 +138,6 @@ def _attention_kernel(
     result,
     tokens,
     scale,
-    ahead,
-    ahead_bytes,
     heads: tl.constexpr,
     width: tl.constexpr,
     most: tl.constexpr,
@@ -184,8 +147,6 @@ def _attention_kernel(
     dependent: tl.constexpr,
 ):
     if dependent:
-        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        _bring_to_l2(ahead, ahead_bytes, program, tl.num_programs(0) * tl.num_programs(1))
         tl.extra.cuda.gdc_wait()
     # FlashAttention's online softmax: one program holds `rows` queries of one head and goes through all keys. A head is
     # `most` channels, a power of 2, and what is left of it: 72 are 64 and 16, of which 8 are zeros, and not 128.
@@ -233,13 +194,12 @@ def _attention_kernel(
         tl.store(out + column_rest, (summed_rest / weight[:, None]).to(kind), mask=row_there & in_width)
 
 
-def attention(projected: torch.Tensor, heads: int, scale: float, ahead: torch.Tensor | None = None) -> torch.Tensor:
+def attention(projected: torch.Tensor, heads: int, scale: float) -> torch.Tensor:
     """Softmax attention of every token over all tokens of its view.
 
     Args:
         projected: [views, tokens, 3 · heads · width], float16 or bfloat16: queries, keys and values, of all heads each,
             as one linear layer gives them. width is 16 to 128.
-        ahead: as for `add_layer_norm`.
 
     Returns:
         [views, tokens, heads · width].
@@ -255,7 +215,6 @@ def attention(projected: torch.Tensor, heads: int, scale: float, ahead: torch.Te
         result,
         tokens,
         scale * 1.4426950408889634,  # exp2 is what the hardware has
-        *_ahead(ahead, projected),
         heads,
         width,
         most,

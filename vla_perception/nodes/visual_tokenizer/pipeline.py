@@ -1,6 +1,6 @@
 """Frames → published tokens, in threads. Imports no ROS; lifecycle, topics and parameters are not here.
 
-frame → frame set (synchronizer.py) → decode, preprocess (thread `worker`) → encode (`encoder`) → message (`publisher`).
+frame → frame set (synchronizer.py) → decode, prepare (thread `worker`) → encode (`encoder`) → message (`publisher`).
 Stages are connected by single-slot mailboxes; a newer item replaces a waiting one, so nothing queues up, and every frame
 is accounted for. On a GPU each thread has its own CUDA stream: the next frame set is decoded and copied there, and the
 last one's tokens are copied back, while one is encoded. On a CPU the worker encodes, too: decoding ahead would take the
@@ -37,9 +37,10 @@ if TYPE_CHECKING:
     from vla_perception.nodes.visual_tokenizer.parameters import TokenizerParameters
     from vla_perception.nodes.visual_tokenizer.token_publisher import TokenPublisher
     from vla_perception.tokenizer import VisualTokenizer
+    from vla_perception.tokenizer.preprocess_gpu import UploadedImages
 
-#: What is timed per frame set. overhead: from the callback of its last frame until it is published, less what the tokenizer
-#: takes, preprocess and encode.
+#: What is timed per frame set. preprocess: on a GPU the upload alone, the rest is part of encode. overhead: from the callback
+#: of its last frame until it is published, less what the tokenizer takes, preprocess and encode.
 STAGES = ("decode", "preprocess", "encode", "publish", "overhead")
 #: What may become of a frame set instead of a message.
 FAILURES = ("encode_errors", "non_finite", "publish_errors")
@@ -58,7 +59,7 @@ class _Job:
     generation: int
     arrived: float  # when its last frame did, or when it was asked for
     views: list[View] = field(default_factory=list)
-    pixel_values: list[torch.Tensor] = field(default_factory=list)
+    prepared: UploadedImages | list[torch.Tensor] | None = None
     tokens: torch.Tensor | None = None
     features: torch.Tensor | None = None
     condition: str | None = None
@@ -383,7 +384,7 @@ class Pipeline:
             return False
         decoding_ended = clock()
         device = self.tokenizer.device
-        job.pixel_values = self.tokenizer.preprocess(images, [frame.camera for frame in job.frames])
+        job.prepared = self.tokenizer.prepare(images, [frame.camera for frame in job.frames])
         if device.type == "cuda":
             import torch
 
@@ -428,7 +429,8 @@ class Pipeline:
         import torch
 
         begun = time.perf_counter()
-        output = self.tokenizer.encode(job.pixel_values, features=self.parameters.publish_features)
+        assert job.prepared is not None, "encoded before it was prepared"
+        output = self.tokenizer.encode(job.prepared, features=self.parameters.publish_features)
         token_dtype = self.parameters.token_dtype
         dtype = getattr(torch, token_dtype)
         parts = [part.to(dtype) for part in self._empty_views.add_tokens(output)]
@@ -438,7 +440,7 @@ class Pipeline:
             torch.cuda.current_stream(parts[0].device).synchronize()
         job.tokens, job.features = on_host[0], on_host[1] if len(on_host) > 1 else None
         job.condition = output.condition
-        job.pixel_values = []  # not before the wait: what they hold may be given to the next job
+        job.prepared = None  # not before the wait: what they hold may be given to the next job
         if not finite:
             text = (
                 f"tokens that are not finite were not published; compute_dtype {self.tokenizer.compute_dtype} or "
