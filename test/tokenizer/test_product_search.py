@@ -5,7 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 import fake_cuda  # noqa: E402
-from fake_cublaslt import FakeLt, halves, refused, unsteady, wrong  # noqa: E402
+from fake_cublaslt import FakeLt, Product, choice, halves, refused, unsteady, wrong  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
@@ -85,6 +85,47 @@ def test_a_second_pass_finds_what_pays_only_beside_a_later_change(search):
         return 100 - (4 if made["b"] == 1 else 0) - (6 if made == {"a": 3, "b": 1} else -1 if made["a"] == 3 else 0)
 
     assert chosen(search(groups, Timer(groups, costs))) == {"a": 3, "b": 1}
+
+
+class PartsLt(FakeLt):
+    """Two proposals for the whole device, two for half of it."""
+
+    def proposals(self, rows, weight, bias):
+        choices = [choice(0), choice(1), choice(0, 66, tile=200), choice(1, 66, tile=201)]
+        return [Product(functional.linear, each) for each in choices]
+
+
+class PartsTimer(Timer):
+    """A capture has the tiles."""
+
+    def capture(self):
+        super().capture()
+        self.captures[-1] = {
+            each.name: each.products[ROWS].choice.configuration.tile if ROWS in each.products else None
+            for each in self.groups
+        }
+        return len(self.captures) - 1
+
+
+def test_products_for_a_part_of_the_device_are_tried_together_first(search):
+    """One of them alone makes it slower, as the others still want all of the device."""
+    groups = [group("a"), group("b"), group("c")]
+
+    def costs(made, number):
+        parts = sum((tile or 0) >= 200 for tile in made.values())
+        return 80 - (made["c"] == 201) if parts == 3 else 100 + parts
+
+    found = search(groups, PartsTimer(groups, costs), lt=PartsLt())
+    assert {name: choice.configuration.tile for name, choice in found.choices.items()} == {"a": 200, "b": 200, "c": 201}
+    assert (found.before_us, found.after_us) == (100, 79)
+
+
+def test_what_is_no_gain_together_leaves_everything_as_it_was(search):
+    groups = [group("a"), group("b")]
+    timer = PartsTimer(groups, lambda made, number: 100 + number)
+    assert search(groups, timer, lt=PartsLt()).choices == {}
+    assert timer.captures[:2] == [{"a": None, "b": None}, {"a": 200, "b": 200}]
+    assert groups[0].products == groups[1].products == {}
 
 
 def test_what_there_is_most_to_gain_from_comes_first(search):

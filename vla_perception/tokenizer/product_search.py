@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +136,10 @@ class Search:
                     self._progress(f"{self._views} view(s): timing the products of {group.name} alone")
                     pools.append((*self._pool(group), group))
             pools.sort(key=lambda each: each[0], reverse=True)  # first what there is most to gain from
+            for changes in self._together([group for _, pool, group in pools if pool]):
+                if clock() < deadline:
+                    self._progress(f"{self._views} view(s): trying all products for a part of the device")
+                    best = self._try(changes, best)
             for number in range(_PASSES):
                 for _, pool, group in pools:
                     for product in pool:
@@ -146,7 +150,7 @@ class Search:
                             f"{self._views} view(s), pass {number + 1} of {_PASSES}: trying {group.name} in the graph, "
                             f"{self._tried} tried, at most {left:.0f} s to go"
                         )
-                        best = self._try(group, product, best)
+                        best = self._try([(group, product)], best)
             before, after = self._timer.compare((untouched, best), 2 * _LOOK)
         choices = {
             group.name: group.products[self._rows(group)].choice
@@ -181,13 +185,25 @@ class Search:
         whole = timed[0][0] * len(group.layers) if timed else 0.0
         return whole, ordered[:_FASTEST] + rest[:_FASTEST_OF_PART]
 
-    def _try(self, group: Group, product: Product, best: Any) -> Any:
-        """The capture that is best now; the group keeps the product if that is its own."""
-        rows = self._rows(group)
-        before = group.products.get(rows)
-        if product is before:
+    def _together(self, groups: Sequence[Group]) -> Iterator[list[tuple[Group, Product]]]:
+        """Changes of all groups at once: one alone gains nothing where the others still want the whole device."""
+        firsts: dict[int, list[tuple[Group, Product]]] = {}
+        for group in groups:
+            layer = group.layers[0]
+            for product in self._lt.proposals(self._rows(group), layer.weight, layer.bias):
+                choice = product.choice
+                first = choice.multiprocessors and choice.index == 0
+                if first and tuned_products.gives_the_product(product, layer, self._rows(group)):
+                    firsts.setdefault(choice.multiprocessors, []).append((group, product))
+        yield from firsts.values()
+
+    def _try(self, changes: Sequence[tuple[Group, Product]], best: Any) -> Any:
+        """The capture that is best now; the groups keep the products if that is theirs."""
+        before = [(group, group.products.get(self._rows(group))) for group, _ in changes]
+        if all(product is old for (_, product), (_, old) in zip(changes, before)):
             return best
-        group.products[rows] = product
+        for group, product in changes:
+            group.products[self._rows(group)] = product
         self._tried += 1
         try:
             found = self._timer.capture()
@@ -197,10 +213,11 @@ class Search:
                     return found
         except RuntimeError:  # of cuBLASLt, or of a capture
             pass
-        if before is None:
-            del group.products[rows]
-        else:
-            group.products[rows] = before
+        for group, old in before:
+            if old is None:
+                del group.products[self._rows(group)]
+            else:
+                group.products[self._rows(group)] = old
         return best
 
     def _gains(self, best: Any, other: Any, rounds: int) -> bool:
