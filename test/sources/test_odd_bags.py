@@ -716,6 +716,29 @@ def test_compressed_bombs(tmp_path):
     assert "over the limit of 512 MiB" in lines[2]
 
 
+def test_a_chunk_takes_room_for_what_it_holds(tmp_path):
+    import tracemalloc
+
+    from vla_perception.sources.bags import mcap_file
+
+    content = np.random.default_rng(0).bytes(1000) * 40_000
+    for cut in (0, 1):  # as much as it says, and less
+        body = chunk(len(content) + cut, zstandard.compress(content))[9:]
+        if cut:
+            with pytest.raises(ValueError, match="does not have the 40000001 bytes"):
+                mcap_file.expanded(body)
+        else:
+            assert mcap_file.expanded(body) == content
+    claims = mcap_of(tmp_path / "claims.mcap", chunk(500 << 20, zstandard.compress(content[:1000])))
+    tracemalloc.start()
+    try:
+        with pytest.raises(BagError, match="does not have"):
+            read(claims)
+        assert tracemalloc.get_traced_memory()[1] < 40 << 20
+    finally:
+        tracemalloc.stop()
+
+
 def record(opcode: int, body: bytes) -> bytes:
     return struct.pack("<BQ", opcode, len(body)) + body
 

@@ -33,6 +33,8 @@ from vla_perception.sources.bags.storage import (
 #: Bytes of a chunk, and of all chunks that are open at once because their times overlap.
 CHUNK_LIMIT = 512 << 20
 OPEN_CHUNKS_LIMIT = 1 << 30
+#: Bytes that are made room for before a chunk is expanded; rosbag2's chunks are smaller.
+_ROOM = 1 << 24
 #: Bytes of any other record that is read (a schema, the statistics, …), and number of chunks of a file.
 RECORD_LIMIT = 16 << 20
 CHUNKS_LIMIT = 2_000_000
@@ -288,9 +290,7 @@ def expanded(data: bytes, room: int = CHUNK_LIMIT) -> memoryview:
     if size > room:
         raise FileError(f"chunks of more than {OPEN_CHUNKS_LIMIT >> 20} MiB overlap in time: `mcap sort` orders them")
     if chunk.compression == "zstd":
-        buffer = bytearray(size + 1)
-        with zstandard.ZstdDecompressor().stream_reader(chunk.data, read_across_frames=True) as stream:
-            content = memoryview(buffer)[: stream.readinto(buffer)]
+        content = _unpacked(chunk.data, size + 1)
     elif chunk.compression == "lz4":
         buffer, rest = bytearray(), chunk.data
         while rest and len(buffer) <= size:  # one frame after the other
@@ -307,3 +307,17 @@ def expanded(data: bytes, room: int = CHUNK_LIMIT) -> memoryview:
     if chunk.uncompressed_crc and zlib.crc32(content) != chunk.uncompressed_crc:
         raise ValueError("a chunk does not have the checksum that it says")
     return content
+
+
+def _unpacked(data: bytes, limit: int) -> memoryview:
+    """The first `limit` bytes of zstd frames. Room is made for what is there, not for what the file says."""
+    buffer, filled = bytearray(min(limit, _ROOM)), 0
+    with zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True) as stream:
+        while True:
+            with memoryview(buffer)[filled:] as room:
+                count = stream.readinto(room)
+            filled += count
+            if not count or filled == limit:
+                return memoryview(buffer)[:filled]
+            if filled == len(buffer):
+                buffer += bytes(min(limit - filled, filled))
