@@ -59,5 +59,9 @@ class FakeLt:
         self.asked.append((rows, *weight.shape))
         return [Product(compute, choice(index, 66 * (index % 2))) for index, compute in enumerate(self.computations)]
 
+    def first_for_parts(self, rows, weight, bias):
+        proposals = [each for each in self.proposals(rows, weight, bias) if each.choice.multiprocessors]
+        return {each.choice.multiprocessors: each for each in proposals if each.choice.index == 0}
+
     def product(self, rows, weight, bias, choice):
         return next((each for each in self.proposals(rows, weight, bias) if each.choice == choice), None)

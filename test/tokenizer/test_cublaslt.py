@@ -169,6 +169,11 @@ def test_proposals_are_all_different_ones_and_each_is_found_again(library):
     ]
     assert products[1].choice.configuration == cublaslt.Configuration(0, 30, 2, 3, 4, 5, 6, 7, 8, 200)
     made = len(library.objects)
+    firsts = lt.first_for_parts(7, weight, bias)  # which the whole device has, too
+    assert {part: (each.choice.index, each.choice.configuration.tile) for part, each in firsts.items()} == {
+        66: (0, 10),
+        96: (0, 10),
+    }
     for product in products:
         assert lt.product(7, weight, bias, product.choice).choice == product.choice
     assert len(library.objects) == made  # descriptions are made once

@@ -120,6 +120,15 @@ def test_products_for_a_part_of_the_device_are_tried_together_first(search):
     assert (found.before_us, found.after_us) == (100, 79)
 
 
+def test_a_product_for_a_part_that_is_refused_is_left_out(search):
+    class Refusing(PartsLt):
+        def first_for_parts(self, rows, weight, bias):
+            return {66: Product(refused, choice(0, 66))}
+
+    groups = [group("a")]
+    assert search(groups, PartsTimer(groups, lambda made, number: 100), lt=Refusing()).choices == {}
+
+
 def test_what_is_no_gain_together_leaves_everything_as_it_was(search):
     groups = [group("a"), group("b")]
     timer = PartsTimer(groups, lambda made, number: 100 + number)

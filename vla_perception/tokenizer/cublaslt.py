@@ -140,6 +140,15 @@ class CublasLt:
                 found.setdefault(product.choice.configuration, product)
         return list(found.values())
 
+    def first_for_parts(self, rows: int, weight: torch.Tensor, bias: torch.Tensor | None) -> dict[int, Product]:
+        """Multiprocessors of a part of the device → the first proposal for it, which may be one for the whole device, too.
+
+        Raises:
+            CublasLtError: cuBLASLt cannot be asked for such a product.
+        """
+        problems = {part: self._problem(rows, weight, bias, part) for part in self._targets[1:]}
+        return {part: problem.products[0] for part, problem in problems.items() if problem.products}
+
     def product(self, rows: int, weight: torch.Tensor, bias: torch.Tensor | None, choice: Choice) -> Product | None:
         """The proposal that was chosen; None if this cuBLASLt proposes another one in its place.
 

@@ -1,12 +1,13 @@
 """The search behind ``vla-perception tune``: which proposals of cuBLASLt make one replay of the CUDA graph shortest.
 
 A proposal that is fastest alone need not be fastest beside the other encoder's products. So each is tried in the whole
-graph, group by group, those first that are fastest alone; what is in use and what is tried are timed in turn, and a change
-stays where a second capture of it is faster, too.
+graph: first all together that cuBLASLt proposes for a part of the device, then group by group, those first that are fastest
+alone. What is in use and what is tried are timed in turn, and a change stays where a second capture of it is faster, too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -174,27 +175,29 @@ class Search:
         except CublasLtError:
             return 0.0, []
         for product in proposals:
-            try:
-                if tuned_products.gives_the_product(product, layer, rows):
+            if self._is_right(product, group):
+                with contextlib.suppress(RuntimeError):  # it cannot be captured
                     timed.append((self._timer.alone(group, rows, product), product))
-            except RuntimeError:  # cuBLASLt refuses after all
-                continue
         timed.sort(key=lambda pair: pair[0])
         ordered = [product for _, product in timed]
         rest = [product for product in ordered[_FASTEST:] if product.choice.multiprocessors]
         whole = timed[0][0] * len(group.layers) if timed else 0.0
         return whole, ordered[:_FASTEST] + rest[:_FASTEST_OF_PART]
 
+    def _is_right(self, product: Product, group: Group) -> bool:
+        try:
+            return tuned_products.gives_the_product(product, group.layers[0], self._rows(group))
+        except CublasLtError:  # it refuses after all
+            return False
+
     def _together(self, groups: Sequence[Group]) -> Iterator[list[tuple[Group, Product]]]:
         """Changes of all groups at once: one alone gains nothing where the others still want the whole device."""
         firsts: dict[int, list[tuple[Group, Product]]] = {}
         for group in groups:
-            layer = group.layers[0]
-            for product in self._lt.proposals(self._rows(group), layer.weight, layer.bias):
-                choice = product.choice
-                first = choice.multiprocessors and choice.index == 0
-                if first and tuned_products.gives_the_product(product, layer, self._rows(group)):
-                    firsts.setdefault(choice.multiprocessors, []).append((group, product))
+            rows, layer = self._rows(group), group.layers[0]
+            for part, product in self._lt.first_for_parts(rows, layer.weight, layer.bias).items():
+                if self._is_right(product, group):
+                    firsts.setdefault(part, []).append((group, product))
         yield from firsts.values()
 
     def _try(self, changes: Sequence[tuple[Group, Product]], best: Any) -> Any:
