@@ -31,7 +31,7 @@ def changes(views: int) -> Iterator[Change]:
     for elements in (256, 512, 1024):
         yield (
             f"sum and layer norm, {elements} elements a warp",
-            pytorchs(ELEMENTS_PER_WARP=elements, ELEMENTS_PER_WARP_OF_MANY=elements),
+            pytorchs(ELEMENTS_PER_WARP=elements),
         )
     for blocks in ATTENTION_BLOCKS[:2]:
         yield f"attention {blocks}", pytorchs(ATTENTION_BLOCKS=blocks)

@@ -39,6 +39,7 @@ def kit(monkeypatch, tmp_path):
         "DTYPE": torch.float32,
         "ROUNDS": 1,
         "REPEAT": 1,
+        "PACED_ROUNDS": 1,
         "load": load,
         "SIZES": ((2, 48, 64),),
         "VARIANT_VIEWS": (1,),
@@ -75,6 +76,7 @@ def test_every_question_is_answered(kit, tmp_path, capsys, monkeypatch):
     )
     assert set(answers["latency"]) >= {"2 view(s) of 64 x 48"}
     assert all(0 < row["end_to_end_ms"]["p50"] for size, row in answers["latency"].items() if "view" in size)
+    assert answers["baseline"]["1 view(s)"]["ratio"] > 0
     assert len(answers["preprocess"]) == 12 and all(row.get("equal", True) for row in answers["preprocess"].values())
     as_it_is = answers["variants"]["1 view(s), as it is"]
     assert as_it_is["replay_us"] > 0 and as_it_is["relative_l2"] < 1e-5 and as_it_is["same_bits"]

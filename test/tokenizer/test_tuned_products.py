@@ -365,7 +365,7 @@ def test_a_tuned_tokenizer_gives_the_same_tokens_and_the_same_bits_at_every_star
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def start():
-        return load(device="cuda", runtime="graph", compute_dtype=compute_dtype, image_size=[224, 224])
+        return load(device="cuda", runtime="graph", compute_dtype=compute_dtype, image_size=[196, 224])
 
     untuned = start()
     assert "tuned" not in untuned.kernels

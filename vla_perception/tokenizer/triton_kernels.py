@@ -14,7 +14,7 @@ import triton.language as tl
 from vla_perception.tokenizer.dependent_launches import launch_options
 
 #: Elements of a row per warp of `add_layer_norm`.
-ELEMENTS_PER_WARP = 256
+ELEMENTS_PER_WARP = 1024
 #: Elements per program of `gelu`.
 _GELU_BLOCK = 1024
 #: Queries and keys that a program of `attention` holds at a time, warps, and stages of loads that run ahead.
