@@ -77,6 +77,14 @@ def test_what_is_found_is_written_and_used_at_the_next_start(machine, tmp_path, 
     assert tuned_products.use(load().network) == f"tuned products {number} for 1, 2 view(s)"
 
 
+def test_where_nothing_is_faster_nothing_changes(machine, monkeypatch, capsys):
+    monkeypatch.setattr(tune.GraphTimer, "compare", lambda self, captures, rounds: [10.0] * len(captures))
+    assert cli.main(["tune", "--model", "tiny-random"]) == 0
+    printed = capsys.readouterr().out
+    assert "0 of 8 products changed" in printed and "nothing faster was found, so nothing changes" in printed
+    assert tuned_products.use(load().network) == ""
+
+
 def test_other_numbers_of_views_keep_what_was_found_for_them(machine):
     key = tuned_products.key_of(FakeLt(), tuned_products.groups_of(load().network))
     file = tuned_products.file_of(key)

@@ -72,6 +72,9 @@ def run(
         raise ValueError(f"tuning failed: {failure}") from failure
     finally:
         progress.clear()
+    if not any(chosen.values()):
+        print(f"{file}: nothing faster was found, so nothing changes")
+        return
     print(f"{file}: tuned products {tuned_products.digest(chosen)}, used by runtime graph from the next start on")
 
 

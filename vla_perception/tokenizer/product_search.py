@@ -59,6 +59,7 @@ class GraphTimer:
 
     def capture(self) -> CudaGraphs:
         """RuntimeError if it cannot be captured."""
+        torch.cuda.empty_cache()  # of captures that are gone, which each had a pool
         runtime = CudaGraphs(self._network, self._device, self._dtype)
         runtime(self._pixel_values, features=False)
         if runtime.fallback:

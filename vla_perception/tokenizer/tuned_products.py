@@ -60,7 +60,7 @@ class TunedLinear(nn.Module):
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """[..., in] → [..., out]."""
         product = self.products.get(values.numel() // self.in_features)
-        if product is None:
+        if product is None or values.dtype != self.weight.dtype:  # as under a caller's autocast
             return functional.linear(values, self.weight, self.bias)
         return product(values, self.weight, self.bias)
 
