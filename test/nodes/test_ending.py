@@ -105,7 +105,7 @@ from vla_perception.nodes.visual_tokenizer import node as visual_tokenizer
 from vla_perception.nodes.visual_tokenizer.token_publisher import TokenPublisher
 
 class Model:
-    model = fingerprint = runtime = weights = compute_dtype = "odd"
+    model = fingerprint = runtime = kernels = weights = compute_dtype = "odd"
     tokens_per_view = channels = 1
     condition, condition_channels = None, 0
     notes, device, config = (), SimpleNamespace(type="cpu"), SimpleNamespace(image_transforms={})

@@ -26,7 +26,7 @@ class Model:
     """A tokenizer whose encodings fail or wait as the test wants."""
 
     model, weights, fingerprint, compute_dtype = "odd", "checkpoint", "0" * 64, "float32"
-    device, runtime = torch.device("cpu"), "eager"
+    device, runtime, kernels = torch.device("cpu"), "eager", "pytorch"
     condition_channels, condition = 0, None
 
     def __init__(self):
