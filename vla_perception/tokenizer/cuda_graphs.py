@@ -251,6 +251,9 @@ class CudaGraphs(Runtime):
     def _record(self, inputs: list[torch.Tensor], prepare: Callable[[], list[torch.Tensor]]) -> _Captured:
         """One attempt. Leaves nothing of a capture behind if it fails; raises what went wrong first."""
         graph = torch.cuda.CUDAGraph()
+        if not any(self._captured.values()):
+            # The allocator gives a pool up with its last graph, and refuses it for another one.
+            self._pool = torch.cuda.graph_pool_handle()
         # Not `torch.cuda.graph`: it synchronizes the device and empties the allocator's cache, which would break off a
         # capture of another thread's. thread_local: other threads may use CUDA meanwhile, but not wait for all of it.
         with _capturing, torch.cuda.stream(self._streams.main):
