@@ -111,6 +111,10 @@ def fuzz_by_coverage(target: Target, seconds: float, reporter: Reporter, corpus:
     atheris.Fuzz()
 
 
+def _target(module: str, name: str) -> Target:
+    return next(target for target in importlib.import_module(module).TARGETS if target.name == name)
+
+
 def main(module: str, mode: str, *arguments: str) -> None:
     current = Current(Path(os.environ["FUZZ_CURRENT"]))
     if mode == "check":
@@ -120,12 +124,13 @@ def main(module: str, mode: str, *arguments: str) -> None:
     if corpus:
         import atheris
 
-        # Before any of them is imported.
+        # Before any of them is imported; what is only imported where it is used, is so for the seeds.
         with atheris.instrument_imports(include=["vla_perception"]):
-            targets = importlib.import_module(module).TARGETS
+            target = _target(module, arguments[0])
+            for data in target.seeds():
+                check(target, data, current)
     else:
-        targets = importlib.import_module(module).TARGETS
-    target = next(target for target in targets if target.name == arguments[0])
+        target = _target(module, arguments[0])
     reporter, seconds = Reporter(target, current), float(arguments[1])
     if corpus:
         fuzz_by_coverage(target, seconds, reporter, Path(corpus))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -222,6 +223,7 @@ def token_file(data: bytes) -> None:
     _show(path)
 
 
+@functools.cache
 def token_file_seeds() -> list[bytes]:
     """Of a run, whose recording lies where the file says, and a message that a page has saved."""
     folder = scratch() / "sources"
