@@ -86,6 +86,14 @@ def test_colors_settle_and_leave_invalid_views_black():
     assert not np.array_equal(settled, palette.colors(message, TOKENS, Patches(message, TOKENS)))
 
 
+def test_what_cannot_be_colored_is_black_and_the_next_message_is_not():
+    palette, whole = Palette(), random_tokens(1, channels=16)
+    nothing = replace(whole, data=np.full_like(whole.data, np.nan))
+    for tokens in (nothing, whole, random_tokens(1, channels=12), nothing, whole):
+        colors = palette.colors(tokens, TOKENS, Patches(tokens, TOKENS))
+        assert colors.shape == (2, 48, 3) and colors.any() == (tokens is whole)
+
+
 def test_middles_of_patches_lie_in_them():
     tokens = random_tokens()
     turned = (0.0, GRID[1] / HEIGHT, 0.0, -GRID[0] / WIDTH, 0.0, float(GRID[0]))

@@ -101,12 +101,15 @@ class Palette:
         self._of: tuple[object, ...] | None = None
 
     def colors(self, tokens: VisualTokens, space: str, patches: Patches) -> np.ndarray:
-        """uint8 [views, patches, 3]; black in views that are not valid."""
+        """uint8 [views, patches, 3]; black in views that are not valid, and where nothing is finite."""
         of = (tokens.fingerprint, tokens.grid)
         if of != self._of:
             self._of, self._bases = of, {}
         basis = self._bases.setdefault(space, ColorBasis(FIT_MESSAGES, FIT_PATCHES))
-        return basis.colors_of_views(patches.vectors, patches.valid)
+        try:
+            return basis.colors_of_views(patches.vectors, patches.valid)
+        except ValueError:  # nothing to fit to, or another number of channels under the same fingerprint
+            return np.zeros((*patches.vectors.shape[:2], 3), np.uint8)
 
     def refit(self) -> None:
         """Colors settle anew."""
