@@ -110,7 +110,7 @@ class Model:
     condition, condition_channels = None, 0
     notes, device, config = (), SimpleNamespace(type="cpu"), SimpleNamespace(image_transforms={})
 
-    def preprocess(self, images, *_arguments, **_options):
+    def prepare(self, images, *_arguments, **_options):
         return images
 
     def encode(self, *_arguments, **_options):

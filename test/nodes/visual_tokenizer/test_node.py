@@ -745,12 +745,13 @@ def test_autostart_and_signals_while_it_loads_and_while_it_works():
     with RosProcess([*autostart, "-p", "max_rate_hz:=3"], domain) as working:
         working.wait_for("ready after", 90)
         where = re.search(r"\[visual_tokenizer\]: computes on (\S+) in (\w+): ", working.output)
-        assert where and f"on {where[1]} in {where[2]}\n" in working.output  # also in the line that it is ready
+        ready = re.search(r"ready after .* on (\S+) in (\w+), kernels (.+)\n", working.output)
+        assert where and ready and ready.groups()[:2] == where.groups()
         robot = Robot(domain, working)
         try:
             wait_until(lambda: robot.diagnostics and "device" in robot.diagnostics[-1]["model"], 10, "diagnostics")
             reported = robot.diagnostics[-1]["model"]
-            assert (reported["device"], reported["compute_dtype"]) == where.groups()
+            assert (reported["device"], reported["compute_dtype"], reported["kernels"]) == ready.groups()
             wait_until(lambda: robot.state == "active", 10, "active")
             robot.subscribe()
             for i in range(100):
