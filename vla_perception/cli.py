@@ -310,7 +310,7 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
         help="find the fastest matrix products of this GPU's for a model, once",
         description="Tries cuBLASLt's proposals for the encoders' matrix products in the CUDA graph, and keeps the fastest "
         "in the cache folder: runtime graph takes them from the next start on, for the same GPU, versions, precision and "
-        "layers. Tokens change in their last bits. Leave the GPU to it meanwhile (docs/performance.md).",
+        "layers. Last bits of tokens can change. Leave the GPU to it meanwhile (docs/performance.md).",
     )
     parser.add_argument("--model", help=MODEL_HELP)
     _add_encoders(parser)

@@ -1,7 +1,7 @@
 """cuBLASLt's own proposals for a matrix product, by ctypes on the library that PyTorch has loaded.
 
-PyTorch takes the first proposal. The others compute the same product with other tiles, so with other last bits and in other
-times. Numbers below are those of ``cublasLt.h``, the same in CUDA 11.8 to 13.
+PyTorch takes the first proposal. The others compute the same product with other tiles, in other times, and with
+other last bits where they sum in another order. Numbers below are those of ``cublasLt.h``, the same in CUDA 11.8 to 13.
 """
 
 from __future__ import annotations

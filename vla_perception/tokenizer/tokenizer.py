@@ -234,7 +234,7 @@ class VisualTokenizer:
     @property
     def kernels(self) -> str:
         """What computes between the matrix products: ``pytorch``, or ``triton``, with a reason where the first had to; and
-        which tuned products are in use, if any: other ones, other last bits.
+        which tuned products are in use, if any: with others, last bits can be others.
         """
         return self._runtime.kernels
 
