@@ -507,6 +507,19 @@ def test_uploaded_images_are_encoded_in_the_same_graph(cuda, in_graph):
         torch.testing.assert_close(output.features, expected.features)
 
 
+def test_encoding_waits_for_the_upload_of_another_stream(cuda, in_graph):
+    in_graph.warm_up(1, (120, 160))
+    in_graph(images(1))
+    del cuda.order[:]
+    uploading, encoding = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(uploading):
+        uploaded = in_graph.prepare(images(1))
+    with torch.cuda.stream(encoding):
+        in_graph.encode(uploaded)
+    (kind, on, event), first, *_ = cuda.order
+    assert (kind, on) == ("record", id(uploading)) and first == ("wait event", id(encoding), event)
+
+
 def test_on_a_cpu_prepared_images_are_pixel_values():
     tokenizer = load(runtime="eager")
     for prepared, expected in zip(tokenizer.prepare(images(2)), tokenizer.preprocess(images(2)), strict=True):
@@ -525,6 +538,26 @@ def test_every_way_gives_the_same_bits():
         tokens = tokenizer(batch).tokens
         assert torch.equal(tokens, tokenizer.encode(tokenizer.prepare(batch)).tokens)
         assert torch.equal(tokens, tokenizer.encode(tokenizer.preprocess(batch)).tokens)
+
+
+@pytest.mark.gpu
+def test_uploads_on_another_stream_are_encoded_whole():
+    """Many in a row, none of which is waited for: memory that one reads is not given to the next too early."""
+    tokenizer = load(device="cuda", runtime="graph", compute_dtype="bfloat16")
+    tokenizer.warm_up(1, (1200, 1600))
+    large = [[np.kron(image, np.ones((10, 10, 1), np.uint8)) for image in images(1, seed)] for seed in range(4)]
+    expected = [tokenizer(batch).tokens for batch in large]
+    uploading, encoding = torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    found = []
+    for number in range(40):
+        with torch.cuda.stream(uploading):
+            uploaded = tokenizer.prepare(large[number % 4])
+        with torch.cuda.stream(encoding):
+            found.append(tokenizer.encode(uploaded).tokens)
+        del uploaded
+    torch.cuda.synchronize()
+    assert all(torch.equal(tokens, expected[number % 4]) for number, tokens in enumerate(found))
 
 
 @pytest.mark.gpu

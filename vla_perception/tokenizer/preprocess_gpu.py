@@ -228,12 +228,22 @@ class PreprocessPlan:
         return parts[0][None] if len(parts) == 1 else torch.stack(parts)
 
 
-@dataclass(frozen=True)
 class UploadedImages:
-    """Images whose memory is on the GPU, as cameras sent them, and how their pixel values are computed there."""
+    """Images on their way to the GPU, as cameras sent them, to be used on any stream."""
 
-    plan: PreprocessPlan
-    memory: torch.Tensor
+    def __init__(self, plan: PreprocessPlan, images: Sequence[np.ndarray]) -> None:
+        self.plan = plan
+        self._memory = plan.upload(images)
+        self._uploaded = torch.cuda.Event()
+        self._uploaded.record(torch.cuda.current_stream(self._memory.device))
+
+    def memory(self) -> torch.Tensor:
+        """uint8 [plan.nbytes], for the current stream, which waits for the upload."""
+        stream = torch.cuda.current_stream(self._memory.device)
+        stream.wait_event(self._uploaded)
+        if self._memory.is_cuda:  # else the stream of the upload could be given it again before this one has read it
+            self._memory.record_stream(stream)
+        return self._memory
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager:

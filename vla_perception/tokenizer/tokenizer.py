@@ -266,14 +266,13 @@ class VisualTokenizer:
     ) -> UploadedImages | list[torch.Tensor]:
         """What can be done for images before the encoders are free; `encode` does the rest.
 
-        On a GPU they are uploaded, which may still be running on the current stream, and `encode` computes pixel values and
-        tokens in one CUDA graph. On a CPU it is `preprocess`. Arguments and errors are those of `preprocess`.
+        On a GPU they are uploaded on the current stream, and `encode`, on any stream, computes pixel values and tokens in
+        one CUDA graph. On a CPU it is `preprocess`. Arguments and errors are those of `preprocess`.
         """
         images, steps = self._transformed(as_images(images), cameras)
         if not isinstance(self._preprocessor, DevicePreprocessor):
             return self._preprocessor(images, steps)
-        plan = self._preprocessor.plan(images, steps)
-        return UploadedImages(plan, plan.upload(images))
+        return UploadedImages(self._preprocessor.plan(images, steps), images)
 
     def _transformed(
         self, images: Sequence[np.ndarray], cameras: Sequence[str] | None
@@ -380,7 +379,7 @@ class VisualTokenizer:
         return self._encoded(self._preprocessor(images, steps), features)
 
     def _of_uploaded(self, images: UploadedImages, features: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
-        plan, source = images.plan, images.memory
+        plan, source = images.plan, images.memory()
         found = self._runtime.from_images(plan, lambda memory: memory.copy_(source, non_blocking=True), features)
         return found or self._encoded(plan.pixel_values(source), features)
 

@@ -383,12 +383,7 @@ class Pipeline:
                 job.request.answer(False, f"no readable image from {', '.join(frame.camera for frame in bad)}")
             return False
         decoding_ended = clock()
-        device = self.tokenizer.device
         job.prepared = self.tokenizer.prepare(images, [frame.camera for frame in job.frames])
-        if device.type == "cuda":
-            import torch
-
-            torch.cuda.current_stream(device).synchronize()  # the encoder's stream does not wait for this one
         preprocessed = clock()
         job.tokenizing = preprocessed - decoding_ended
         with self._changed:
@@ -440,7 +435,7 @@ class Pipeline:
             torch.cuda.current_stream(parts[0].device).synchronize()
         job.tokens, job.features = on_host[0], on_host[1] if len(on_host) > 1 else None
         job.condition = output.condition
-        job.prepared = None  # not before the wait: what they hold may be given to the next job
+        job.prepared = None  # the memory of its images can be given to the next job
         if not finite:
             text = (
                 f"tokens that are not finite were not published; compute_dtype {self.tokenizer.compute_dtype} or "
