@@ -36,7 +36,7 @@ def _read(root: Path) -> None:
         for frames in islice(recording.frame_sets(), _FRAME_SETS):
             assert all(value.dtype != object for value in frames.values.values())
             assert abs(frames.time_ns) < 1 << 63 and max(map(abs, frames.stamps_ns)) < 1 << 63
-            with contextlib.suppress(ValueError):  # of a damaged image: its frame set is left out
+            with contextlib.suppress(ValueError, OSError):  # of a damaged image: its frame set is left out
                 assert all(image.shape[2] == 3 for image in frames.images())
         json.dumps([recording.details, recording.problems.shown], allow_nan=False)
 

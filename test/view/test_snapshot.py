@@ -76,12 +76,13 @@ def test_only_what_a_browser_shows_rightly_goes_as_it_is():
         stream_kind("png", huge)
 
 
-def test_an_image_that_cannot_be_read_is_none_and_is_read_once():
+@pytest.mark.parametrize("error", [ValueError("damaged"), OSError("gone"), ImportError("no simplejpeg")])
+def test_an_image_that_cannot_be_read_is_none_and_is_read_once(error):
     calls = []
 
     def broken() -> PageImage:
         calls.append(1)
-        raise ValueError("damaged")
+        raise error
 
     image = LazyImage(broken, 0)
     assert image.get() is None and image.get() is None and len(calls) == 1

@@ -42,7 +42,7 @@ class FrameSet:
         time_ns: when it was recorded, nanoseconds of the recording's clock.
         timestamp: seconds since the recording's first frame, as the dataset says it where it is one.
         stamps_ns, frame_ids: of each camera's image, as a message's header has them.
-        images: gives uint8 RGB [height, width, 3] per camera; ValueError if one cannot be read.
+        images: gives uint8 RGB [height, width, 3] per camera; ValueError or OSError if one cannot be read.
         values: what was recorded beside the images, such as the action: name → array.
     """
 

@@ -36,7 +36,7 @@ class LazyImage:
     """An image that is decoded when a page shows it, once.
 
     Args:
-        make: gives it; raises ValueError where it cannot be read.
+        make: gives it; raises ValueError or OSError where it cannot be read.
         stamp_ns: when it was taken.
     """
 
@@ -52,7 +52,7 @@ class LazyImage:
             if self._make is not None:
                 try:
                     self._image = self._make()
-                except (ValueError, ImportError):
+                except (ValueError, OSError, ImportError):
                     self._image = None  # the tokenizer counts and reports it
                 self._make = None
             return self._image
