@@ -6,6 +6,7 @@ import array
 import contextlib
 import functools
 import os
+import shutil
 from types import SimpleNamespace
 
 import fake_tokenizer
@@ -13,7 +14,8 @@ import numpy as np
 from engine import Target, scratch
 from mutations import change_json, change_safetensors
 
-from vla_perception.offline import run_index
+from vla_perception.offline import run_index, verify
+from vla_perception.offline.recordings import SourceError
 from vla_perception.offline.run_index import RunIndexError
 from vla_perception.offline.token_dataset import TokenDataset
 from vla_perception.offline.token_file import TokenFile
@@ -143,6 +145,24 @@ def index_seeds() -> list[bytes]:
     return [(_run() / "index.json").read_bytes()]
 
 
+def verified(data: bytes) -> None:
+    """An index, as `vla-perception verify` reads it: alone, and beside another run and a file."""
+    whole = _run()
+    changed = scratch() / "changed"
+    if not changed.exists():
+        shutil.copytree(whole, changed)
+    (changed / "index.json").write_bytes(data)
+    (whole / "index.json").write_bytes(index_seeds()[0])
+    other, file = verify.Stored(whole), verify.Stored(next(whole.glob("*.safetensors")))
+    for report in (
+        verify.check(verify.Stored(changed)),
+        verify.compare(verify.Stored(changed), other),
+        verify.compare(file, verify.Stored(changed)),
+    ):
+        lines = [report.worst_at, *report.problems, *report.settings]
+        assert all(line.isprintable() and len(line) <= 5000 for line in lines), lines
+
+
 TARGETS = [
     Target("token_message", message, message_seeds, (TokenFormatError,), (change_safetensors,), max_bytes=8192),
     Target("shared_memory", payload, message_seeds, (TokenFormatError,), (change_safetensors,), max_bytes=8192),
@@ -155,4 +175,5 @@ TARGETS = [
         (RunIndexError, TokenFormatError, FingerprintMismatchError, ValueError),
         (change_json,),
     ),
+    Target("verify", verified, index_seeds, (RunIndexError, SourceError), (change_json,), cost=4),
 ]

@@ -46,6 +46,41 @@ def test_a_run_alone(tmp_path, drive, capsys):
     assert "frame 0: its bytes are not those that were written" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index["model"].pop("fingerprint"),
+        lambda index: index["recordings"][0].pop("frames"),
+        lambda index: index["recordings"][0].update(frames={}),
+        lambda index: index["recordings"][0].pop("file"),
+    ],
+)
+def test_an_index_that_lacks_something_is_said(tmp_path, drive, capsys, change):
+    index = tokenize(tmp_path / "out", [drive])[0]
+    change(index)
+    (tmp_path / "out/index.json").write_text(json.dumps(index))
+    assert cli.main(["verify", str(tmp_path / "out")]) == 1
+    assert "index.json is not the index of a run" in capsys.readouterr().err
+
+
+def test_names_of_an_index_are_printed_with_escapes(tmp_path, drive, capsys):
+    index = tokenize(tmp_path / "out", [drive])[0]
+    index["recordings"][0] |= {"name": "\x1b[2J", "frames": 7}
+    (tmp_path / "out/index.json").write_text(json.dumps(index))
+    assert cli.main(["verify", str(tmp_path / "out")]) == 1
+    printed = capsys.readouterr().out
+    assert "\\x1b[2J: 4 frames, and the index says 7" in printed and "\x1b" not in printed
+
+
+def test_a_damaged_entry_of_a_bag_is_said(tmp_path, drive):
+    tokenize(tmp_path / "out", [drive], output="mcap")
+    (entry,) = (tmp_path / "out").rglob("recording.json")
+    for damage in ("{", "[]", entry.read_text().replace('"frames"', '"frame"')):
+        entry.write_text(damage)
+        with pytest.raises(ValueError, match="recording.json is damaged: remove its folder"):
+            tokenize(tmp_path / "out", [drive], output="mcap")
+
+
 def test_two_runs_of_the_same_bits(tmp_path, drive):
     tokenize(tmp_path / "a", [drive])
     tokenize(tmp_path / "b", [drive], output="mcap")

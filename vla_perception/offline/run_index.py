@@ -28,6 +28,8 @@ BAG_ENTRY = "recording.json"
 _PACKAGES = (
     "torch", "torchvision", "timm", "triton", "numpy", "pillow", "simplejpeg", "opencv-python-headless", "av",
 )  # fmt: skip
+#: What an entry counts, and the index sums up.
+_COUNTS = ("frames", "frames_skipped", "frames_damaged", "bytes")
 #: Source files that are listed one by one.
 _LISTED = 16
 
@@ -86,17 +88,21 @@ def read(folder: Path) -> dict:
             raise ValueError(f"its schema is not {SCHEMA}")
         if not all(isinstance(index.get(key), kind) for key, kind in (("recordings", list), ("model", dict))):
             raise ValueError("it lacks recordings or model")
+        if not isinstance(index["model"].get("fingerprint"), str):
+            raise ValueError("its model has no fingerprint")
         if not all(map(_is_entry, index["recordings"])):
-            raise ValueError("an entry of its recordings has no name, or a file outside of the run's folder")
+            raise ValueError(
+                "an entry of its recordings has no name, or a file outside of the run's folder, or no number of frames"
+            )
     except (OSError, ValueError, RecursionError) as error:
         raise RunIndexError(f"{path} is not the index of a run of `vla-perception tokenize`: {error}") from error
     return index
 
 
 def _is_entry(entry: object) -> bool:
-    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or type(entry.get("frames")) is not int:
         return False
-    file = entry.get("file", "")
+    file = entry.get("file")
     return isinstance(file, str) and not PurePosixPath(file).is_absolute() and ".." not in PurePosixPath(file).parts
 
 
@@ -154,19 +160,22 @@ def collect(folder: Path, index: dict, names: Sequence[str], failed: Sequence[Ma
         "recordings": entries,
         "failed": [dict(entry) for entry in failed],
         "complete": set(names) <= {str(entry["name"]) for entry in (*entries, *failed)},
-        "totals": {
-            key: sum(int(entry[key]) for entry in entries)
-            for key in ("frames", "frames_skipped", "frames_damaged", "bytes")
-        },
+        "totals": {key: sum(int(entry[key]) for entry in entries) for key in _COUNTS},
     }
 
 
 def bag_entry(folder: Path, name: str) -> dict | None:
     """What the index says about a bag of token messages (bag_output.py); None where there is none."""
+    path = folder / name / BAG_ENTRY
     try:
-        return json.loads((folder / name / BAG_ENTRY).read_text(encoding="utf-8"))
+        entry = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except (ValueError, RecursionError) as error:
+        raise RunIndexError(f"{path} is damaged: remove its folder, and it is made again ({error})") from error
+    if not _is_entry(entry) or not all(type(entry.get(key)) is int for key in _COUNTS):
+        raise RunIndexError(f"{path} is damaged: remove its folder, and it is made again")
+    return entry
 
 
 def entry_of(name: str, file: TokenFile) -> dict:

@@ -13,6 +13,7 @@ import numpy as np
 from vla_perception.offline import run_index
 from vla_perception.offline.recordings import SourceError
 from vla_perception.offline.token_file import TokenFile
+from vla_perception.printable import error_text
 from vla_perception.sources.bags import COMPRESSED_IMAGE, Bag, compressed_format
 from vla_perception.sources.bags.cdr import read_compressed_image
 from vla_perception.tokens import codec
@@ -53,7 +54,7 @@ class Report:
 
     def problem(self, text: str) -> None:
         if len(self.problems) < _LISTED:
-            self.problems.append(text)
+            self.problems.append(error_text(text))  # it quotes files
 
     def compare(self, a: VisualTokens, b: VisualTokens, where: str) -> None:
         """Takes in two messages of the same images."""
@@ -67,7 +68,7 @@ class Report:
         differences = np.abs(a.float32() - b.float32())
         place = np.unravel_index(differences.argmax(), differences.shape)
         if differences[place] >= self.worst:
-            self.worst, self.worst_at = float(differences[place]), where
+            self.worst, self.worst_at = float(differences[place]), error_text(where)
             # Of this value: around zero the numbers lie so close that any difference is thousands of steps.
             self.worst_steps = abs(int(_ordered(a.data[place], a.dtype)) - int(_ordered(b.data[place], b.dtype)))
 
@@ -134,7 +135,9 @@ class Stored:
 
     @cached_property
     def model(self) -> Mapping[str, Any]:
-        """What its first frame says about the model."""
+        """What its first frame says about the model. ValueError where there is none."""
+        if not self.recordings:
+            raise ValueError(f"{self.path} has no recordings")
         return model_of(next(self.frames(self.recordings[0])))
 
 
@@ -218,10 +221,10 @@ def _compare_recordings(a: Stored, name: str, b: Stored, other: str, report: Rep
 def what_differs(a: Stored, b: Stored) -> list[str]:
     """In model, settings and environment, as far as both sides say."""
     if a.index and b.index:
-        return run_index.differences(a.index, b.index)
+        return list(map(error_text, run_index.differences(a.index, b.index)))
     try:
-        return differing_models(a.model, b.model)
-    except (ValueError, StopIteration):  # what is damaged is a problem already
+        return list(map(error_text, differing_models(a.model, b.model)))
+    except (ValueError, OSError, StopIteration):  # what is damaged is a problem already
         return []
 
 
