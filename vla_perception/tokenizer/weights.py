@@ -108,8 +108,10 @@ def _fill(
         if digest is not None:
             for part, tensor in parts.items():
                 digest.add(name + part, tensor)
-        # A copy in any case: the source may be a mapped file that is replaced later.
-        copied = state[names[name]] = merged(parts).to(device, dtype, copy=True)
+        # A copy in any case: the source may be a mapped file that is replaced later. Contiguous, as kernels that take a
+        # weight's address read it: a tensor of a .pt may be stored transposed.
+        copied = merged(parts).to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+        state[names[name]] = copied
         if copied.numel() and not all(map(math.isfinite, torch.aminmax(copied))):  # NaN is both
             raise CheckpointError(
                 f"{name} has values that are not finite in {str(dtype).removeprefix('torch.')}, so every token would be NaN. "

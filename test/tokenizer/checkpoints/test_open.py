@@ -254,6 +254,21 @@ def test_cogacts_run_has_an_action_model_beside_the_vlm(parts, tmp_path, small_b
     assert found.fingerprint == expected.fingerprint and torch.equal(found(IMAGE).tokens, expected(IMAGE).tokens)
 
 
+def test_weights_that_are_stored_transposed_are_laid_out_row_by_row(parts, tmp_path, small_backbones):
+    """Kernels that are given a weight's address read it so."""
+    run = write_run(tmp_path / "run", "dinosiglip-vit-so-224px", parts[0], named(layers(480, 1920, 48, 48)))
+    expected = VisualTokenizer.from_checkpoint(run)
+    file = run / "checkpoints" / "latest-checkpoint.pt"
+    state = torch.load(file, weights_only=True)
+    for tensors in state["model"].values():
+        tensors |= {name: value.t().contiguous().t() for name, value in tensors.items() if value.ndim == 2}
+    assert not state["model"]["projector"]["projector.0.weight"].is_contiguous()
+    torch.save(state, file)
+    found = VisualTokenizer.from_checkpoint(run)
+    assert all(value.is_contiguous() for value in found.network.state_dict().values())
+    assert found.fingerprint == expected.fingerprint and torch.equal(found(IMAGE).tokens, expected(IMAGE).tokens)
+
+
 def test_vla_adapters_and_univlas_directories(parts, tmp_path):
     """OpenVLA's layout, with learned action queries among the tensors, and heads in files beside them."""
     expected = VisualTokenizer.from_checkpoint(checkpoints.write(tmp_path / "plain", parts[2]))
