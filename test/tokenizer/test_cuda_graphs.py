@@ -208,7 +208,7 @@ def test_in_a_capture_of_the_callers_the_network_runs_as_it_is(cuda, graphs):
 def failing_at(run, index, calls):
     """Makes branch `index` fail at its call number `calls`; returns what it raises."""
     branch, counted = run._branches[index], []
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+    error = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
 
     def fails(pixels):
         counted.append(1)

@@ -83,7 +83,7 @@ def test_what_fails_with_them_is_done_without_from_then_on(machine, caplog):
     "errors, device, calls",
     [
         ((ValueError("wrong values"), ArithmeticError("still wrong")), 2, 2),
-        ((torch.OutOfMemoryError("CUDA out of memory"),), 2, 1),
+        ((torch.cuda.OutOfMemoryError("CUDA out of memory"),), 2, 1),
         ((KeyboardInterrupt(),), 2, 1),
         ((ValueError("no compiler"),), 0, 1),
     ],

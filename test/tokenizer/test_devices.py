@@ -20,7 +20,7 @@ first_that_works = devices._first_that_works  # conftest.py replaces it later wh
 NO_KERNEL = torch.AcceleratorError(
     "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be asynchronous"
 )
-FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has 10 MiB free.")
+FULL = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has 10 MiB free.")
 OLD_DRIVER = RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update")
 
 

@@ -51,7 +51,7 @@ def attempt(action: Callable[[], _Result]) -> _Result:
     global WANTED
     try:
         return action()
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler, or a driver, may raise
         if not in_use():
