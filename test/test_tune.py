@@ -101,6 +101,21 @@ def test_other_numbers_of_views_keep_what_was_found_for_them(machine):
     assert len(list(file.parent.iterdir())) == 2
 
 
+def test_what_another_process_finds_meanwhile_stays(machine, monkeypatch):
+    key = tuned_products.key_of(FakeLt(), tuned_products.groups_of(load().network))
+    file, search = tuned_products.file_of(key), tune.tune
+    theirs = {"siglip mlp.fc2": FakeLt().proposals(4, torch.empty(1, 1), None)[1].choice}
+
+    def beside(*arguments):
+        tuned_products.write(file, key, {5: theirs})
+        return search(*arguments)
+
+    monkeypatch.setattr(tune, "tune", beside)
+    assert cli.main(["tune", "--model", "tiny-random", "--views", "2"]) == 0
+    found = tuned_products.read(file, key)
+    assert sorted(found) == [2, 5] and found[5] == theirs and found[2]
+
+
 @pytest.mark.parametrize(
     "change, words",
     [

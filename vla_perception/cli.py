@@ -307,7 +307,7 @@ def _bench(given: argparse.Namespace) -> None:
 def _add_tune(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "tune",
-        help="find the fastest matrix products of this GPU's for a model, once",
+        help="find the fastest matrix products for a model on this GPU, once",
         description="Tries cuBLASLt's proposals for the encoders' matrix products in the CUDA graph, and keeps the fastest "
         "in the cache folder: runtime graph takes them from the next start on, for the same GPU, versions, precision and "
         "layers. Last bits of tokens can change. Leave the GPU to it meanwhile (docs/performance.md).",

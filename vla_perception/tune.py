@@ -61,7 +61,8 @@ def run(
         for number in views:
             found, error = tune(lt, tokenizer.network, number, seconds, progress)
             progress.clear()
-            chosen[number] = found.choices
+            # Read again: another process may have written for other numbers of views meanwhile.
+            chosen = _read(file, key) | {number: found.choices}
             tuned_products.write(file, key, chosen)
             print(
                 f"{number} view(s): one replay {found.before_us:.1f} → {found.after_us:.1f} µs, {len(found.choices)} of "

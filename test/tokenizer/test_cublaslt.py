@@ -1,6 +1,7 @@
 """The binding to cuBLASLt: against a library that computes from the pointers it is given, and against the real one."""
 
 import ctypes
+from dataclasses import replace
 
 import pytest
 
@@ -180,6 +181,9 @@ def test_proposals_are_all_different_ones_and_each_is_found_again(library):
     other = cublaslt.Choice(0, 0, products[1].choice.configuration)
     assert lt.product(7, weight, bias, other) is None
     assert lt.product(7, weight, bias, cublaslt.Choice(0, 50, products[0].choice.configuration)) is None
+    for part in (-1, 65, 2**32 - 1):  # of another device, or of a damaged file: nothing is asked, and nothing kept
+        assert lt.product(7, weight, bias, replace(products[0].choice, multiprocessors=part)) is None
+    assert len(library.objects) == made
 
 
 def test_a_product_without_proposals_has_none_and_other_failures_are_errors(library):

@@ -183,7 +183,7 @@ def test_it_ends_in_time_and_keeps_what_it_has(search):
     assert len(timer.captures) == 1 and found.choices == {}
 
 
-def test_a_proposal_that_cannot_be_captured_is_passed_over(search):
+def test_a_proposal_that_cannot_be_captured_is_skipped(search):
     groups = [group("a")]
     costs = {None: 100, 0: 10, 1: 90}
     found = search(groups, Timer(groups, lambda made, number: costs.get(made["a"], 100), fails=[(0,)]))

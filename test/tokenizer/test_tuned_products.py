@@ -28,6 +28,8 @@ NAMES = [
     for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 ]
 HALVES = choice(1, 66)
+OTHER_KERNEL = "cuBLASLt proposes another one in its place; run vla-perception tune again"
+OTHER_VALUES = "it gives other values than PyTorch's; run vla-perception tune again"
 
 
 def load(**choices):
@@ -159,24 +161,22 @@ def test_without_the_library_products_stay(lt, monkeypatch, caplog):
     monkeypatch.setattr(cublaslt, "open_library", fails)
     assert tuned_products.use(load().network) == ""
     (record,) = caplog.records
-    assert record.getMessage() == (
-        "products as PyTorch has them, and not as they were tuned: this cuBLASLt has no cublasLtMatmul"
-    )
+    assert record.getMessage() == ("tuned products are not used: this cuBLASLt has no cublasLtMatmul")
 
 
 @pytest.mark.parametrize(
-    "other",
+    "other, reason",
     [
-        choice(1, 66, tile=7),  # another kernel in its place
-        replace(HALVES, multiprocessors=0),
-        replace(HALVES, index=40),
-        choice(2, 0),  # gives another product
-        choice(3, 66),  # is refused
-        choice(4, 0),  # never the same bits
+        (choice(1, 66, tile=7), OTHER_KERNEL),
+        (replace(HALVES, multiprocessors=0), OTHER_KERNEL),
+        (replace(HALVES, index=40), OTHER_KERNEL),
+        (choice(2, 0), OTHER_VALUES),
+        (choice(3, 66), "cublasLtMatmul ended with status 15"),
+        (choice(4, 0), OTHER_VALUES),
     ],
     ids=["tile", "multiprocessors", "index", "wrong", "refused", "unsteady"],
 )
-def test_a_product_that_is_not_what_was_tuned_stays_as_it_is(lt, caplog, other):
+def test_a_product_that_is_not_what_was_tuned_stays_as_it_is(lt, caplog, other, reason):
     written(
         lt, load().network, {2: {"dinov2 attn.qkv": other, "siglip mlp.fc1": HALVES}, 3: {"dinov2 attn.qkv": other}}
     )
@@ -187,10 +187,33 @@ def test_a_product_that_is_not_what_was_tuned_stays_as_it_is(lt, caplog, other):
         "siglip mlp.fc1": [32]
     }
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
-        f"dinov2 attn.qkv for {views} view(s) as PyTorch has it: cuBLASLt does not propose the tuned product any more; run "
-        "vla-perception tune again"
-        for views in (2, 3)
+        f"the tuned product of dinov2 attn.qkv for {views} view(s) is not used: {reason}" for views in (2, 3)
     ]
+
+
+def test_a_check_that_the_memory_does_not_suffice_for_ends_no_start(lt, monkeypatch, caplog):
+    """Another number of views may have been tuned than is used."""
+    written(lt, load().network, {64: {NAMES[0]: HALVES}, 1: {NAMES[0]: HALVES}})
+    check = tuned_products.gives_the_product
+
+    def full(product, layer, rows):
+        if rows > 1000:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nSee documentation")
+        return check(product, layer, rows)
+
+    monkeypatch.setattr(tuned_products, "gives_the_product", full)
+    assert tuned_products.use(load().network).endswith(" for 1 view(s)")
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"the tuned product of {NAMES[0]} for 64 view(s) is not used: CUDA out of memory. Tried to allocate 20 GiB."
+    )
+
+
+def test_encoders_without_linear_layers_have_nothing_to_be_tuned(lt, monkeypatch, caplog):
+    network = load().network
+    written(lt, network, {1: {NAMES[0]: HALVES}})  # the folder is not empty
+    monkeypatch.setattr(tuned_products, "_LAYERS", ("attn.fused",))
+    assert groups_of(network) == [] and tuned_products.use(network) == "" and not caplog.records
 
 
 def test_only_the_graph_in_16_bits_takes_them(lt, monkeypatch):
@@ -324,7 +347,7 @@ def test_a_damaged_file_is_of_no_use_and_the_log_says_so(lt, caplog, damage):
     assert tuned_products.use(network) == ""
     assert not any(group.products for group in groups_of(network))
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"products as PyTorch has them, and not as they were tuned: {file}")
+    assert record.getMessage().startswith(f"tuned products are not used: {file}")
     assert len(record.getMessage()) < 500
 
 

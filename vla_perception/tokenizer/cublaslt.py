@@ -150,11 +150,13 @@ class CublasLt:
         return {part: problem.products[0] for part, problem in problems.items() if problem.products}
 
     def product(self, rows: int, weight: torch.Tensor, bias: torch.Tensor | None, choice: Choice) -> Product | None:
-        """The proposal that was chosen; None if this cuBLASLt proposes another one in its place.
+        """The proposal that was chosen; None if this cuBLASLt proposes another one in its place, or for no such part.
 
         Raises:
             CublasLtError: cuBLASLt cannot be asked for such a product.
         """
+        if choice.multiprocessors not in self._targets:
+            return None
         products = self._problem(rows, weight, bias, choice.multiprocessors).products
         return next((product for product in products if product.choice == choice), None)
 

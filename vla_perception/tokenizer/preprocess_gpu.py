@@ -313,7 +313,8 @@ class DevicePreprocessor:
     ) -> list[torch.Tensor]:
         """uint8 [height, width, 3] images of any sizes → per encoder float32 [views, 3, side, side].
 
-        Arguments are those of `plan`. On a GPU the result may still be being computed on the current stream; `images` are no longer needed.
+        Arguments are those of `plan`. On a GPU the result may still be being computed on the current stream; `images` are
+        no longer needed.
         """
         if isinstance(images, np.ndarray) and images.ndim == 3:
             images = [images]

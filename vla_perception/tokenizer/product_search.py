@@ -79,6 +79,7 @@ class GraphTimer:
         layer = group.layers[0]
         values = torch.randn(rows, layer.in_features, device=self._device).to(self._dtype)
         stream, graph = torch.cuda.Stream(self._device), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream(self._device))  # which writes the values
         with torch.cuda.stream(stream):
             product(values, layer.weight, layer.bias)
             stream.synchronize()

@@ -144,26 +144,23 @@ def use(network: TokenizerNetwork) -> str:
     try:
         lt = cublaslt.open_library(weight.device)
         groups = groups_of(network)
+        if not groups:
+            return ""
         key = key_of(lt, groups)
         file = file_of(key)
         chosen = read(file, key)
     except (OSError, CublasLtError, CheckpointError) as error:
-        log.warning("products as PyTorch has them, and not as they were tuned: %s", error)
+        log.warning("tuned products are not used: %s", error)
         return ""
     used: dict[int, dict[str, Choice]] = {}
     for views, by_name in chosen.items():
         for group in groups:
             if group.name not in by_name:
                 continue
-            if _put_to_use(lt, group, views, by_name[group.name]):
-                used.setdefault(views, {})[group.name] = by_name[group.name]
+            if reason := _put_to_use(lt, group, views, by_name[group.name]):
+                log.warning("the tuned product of %s for %d view(s) is not used: %s", group.name, views, reason)
             else:
-                log.warning(
-                    "%s for %d view(s) as PyTorch has it: cuBLASLt does not propose the tuned product any more; run "
-                    "vla-perception tune again",
-                    group.name,
-                    views,
-                )
+                used.setdefault(views, {})[group.name] = by_name[group.name]
     if not used:
         return ""
     text = f"tuned products {digest(used)} for {', '.join(map(str, sorted(used)))} view(s)"
@@ -171,17 +168,23 @@ def use(network: TokenizerNetwork) -> str:
     return text
 
 
-def _put_to_use(lt: CublasLt, group: Group, views: int, choice: Choice) -> bool:
+def _put_to_use(lt: CublasLt, group: Group, views: int, choice: Choice) -> str:
+    """Why the choice cannot be used; empty if it is in use from now on."""
     rows, layer = views * group.tokens, group.layers[0]
     try:
         product = lt.product(rows, layer.weight, layer.bias, choice)
-        if product is None or not gives_the_product(product, layer, rows):
-            return False
-    except CublasLtError as error:
-        log.info("%s: %s", group.name, error)
-        return False
+        if product is None:
+            return "cuBLASLt proposes another one in its place; run vla-perception tune again"
+        if not gives_the_product(product, layer, rows):
+            return "it gives other values than PyTorch's; run vla-perception tune again"
+    except (CublasLtError, torch.cuda.OutOfMemoryError) as error:
+        return _reason(error)
     group.products[rows] = product
-    return True
+    return ""
+
+
+def _reason(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:300]
 
 
 def digest(chosen: Choices) -> str:
@@ -198,8 +201,8 @@ def folder() -> Path:
 
 
 def key_of(lt: CublasLt, groups: list[Group]) -> dict:
-    """What tuned products depend on."""
-    weight = groups[0].layers[0].weight if groups else torch.empty(0)
+    """What tuned products depend on; there must be a group."""
+    weight = groups[0].layers[0].weight
     return {
         "device": torch.cuda.get_device_name(weight.device),
         "compute_capability": list(torch.cuda.get_device_capability(weight.device)),
