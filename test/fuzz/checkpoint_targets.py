@@ -291,7 +291,10 @@ def film_tensors(data: bytes) -> None:
     folder = _film()
     try:
         shapes = {str(name): tuple(map(int, shape)) for name, shape in json.loads(data).items()}
-        sound = all(min(shape, default=1) >= 0 and math.prod(shape) <= 1 << 16 for shape in shapes.values())
+        sound = all(
+            min(shape, default=1) >= 0 and math.prod(max(size, 1) for size in shape) <= 1 << 16
+            for shape in shapes.values()
+        )
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         sound = False
     if sound:

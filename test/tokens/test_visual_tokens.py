@@ -414,9 +414,10 @@ def test_token_map_agrees_with_the_patches_corners(strategy, affine, roi):
 
 def test_a_token_map_is_bounded():
     _, visual = make(features=False)
-    huge = replace(visual, views=(replace(VIEWS[0], height=2**31, width=2**31), VIEWS[1]))
-    with pytest.raises(ValueError, match="too large"):
-        huge.token_map()
+    for height, width in ((2**31, 2**31), (2**31, 0), (2**20, 1)):
+        huge = replace(visual, views=(replace(VIEWS[0], height=height, width=width), VIEWS[1]))
+        with pytest.raises(ValueError, match="too large"):
+            huge.token_map()
     for x, y in ((np.nan, 1.0), (np.inf, 1.0), (1e300, 1.0), (1.0, -1e300)):
         assert visual.token_at(x, y) is None
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 #: A token map's indices take 8 bytes per pixel.
 _MAX_MAP_PIXELS = 2**26
+#: Pixels of a row or column of an image; one of no width could be of any height.
+_MAX_MAP_SIDE = 2**16
 _MODEL_KEYS = (
     "model",
     "weights",
@@ -305,11 +307,12 @@ class VisualTokens:
             intp [height, width].
 
         Raises:
-            ValueError: with ``cls``, whose only token sees everything; or the message claims more than 2**26 pixels.
+            ValueError: with ``cls``, whose only token sees everything; or the message claims more than 2**26 pixels, or
+                2**16 in a row or column.
         """
         self._need_patches()
         source = self.views[view]
-        if source.height * source.width > _MAX_MAP_PIXELS:
+        if source.height * source.width > _MAX_MAP_PIXELS or max(source.height, source.width) > _MAX_MAP_SIDE:
             raise ValueError(
                 f"a token map of {source.height} × {source.width} pixels is too large; ask View.patch_at for parts of it"
             )
