@@ -380,7 +380,7 @@ def _kernel_actions(block: torch.nn.Module, tokens: int) -> Iterator[tuple[str, 
 
     yield "sum, layer norm: PyTorch", lambda: gpu_variants.add_layer_norm(values, delta, gamma, norm)
     yield "sum, layer norm: Triton", normalize
-    for elements in (512, 1024):
+    for elements in (256, 512):
         with gpu_variants.pytorchs(ELEMENTS_PER_WARP=elements):
             yield f"sum, layer norm: Triton, {elements} elements a warp", normalize
     yield "GELU: PyTorch", lambda: functional.gelu(wide)

@@ -28,11 +28,8 @@ def changes(views: int) -> Iterator[Change]:
     yield "PyTorch's sum and layer norm", pytorchs(add_layer_norm=add_layer_norm)
     yield "PyTorch's GELU", pytorchs(gelu=gelu)
     yield "PyTorch's attention", pytorchs(attention=attention)
-    for elements in (256, 512, 1024):
-        yield (
-            f"sum and layer norm, {elements} elements a warp",
-            pytorchs(ELEMENTS_PER_WARP=elements),
-        )
+    for elements in (256, 512):
+        yield f"sum and layer norm, {elements} elements a warp", pytorchs(ELEMENTS_PER_WARP=elements)
     for blocks in ATTENTION_BLOCKS[:2]:
         yield f"attention {blocks}", pytorchs(ATTENTION_BLOCKS=blocks)
 

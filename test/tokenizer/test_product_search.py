@@ -170,6 +170,15 @@ def test_a_gain_below_the_noise_is_not_worth_other_bits(search):
     assert found.choices == {} and groups[0].products == {} and found.before_us == found.after_us == 100
 
 
+def test_a_second_timing_of_what_was_there_is_no_gain(search):
+    """At the end PyTorch's products are timed beside themselves where nothing was faster."""
+    groups = [group("a")]
+    timer = Timer(groups, lambda made, number: 100)
+    timer.compare = lambda captures, rounds: [100.0, 50.0] if captures[0] == captures[1] else [100.0, 100.0]
+    found = search(groups, timer)
+    assert found.choices == {} and (found.before_us, found.after_us) == (100, 100)
+
+
 def test_it_ends_in_time_and_keeps_what_it_has(search):
     groups = [group("a"), group("b")]
     timer = Timer(

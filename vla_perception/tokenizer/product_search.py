@@ -160,7 +160,7 @@ class Search:
             for group in self._groups
             if self._rows(group) in group.products
         }
-        if not after < before * (1 - _LEAST_GAIN):
+        if not choices or not after < before * (1 - _LEAST_GAIN):
             for group in self._groups:
                 group.products.pop(self._rows(group), None)
             choices, after = {}, before

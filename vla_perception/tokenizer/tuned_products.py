@@ -119,7 +119,7 @@ def clear(network: TokenizerNetwork, views: int) -> None:
 def gives_the_product(product: Product, layer: TunedLinear, rows: int) -> bool:
     """Whether a proposal computes what PyTorch does, within rounding, and twice the same bits."""
     weight, bias = layer.weight, layer.bias
-    noise = torch.arange(rows * layer.in_features, device=weight.device, dtype=torch.float32).sin()
+    noise = torch.arange(rows * layer.in_features, device=weight.device, dtype=torch.float32).sin_()
     values = noise.view(rows, layer.in_features).to(weight.dtype)
     expected = functional.linear(values, weight, bias)
     found, again = (product(values, weight, bias) for _ in range(2))
