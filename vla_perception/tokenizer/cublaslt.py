@@ -74,7 +74,7 @@ _FIELD_TYPES = (*[ctypes.c_int32, ctypes.c_uint32] * 2, *[ctypes.c_uint32] * 3, 
 
 @dataclass(frozen=True)
 class Choice:
-    """One proposal: the number `index` for so many of the device's multiprocessors (0: all), and what it was seen to be."""
+    """One proposal: the number `index` for so many of the device's multiprocessors (0: all), with its configuration then."""
 
     multiprocessors: int
     index: int

@@ -34,7 +34,7 @@ _LEAST_GAIN = 0.001
 
 @dataclass(frozen=True)
 class Found:
-    """What a search came to.
+    """The result of a search.
 
     Attributes:
         choices: group's name → choice, of those that are changed.
@@ -58,7 +58,7 @@ class GraphTimer:
         self._pixel_values = [torch.randn(views, 3, size, size, device=self._device) for size in sizes]
 
     def capture(self) -> CudaGraphs:
-        """RuntimeError if it cannot be captured."""
+        """Another capture of the network as it is now. RuntimeError if it cannot be captured."""
         torch.cuda.empty_cache()  # of captures that are gone, which each had a pool
         runtime = CudaGraphs(self._network, self._device, self._dtype)
         runtime(self._pixel_values, features=False)

@@ -44,7 +44,7 @@ MAX_VIEWS = 64
 #: Bytes of a file; that of a model takes some 2 KB per number of views.
 _MAX_BYTES = 1 << 18
 
-#: Number of views → group's name → choice; a group that is missing is as PyTorch computes it.
+#: Number of views → group's name → choice; PyTorch's own products compute the groups that are missing.
 Choices = Mapping[int, Mapping[str, Choice]]
 
 
@@ -87,7 +87,7 @@ class Group:
 
 
 def groups_of(network: TokenizerNetwork) -> list[Group]:
-    """Puts a `TunedLinear` in the place of every linear layer of the encoders' blocks; once, and then finds those.
+    """The groups of a network. Replaces the linear layers of the encoders' blocks by `TunedLinear` where that is not done yet.
 
     The names in the state dict stay the same. Other layers than `nn.Linear` are left.
     """
@@ -110,7 +110,7 @@ def groups_of(network: TokenizerNetwork) -> list[Group]:
 
 
 def clear(network: TokenizerNetwork, views: int) -> None:
-    """The products of so many views as PyTorch has them. What was captured before stays as it is."""
+    """Leaves the products of so many views to PyTorch again. Graphs that were captured before keep theirs."""
     for group in groups_of(network):
         group.products.pop(views * group.tokens, None)
 
@@ -130,10 +130,10 @@ def gives_the_product(product: Product, layer: TunedLinear, rows: int) -> bool:
 
 
 def use(network: TokenizerNetwork) -> str:
-    """Has the network compute with what was found for it here, if anything was.
+    """Puts the products that were tuned for such a network on this machine to use, if there are any.
 
     Returns:
-        which choices are in use, for `Runtime.kernels`; empty if none is. What cannot be used is in the log.
+        which choices are in use, for `Runtime.kernels`; empty if none is. The log says which are not, and why.
     """
     try:
         if not any(folder().iterdir()):
