@@ -77,6 +77,14 @@ def test_what_is_found_is_written_and_used_at_the_next_start(machine, tmp_path, 
     assert tuned_products.use(load().network) == f"tuned products {number} for 1, 2 view(s)"
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_the_search(machine, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tune, "tune", lambda *_: pytest.fail("it searched"))
+    (tmp_path / "vla_perception").mkdir()
+    (tmp_path / "vla_perception" / "tuned_products").write_text("in the way")
+    assert cli.main(["tune", "--model", "tiny-random"]) == 1
+    assert "tuned_products" in capsys.readouterr().err
+
+
 def test_where_nothing_is_faster_nothing_changes(machine, monkeypatch, capsys):
     monkeypatch.setattr(tune.GraphTimer, "compare", lambda self, captures, rounds: [10.0] * len(captures))
     assert cli.main(["tune", "--model", "tiny-random"]) == 0

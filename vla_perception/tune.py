@@ -56,6 +56,7 @@ def run(
     key = tuned_products.key_of(lt, groups)
     file = tuned_products.file_of(key)
     chosen = _read(file, key)
+    tuned_products.write(file, key, chosen)  # a folder that cannot be written is told before the search
     print(f"{tokenizer.model}, {key['device']}, {tokenizer.compute_dtype}, torch {key['torch']}", flush=True)
     try:
         for number in views:

@@ -118,6 +118,15 @@ def test_a_pool_whose_last_graph_has_gone_is_not_used_again(cuda, graphs, monkey
 
 
 @torch.inference_mode()
+def test_pytorch_without_memory_pools_has_graphs_too(cuda, graphs, monkeypatch):
+    monkeypatch.delattr(torch.cuda, "MemPool")
+    monkeypatch.delattr(torch.cuda, "use_mem_pool")
+    run, tokenizer = graphs
+    agree(run, tokenizer, tokenizer.preprocess(images(1)))
+    assert run.name == "graph" and not run.fallback
+
+
+@torch.inference_mode()
 def test_encoders_run_on_streams_that_fork_and_join(cuda, graphs):
     run, tokenizer = graphs
     run(tokenizer.preprocess(images(1)))

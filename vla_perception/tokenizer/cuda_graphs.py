@@ -66,7 +66,7 @@ class _Streams:
 
     def hold_workspaces(self, device: torch.device, dtype: torch.dtype) -> None:
         """Has cuBLAS allocate its workspaces, where nothing else is allocated and nothing is freed."""
-        if self.workspaces is not None:
+        if self.workspaces is not None or not hasattr(torch.cuda, "MemPool"):  # PyTorch 2.4 has none
             return
         self.workspaces = torch.cuda.MemPool()
         with torch.cuda.use_mem_pool(self.workspaces):
