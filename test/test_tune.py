@@ -140,7 +140,7 @@ def test_tokens_that_are_too_far_are_not_kept(machine, tmp_path, capsys, monkeyp
     change(monkeypatch)
     assert cli.main(["tune", "--model", "tiny-random"]) == 1
     assert re.search(words, capsys.readouterr().err)
-    assert not (tmp_path / "vla_perception").exists()
+    assert list((tmp_path / "vla_perception" / "tuned_products").iterdir()) == []
 
 
 def _raise():
