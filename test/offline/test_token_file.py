@@ -249,6 +249,20 @@ def test_damaged_files_are_refused(tmp_path, source):
             pytest.fail(f"{what} was accepted")
 
 
+@pytest.mark.parametrize(
+    ("name", "place", "value"), [("affines", 4, np.nan), ("affines", 0, 1e300), ("rois", 0, np.inf), ("rois", 2, -1.0)]
+)
+def test_a_view_that_no_message_can_have_is_refused(tmp_path, source, name, place, value):
+    path = written(tmp_path / "one.safetensors", source)
+    content = bytearray(path.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    begin = 8 + length + json.loads(content[8 : 8 + length])[name]["data_offsets"][0]
+    content[begin + 8 * place : begin + 8 * place + 8] = np.float64(value).tobytes()
+    path.write_bytes(content)
+    with TokenFile(path) as file, pytest.raises(TokenFormatError, match="frame 0: a view's"):
+        file.frame(0)
+
+
 def _with_header(content, header):
     length = int.from_bytes(content[:8], "little")
     return content[:8] + json.dumps(header).encode().ljust(length) + content[8 + length :]

@@ -366,11 +366,12 @@ def _row_groups(path: Path, index: int) -> list[int]:
 def _stored_image(row: dict, _seconds: float, *, key: str, root: Path, max_pixels: int) -> Any:
     """What gives the image that lies in a row: a file's bytes, or the path of one."""
     cell = row.get(key)
-    if not isinstance(cell, dict) or not (cell.get("bytes") or cell.get("path")):
+    content, file = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (None, None)
+    if content and isinstance(content, bytes):
+        return partial(image_files.decode, content, f"{key} of frame {row.get('frame_index')}", max_pixels)
+    if not file or not isinstance(file, str):
         return partial(_raise, FrameError(f"{key} holds no image"))
-    if cell.get("bytes"):
-        return partial(image_files.decode, cell["bytes"], f"{key} of frame {row.get('frame_index')}", max_pixels)
-    path = PurePosixPath(str(cell["path"]))
+    path = PurePosixPath(file)
     if path.is_absolute() or ".." in path.parts:
         return partial(_raise, FrameError(f"{key} leads outside of the dataset"))
     return partial(image_files.read, root / path, max_pixels)

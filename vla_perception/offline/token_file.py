@@ -197,15 +197,15 @@ class TokenFile:
             raise TokenFormatError(f"{self.path}: frame {index}: {error}") from None
 
     def _view(self, index: int, view: int) -> View:
-        roi = tuple(map(float, self._rois[index, view]))
+        roi = self._rois[index, view].tolist()
         return View(
             self.cameras[view],
             self._frame_names[self._frame_ids[index, view]],
             int(self.stamps_ns[index, view]),
             int(self._heights[index, view]),
             int(self._widths[index, view]),
-            tuple(map(float, self._affines[index, view])),
-            roi=roi if any(roi) else None,
+            codec.affine_map(self._affines[index, view].tolist()),
+            roi=codec.rectangle(roi) if any(roi) else None,
         )
 
     def is_sound(self, index: int) -> bool:
