@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,22 +45,15 @@ def run(
     lt = _library(placement)
     progress = Progress()
     progress(f"loading {model}", begins=True)
-    tokenizer = VisualTokenizer.load(
-        model,
-        device=str(placement.device),
-        compute_dtype=placement.compute_dtype,
-        runtime="graph",
-        **options,  # type: ignore[arg-type]  # whatever the command line gives
-    )
+    choices: dict[str, Any] = {"device": str(placement.device), "compute_dtype": placement.compute_dtype, **options}
+    tokenizer = VisualTokenizer.load(model, runtime="graph", **choices)
     groups = tuned_products.groups_of(tokenizer.network)
     if not groups:
         raise ValueError(f"{tokenizer.model} has no encoder whose products can be tuned")
     key = tuned_products.key_of(lt, groups)
     file = tuned_products.file_of(key)
     chosen = _read(file, key)
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=file.parent):  # a folder that cannot be written is told before the search
-        pass
+    _write_something_into(file.parent)
     print(f"{tokenizer.model}, {key['device']}, {tokenizer.compute_dtype}, torch {key['torch']}", flush=True)
     try:
         for number in views:
@@ -127,6 +121,13 @@ def _library(placement: Placement) -> CublasLt:
         return cublaslt.open_library(placement.device)
     except CublasLtError as error:
         raise ValueError(f"products cannot be tuned here: {error}") from error
+
+
+def _write_something_into(folder: Path) -> None:
+    """OSError before the search, if nothing could be written after it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def _read(file: Path, key: dict) -> dict[int, dict[str, Choice]]:
