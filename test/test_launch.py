@@ -565,8 +565,11 @@ def test_show_args(ros2, name):
         assert f"'{argument}':" in result.stdout
 
 
-def launched(ros2: str, arguments: list[str], nodes: int, messages: int = 3) -> tuple[list, str]:
-    """Runs `ros2 launch` until `messages` token messages came, then Ctrl-C. The messages and the output."""
+def launched(ros2: str, arguments: list[str], nodes: int, messages: int = 3, killed: str = "") -> tuple[list, str]:
+    """Runs `ros2 launch` until `messages` token messages came, then Ctrl-C. The messages and the output.
+
+    killed: a node that gets SIGKILL after the first message; those that count come from its successor.
+    """
     import rclpy
     from sensor_msgs.msg import CompressedImage
 
@@ -596,6 +599,12 @@ def launched(ros2: str, arguments: list[str], nodes: int, messages: int = 3) -> 
         end = time.monotonic() + 120
         while len(received) < messages and process.poll() is None and time.monotonic() < end:
             executor.spin_once(timeout_sec=0.2)
+            started = re.findall(rf"\[{killed}-\d+\]: process started with pid \[(\d+)\]", "".join(lines))
+            if killed and len(started) == 1:
+                if received:
+                    os.kill(int(started[0]), signal.SIGKILL)
+                    wait_until(lambda: "process has died" in "".join(lines), 30, "launch notices")
+                received.clear()
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does: launch and its nodes get it
         process.wait(40)
@@ -610,7 +619,7 @@ def launched(ros2: str, arguments: list[str], nodes: int, messages: int = 3) -> 
     assert len(received) >= messages, output
     # `ros2 launch` ends with 0 even if a node was killed.
     wait_until(lambda: output.count("process has finished cleanly") == nodes, 1, output)
-    assert "process has died" not in output and "Traceback" not in output
+    assert output.count("process has died") == bool(killed) and "Traceback" not in output
     return received, output
 
 
@@ -620,6 +629,14 @@ def test_replay_bag(ros2, options):
     received, output = launched(ros2, ["replay_bag.launch.py", f"bag:={BAG}", *options], nodes=2, messages=5)
     assert received[0].cameras == ("front", "wrist") and received[0].shape[0] == 2
     assert "cameras of the bag: front (/front/image_raw/compressed)" in output
+
+
+@pytest.mark.ros
+def test_a_node_that_is_killed_is_started_again(ros2):
+    arguments = ["replay_bag.launch.py", f"bag:={BAG}", "loop:=true", "respawn:=true"]
+    received, output = launched(ros2, arguments, nodes=2, killed="visual_tokenizer")
+    assert received[0].cameras == ("front", "wrist")
+    assert len(re.findall(r"\[visual_tokenizer-\d+\]: process started with pid", output)) == 2
 
 
 @pytest.mark.ros

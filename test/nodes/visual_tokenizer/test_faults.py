@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import resource
@@ -186,6 +187,34 @@ def test_a_policy_that_is_stopped_costs_the_others_nothing(robot, node):
         robot.tokens_again()
 
 
+#: Takes a second for what the node does ten times a second.
+SLOW_POLICY = """
+import time
+import rclpy
+from vla_perception.tokens import TokenSubscriber
+
+rclpy.init()
+with TokenSubscriber(rclpy.create_node("slow_policy")) as subscriber:
+    while True:
+        print("took", subscriber.wait(timeout_sec=30.0).sequence, flush=True)
+        time.sleep(1.0)
+"""
+
+
+def test_a_policy_that_is_slow_takes_the_latest_and_costs_the_others_nothing(robot, node):
+    with camera(robot), RosProcess(["-c", SLOW_POLICY], robot.ros.domain) as policy:
+        policy.wait_for("took", 60)
+        lost, received = robot.policy.lost, robot.policy.received
+
+        def taken() -> list[int]:
+            return [int(sequence) for sequence in re.findall(r"took (\d+)\n", policy.output)]
+
+        wait_until(lambda: len(taken()) > 4, 60, "tokens at the slow policy")
+        assert all(later > earlier + 1 for earlier, later in zip(taken(), taken()[1:])), taken()
+        wait_until(lambda: robot.policy.received > received + 15, 30, "tokens at the other policy")
+        assert robot.policy.lost == lost
+
+
 @contextlib.contextmanager
 def limited(process: RosProcess, what: int, value: int):
     """A lower limit of a process that runs."""
@@ -204,7 +233,9 @@ def test_no_file_descriptor_is_left(robot, node):
     policy = [str(ROOT / "examples" / "minimal_policy.py")]
     with camera(robot):
         robot.tokens_again()
-        with limited(node, resource.RLIMIT_NOFILE, len(os.listdir(f"/proc/{pid}/fd"))):
+        taken = set(map(int, os.listdir(f"/proc/{pid}/fd")))
+        lowest_free = next(number for number in itertools.count() if number not in taken)
+        with limited(node, resource.RLIMIT_NOFILE, lowest_free):
             with RosProcess(policy, robot.ros.domain) as late:
                 wait_until(lambda: robot.watcher.count_subscribers("tokens") > 1 or late.output, 90, "one more policy")
                 robot.tokens_again()
