@@ -30,16 +30,21 @@ def main() -> int:
     by_coverage = atheris_is_installed()
     if not by_coverage:
         print("atheris is not installed: inputs are changed blindly, not led by coverage")
-    count = 0
+    count, broken = 0, []
     for name in options.target or names:
-        count += fuzz(name, names[name], 60.0 * options.minutes, CORPUS / name if by_coverage else None)
+        found, ran = fuzz(name, names[name], 60.0 * options.minutes, CORPUS / name if by_coverage else None)
+        count += found
+        if not ran:
+            broken.append(name)
     print(f"{count} found" + (f": see {HERE / 'found'}" if count else ""))
-    return 1 if count else 0
+    if broken:
+        print(f"not run to their end: {', '.join(broken)}")
+    return 1 if count or broken else 0
 
 
-def fuzz(name: str, module: str, seconds: float, corpus: Path | None) -> int:
-    """One target, by one process after the other: it may die of an input. How many inputs were found."""
-    end, signatures, inputs, reached = time.monotonic() + seconds, set(), 0, ""
+def fuzz(name: str, module: str, seconds: float, corpus: Path | None) -> tuple[int, bool]:
+    """One target, by one process after the other: it may die of an input. How many inputs were found, and whether it ran."""
+    end, signatures, inputs, reached, ran = time.monotonic() + seconds, set(), 0, "", True
     while (left := end - time.monotonic()) > 1.0:
         outcome = run_child(module, "fuzz", name, str(left), corpus=corpus, timeout=left + 180.0)
         inputs += outcome.inputs.get(name, 0)
@@ -52,9 +57,10 @@ def fuzz(name: str, module: str, seconds: float, corpus: Path | None) -> int:
                 print(f"\n{path.relative_to(HERE)}: {found.signature}\n{found.text}\n", flush=True)
         if outcome.returncode > 0:
             print(f"{name}: the process ended with {outcome.returncode}: {outcome.errors[-1000:]}", flush=True)
+            ran = False
             break
     print(f"{name}: {inputs} inputs, {reached}{len(signatures)} found", flush=True)
-    return len(signatures)
+    return len(signatures), ran
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 A failure here names the target and the input; `python test/fuzz --target NAME` looks for more of its kind.
 """
 
+import importlib.util
+import sys
+
 import pytest
 
 pytest.importorskip("torch")
@@ -12,7 +15,7 @@ pytest.importorskip("pyarrow")
 pytest.importorskip("av")
 pytest.importorskip("simplejpeg")
 from engine import FOUND, HERE
-from fuzzing import MODULES, run_child, target_names
+from fuzzing import MODULES, Outcome, run_child, target_names
 
 #: Mutated inputs for each target; slow ones have fewer.
 COUNT = 100
@@ -97,3 +100,20 @@ def test_inputs_are_the_same_each_time(tmp_path):
     first, second = (run_child("counting_targets", "check", "300", python_path=str(tmp_path)) for _ in range(2))
     assert first.found and first.found[0].text.splitlines()[-1] == second.found[0].text.splitlines()[-1]
     assert first.found[0].data == second.found[0].data
+
+
+def test_make_fuzz_ends_with_an_error_where_a_target_did_not_run(monkeypatch, capsys):
+    specification = importlib.util.spec_from_file_location("make_fuzz", HERE / "__main__.py")
+    make_fuzz = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(make_fuzz)
+    outcomes = {"sound": Outcome([], {"sound": 900}, 0, ""), "broken": Outcome([], {}, 1, "ModuleNotFoundError: seeds")}
+    now = iter(range(1000))
+    monkeypatch.setattr(make_fuzz.time, "monotonic", lambda: 10.0 * next(now))
+    monkeypatch.setattr(make_fuzz, "atheris_is_installed", lambda: False)
+    monkeypatch.setattr(make_fuzz, "target_names", lambda: dict.fromkeys(outcomes, "module"))
+    monkeypatch.setattr(make_fuzz, "run_child", lambda _module, _mode, name, *_rest, **_options: outcomes[name])
+    for names, code in ((["sound"], 0), (["sound", "broken"], 1)):
+        monkeypatch.setattr(sys, "argv", ["fuzz", "--target", *names])
+        assert make_fuzz.main() == code
+    said = capsys.readouterr().out
+    assert "not run to their end: broken" in said and "ModuleNotFoundError: seeds" in said
