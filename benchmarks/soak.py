@@ -341,7 +341,7 @@ def growth(rows: list[dict], warm_up: int) -> tuple[dict[str, float], list[str]]
     """Column → slope per minute, and what is wrong with those above their limits."""
     counted = rows[warm_up:]
     if len(counted) < 3:
-        return {}, []
+        return {}, [f"too short to tell what grows: it takes {warm_up + 3} minutes (or a shorter --warm-up)"]
     slopes = {column: round(slope([row[column] for row in counted]), 3) for column in LIMITS}
     wrong = [
         f"{column} grows by {value:g} a minute, more than {LIMITS[column]:g}"

@@ -32,6 +32,14 @@ def test_a_leak_is_growth_and_what_comes_back_is_none():
     assert soak.growth(warming_up, 5)[1] == [] and soak.growth(warming_up[:8], 0)[1]
 
 
+def test_a_run_too_short_to_tell_is_no_success():
+    assert soak.growth(rows()[:7], 5) == (
+        {},
+        ["too short to tell what grows: it takes 8 minutes (or a shorter --warm-up)"],
+    )
+    assert soak.growth(rows()[:8], 5)[1] == []
+
+
 def test_files_in_dev_shm_are_those_that_a_process_has():
     import mmap
 
