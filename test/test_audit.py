@@ -23,7 +23,7 @@ ADVISORY = {
 class Osv(ThreadingHTTPServer):
     """Says of NumPy what it is given, and remembers what it was asked."""
 
-    def __init__(self, advisories, hangs=False):
+    def __init__(self, advisories, hangs=False, nothing=None):
         self.asked, self.ended = [], threading.Event()
         by_id = {entry["id"]: entry for entry in advisories}
 
@@ -43,7 +43,8 @@ class Osv(ThreadingHTTPServer):
                 if hangs:
                     self.server.ended.wait(60)
                 found = {"vulns": [{"id": each} for each in by_id]}
-                self.answer({"results": [found if each["package"]["name"] == "numpy" else {} for each in queries]})
+                none = {} if nothing is None else nothing
+                self.answer({"results": [found if each["package"]["name"] == "numpy" else none for each in queries]})
 
             def log_message(self, *_):
                 pass
@@ -103,6 +104,12 @@ def test_without_an_answer_nothing_is_called_sound(tmp_path, hangs):
         assert warned.returncode == 0 and "nothing is known" in warned.stderr and "0 with" not in warned.stdout
         if not hangs:
             assert audit(url, tmp_path).returncode == 2
+
+
+def test_an_answer_of_another_shape_is_none(tmp_path):
+    with Osv([], nothing=["no object"]) as osv:
+        result = audit(osv.url, tmp_path)
+        assert result.returncode == 2 and "nothing is known" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_the_projects_own_list_has_reasons():
