@@ -412,7 +412,7 @@ def _seconds(row: dict[str, Any], name: str) -> float:
 
 def _reason(error: Exception) -> str:
     """What an error says, in few words; a KeyError says the name alone."""
-    if isinstance(error, KeyError):
+    if isinstance(error, KeyError) and error.args:
         return f"there is no {str(error.args[0]):.100}"
     return f"{str(error):.500}" or type(error).__name__
 
