@@ -104,6 +104,8 @@ def fuzz_by_coverage(target: Target, seconds: float, reporter: Reporter, corpus:
         "rss_limit_mb": 0,  # the engine has limits of its own
         "timeout": 0,
         "detect_leaks": 0,
+        # The process dies of a signal, as its parent expects: libFuzzer would end it with 77, and what was found with it.
+        **dict.fromkeys((f"handle_{name}" for name in ("segv", "bus", "abrt", "ill", "fpe", "xfsz", "term", "int")), 0),
         "verbosity": 1,  # its lines on stderr are where the coverage stands
     }
     arguments = [sys.argv[0], *(f"-{name}={value}" for name, value in options.items()), str(grown), str(seeds)]

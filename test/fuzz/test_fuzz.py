@@ -91,6 +91,15 @@ def test_the_engine_finds(tmp_path, seed, signature):
     )
 
 
+def test_an_input_that_ends_the_process_is_found_where_coverage_leads(tmp_path):
+    if importlib.util.find_spec("atheris") is None:
+        pytest.skip("needs atheris: make fuzz installs it")
+    program = "import os\nfrom engine import Target\ndef run(data):\n    if len(data) > 5: os.abort()\n"
+    (tmp_path / "dying_targets.py").write_text(program + "TARGETS = [Target('dying', run, lambda: [b'seed'], ())]\n")
+    outcome = run_child("dying_targets", "fuzz", "dying", "20", corpus=tmp_path / "corpus", python_path=str(tmp_path))
+    assert [found.signature for found in outcome.found] == ["SIGABRT"] and len(outcome.found[0].data) > 5
+
+
 def test_inputs_are_the_same_each_time(tmp_path):
     program = "from engine import Target\nimport hashlib\nseen = hashlib.sha256()\n"
     program += "def run(data):\n    seen.update(data)\n    if len(data) > 300: raise KeyError(seen.hexdigest())\n"
