@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -353,14 +353,28 @@ def _is_depth(feature: dict[str, Any]) -> bool:
 
 
 def _row_groups(path: Path, index: int) -> list[int]:
-    """Those in which rows of an episode may be, by their statistics.
+    """Those in which rows of an episode may be."""
+    state = path.stat()
+    bounds = _episode_bounds(path, state.st_mtime_ns, state.st_size)
+    return np.flatnonzero((bounds[:, 0] <= index) & (index <= bounds[:, 1])).tolist()
 
-    Not by `ParquetFile.metadata`: damaged statistics end the process there (pyarrow 26), and are an error here.
+
+@lru_cache(maxsize=16)  # a file of version 3 holds many episodes
+def _episode_bounds(path: Path, _changed: int, _size: int) -> np.ndarray:
+    """int64 [row groups, 2]: the lowest and highest `episode_index` of each.
+
+    Of the rows, and not by the groups' statistics: damaged ones end the process, whatever asks for them (pyarrow 26).
     """
-    from pyarrow import dataset, fs
+    import pyarrow.parquet as parquet
+    from pyarrow import compute
 
-    fragment = dataset.ParquetFileFormat().make_fragment(str(path), filesystem=fs.LocalFileSystem())
-    return [group.id for group in fragment.subset(dataset.field("episode_index") == index).row_groups]
+    bounds = []
+    with parquet.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=["episode_index"], use_threads=False)
+            found = compute.min_max(table.column("episode_index")).as_py()
+            bounds.append((0, -1) if found["min"] is None else (int(found["min"]), int(found["max"])))
+    return np.array(bounds, np.int64).reshape(-1, 2)
 
 
 def _stored_image(row: dict, _seconds: float, *, key: str, root: Path, max_pixels: int) -> Any:
