@@ -187,9 +187,9 @@ class Kit:
         eager = ReferenceModel(self.tokenizer, DTYPE)
         for views in VARIANT_VIEWS:
             pixel_values = self.tokenizer.preprocess(random_images(views))
-            own, _ = _wall_ms(lambda pixels=pixel_values: self.tokenizer.encode(pixels))
-            plain, _ = _wall_ms(lambda pixels=pixel_values: eager.encode(pixels))
-            found[f"{views} view(s)"] = row = {"ms": np.median(own), "baseline_ms": np.median(plain)}
+            own = wall_ms(lambda pixels=pixel_values: self.tokenizer.encode(pixels))
+            plain = wall_ms(lambda pixels=pixel_values: eager.encode(pixels))
+            found[f"{views} view(s)"] = row = {"ms": own, "baseline_ms": plain}
             row["ratio"] = row["baseline_ms"] / row["ms"]
             print(
                 f"{views} view(s): encode {row['ms']:.3f} ms, baseline {row['baseline_ms']:.3f} ms, {row['ratio']:.2f}"
@@ -241,8 +241,7 @@ class Kit:
         runtime = CudaGraphs(self.network, DEVICE, DTYPE)
         tokens = runtime(pixel_values)[1]
         again = [CudaGraphs(self.network, DEVICE, DTYPE)(pixel_values)[1]]
-        (captured,) = runtime._captured.values()
-        us = device_us(captured.graph.replay)
+        us = device_us(runtime.replay_last)
         for _ in range(min(ROUNDS, 20)):  # in a row, as no one waits for each in between
             again.append(runtime(pixel_values)[1])
         same = all(torch.equal(tokens, other) for other in again)
@@ -313,12 +312,12 @@ class Kit:
             random_images,
             device_us,
             graph_us,
-            ROUNDS,
+            wall_ms,
         )
 
     def tuned(self) -> dict:
         return gpu_tuned.measure(
-            lambda: load(self._model), VARIANT_VIEWS, random_images, device_us, ROUNDS, SEARCH_SECONDS
+            lambda: load(self._model), VARIANT_VIEWS, random_images, device_us, wall_ms, SEARCH_SECONDS
         )
 
     # --- parts
@@ -331,15 +330,13 @@ class Kit:
         pinned = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=DEVICE.type == "cuda")
         found = {}
         for label, action in (("pageable", tokens.cpu), ("pinned", lambda: pinned.copy_(tokens, non_blocking=True))):
-            times = []
-            for _ in range(ROUNDS):
-                torch.cuda.synchronize()
-                begun = time.perf_counter()
-                action()
-                torch.cuda.synchronize()
-                times.append(time.perf_counter() - begun)
-            found[label] = round(statistics.median(times) * 1e3, 4)
+            found[label] = round(wall_ms(action), 4)
         return found
+
+
+def wall_ms(action: Callable[[], object]) -> float:
+    """Median milliseconds by the host's clock until the device has finished."""
+    return statistics.median(_wall_ms(action)[0])
 
 
 def _wall_ms(
@@ -353,7 +350,7 @@ def _wall_ms(
     for index in range(rounds + unwarmed):
         torch.cuda.synchronize()
         due = max(due + period, time.perf_counter())
-        time.sleep(max(0.0, due - time.perf_counter()) if period else 0.0)
+        time.sleep(max(0.0, due - time.perf_counter()))
         begun = time.perf_counter()
         action()
         queued = time.perf_counter()

@@ -5,12 +5,11 @@ A question of benchmarks/gpu.py.
 
 from __future__ import annotations
 
+import functools
 import itertools
-import statistics
 import time
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from float8_error import distance
 
@@ -26,7 +25,7 @@ def measure(
     images: Callable[[int], list],
     device_us: Timer,
     graph_us: Timer,
-    rounds: int,
+    wall_ms: Timer,
 ) -> dict:
     """Prints and returns figures; errors of `load` are the caller's.
 
@@ -34,7 +33,8 @@ def measure(
         load: the precision's name → the tokenizer to measure.
         bfloat16: what it is compared with; `exact` gives its tokens in float32 for pixel values.
         images: number of views → images.
-        device_us, graph_us: time of an action, and of one in a row of actions within a graph.
+        device_us, graph_us: time of an action on the device, and of one in a row of actions within a graph.
+        wall_ms: time of an action by the host's clock, until the device has finished.
     """
     begun = time.perf_counter()
     with torch.inference_mode(False):  # weights are ordinary tensors, as everywhere
@@ -47,8 +47,8 @@ def measure(
             tokens = each.encode(pixel_values).tokens
             difference, cosine = distance(tokens, expected)
             row = {
-                "replay_us": replay_us(each, views, device_us),
-                "end_to_end_ms": end_to_end_ms(each, images(views), rounds),
+                "replay_us": device_us(each._runtime.replay_last),
+                "end_to_end_ms": wall_ms(functools.partial(each, images(views))),
                 "relative_l2": difference,
                 "lowest_cosine": cosine,
                 "same_bits": torch.equal(tokens, each.encode(pixel_values).tokens),
@@ -70,28 +70,6 @@ def measure(
             found[label] = f"{type(error).__name__}: {error}"[:200]
             print(f"{label:>50}: {found[label]}", flush=True)
     return found
-
-
-def replay_us(tokenizer: VisualTokenizer, views: int, device_us: Timer) -> float:
-    """Of the graph for pixel values of that many views, which has been captured."""
-    graphs = tokenizer._runtime._captured
-    keys = [
-        key for key, captured in graphs.items() if captured and isinstance(key[0], torch.Size) and key[0][0] == views
-    ]
-    return device_us(graphs[keys[0]].graph.replay) if keys else float("nan")
-
-
-def end_to_end_ms(tokenizer: VisualTokenizer, images: list[np.ndarray], rounds: int) -> float:
-    """Median of images on the host → tokens on the device."""
-    times = []
-    for index in range(rounds + 5):
-        torch.cuda.synchronize()
-        begun = time.perf_counter()
-        tokenizer(images)
-        torch.cuda.synchronize()
-        if index >= 5:
-            times.append(time.perf_counter() - begun)
-    return statistics.median(times) * 1e3
 
 
 def _products(tokenizer: VisualTokenizer) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -5,6 +5,7 @@ A question of benchmarks/gpu.py. What is found lies in a temporary folder.
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gpu_float8 import end_to_end_ms, replay_us
 from gpu_variants import replaced
 
 from vla_perception import tune
@@ -27,7 +27,7 @@ def measure(
     views: Sequence[int],
     images: Callable[[int], list[np.ndarray]],
     device_us: Timer,
-    rounds: int,
+    wall_ms: Timer,
     seconds: float,
 ) -> dict:
     """Prints and returns figures; errors of `load` and of the search are the caller's.
@@ -35,7 +35,7 @@ def measure(
     Args:
         load: the same model again, as at another start.
         images: number of views → images.
-        device_us: time of an action on the device.
+        device_us, wall_ms: time of an action on the device, and by the host's clock until the device has finished.
         seconds: of searching for each number of views.
     """
     found: dict = {}
@@ -77,8 +77,8 @@ def measure(
             "same_bits_at_another_start": torch.equal(tokens[tuned], tokens[again]),
         }
         for name, each in (("before", untuned), ("after", tuned)):
-            row[f"{name}_replay_us"] = replay_us(each, number, device_us)
-            row[f"{name}_end_to_end_ms"] = end_to_end_ms(each, images(number), rounds)
+            row[f"{name}_replay_us"] = device_us(each._runtime.replay_last)
+            row[f"{name}_end_to_end_ms"] = wall_ms(functools.partial(each, images(number)))
         print(
             f"{number} view(s): replay {row['before_replay_us']:.1f} -> {row['after_replay_us']:.1f} us, end to end p50 "
             f"{row['before_end_to_end_ms']:.3f} -> {row['after_end_to_end_ms']:.3f} ms, relative L2 to before "
