@@ -7,28 +7,21 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 pytest.importorskip("torchvision")
+import fake_cublaslt  # noqa: E402
 import fake_cuda  # noqa: E402
-from fake_cublaslt import FakeLt  # noqa: E402
+from fake_cublaslt import FakeLt, load  # noqa: E402
 
 from vla_perception import cli, tune  # noqa: E402
 from vla_perception.tokenizer import VisualTokenizer, cublaslt, tuned_products  # noqa: E402
 from vla_perception.tokenizer.devices import Placement  # noqa: E402
 
 
-def load(**choices):
-    given = {"image_size": [56, 64], "device": "cpu", "compute_dtype": "bfloat16", "runtime": "eager"}
-    return VisualTokenizer.load("tiny-random", **given | choices)
-
-
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
     """A CPU that passes for a GPU, on which every proposal is faster than the one before."""
-    fake_cuda.install(monkeypatch)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    lt = fake_cublaslt.install(monkeypatch, tmp_path)
     monkeypatch.setattr(tune, "place", lambda *_: Placement(torch.device("cpu"), "bfloat16", "a test"))
-    lt = FakeLt()
     monkeypatch.setattr(tune, "_library", lambda placement: lt)
-    monkeypatch.setattr(cublaslt, "open_library", lambda device: lt)
 
     class Loaded:
         given = []

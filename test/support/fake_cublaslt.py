@@ -2,9 +2,26 @@
 
 import itertools
 
+import fake_cuda
 from torch.nn import functional
 
+from vla_perception.tokenizer import VisualTokenizer, cublaslt
 from vla_perception.tokenizer.cublaslt import Choice, Configuration, CublasLtError
+
+
+def load(**choices):
+    """A small tokenizer whose products can be tuned."""
+    given = {"image_size": [56, 64], "compute_dtype": "bfloat16", "device": "cpu", "runtime": "eager"}
+    return VisualTokenizer.load("tiny-random", **given | choices)
+
+
+def install(monkeypatch, cache):
+    """A CPU passes for a GPU with this cuBLASLt, and `cache` is the folder of caches."""
+    fake_cuda.install(monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    lt = FakeLt()
+    monkeypatch.setattr(cublaslt, "open_library", lambda device: lt)
+    return lt
 
 
 def choice(index, multiprocessors=0, tile=None):

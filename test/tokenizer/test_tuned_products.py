@@ -12,11 +12,11 @@ pytest.importorskip("timm")
 import fake_cublaslt  # noqa: E402
 import fake_cuda  # noqa: E402
 import numpy as np  # noqa: E402
-from fake_cublaslt import FakeLt, choice  # noqa: E402
+from fake_cublaslt import choice, load  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from vla_perception.tokenizer import VisualTokenizer, cublaslt, runtime, tuned_products  # noqa: E402
+from vla_perception.tokenizer import cublaslt, runtime, tuned_products  # noqa: E402
 from vla_perception.tokenizer.checkpoints import CheckpointError  # noqa: E402
 from vla_perception.tokenizer.cublaslt import CublasLtError  # noqa: E402
 from vla_perception.tokenizer.tuned_products import TunedLinear, digest, groups_of  # noqa: E402
@@ -32,18 +32,10 @@ OTHER_KERNEL = "cuBLASLt proposes another one in its place; run vla-perception t
 OTHER_VALUES = "it gives other values than PyTorch's; run vla-perception tune again"
 
 
-def load(**choices):
-    given = {"image_size": [56, 64], "compute_dtype": "bfloat16", "device": "cpu", "runtime": "eager"}
-    return VisualTokenizer.load("tiny-random", **given | choices)
-
-
 @pytest.fixture
 def lt(monkeypatch, tmp_path):
     """A CPU that passes for a GPU with cuBLASLt, and an empty cache folder."""
-    fake_cuda.install(monkeypatch)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    lt = FakeLt()
-    monkeypatch.setattr(cublaslt, "open_library", lambda device: lt)
+    lt = fake_cublaslt.install(monkeypatch, tmp_path)
     with fake_cuda.one_thread():
         yield lt
 
