@@ -118,8 +118,8 @@ def _use_one_arena() -> None:
     """All threads allocate from one heap, of which malloc_trim gives back whatever is free; before there are threads.
 
     glibc would make up to eight heaps per core, keep up to 64 MiB of freed memory at the end of each, and never give the
-    ends back but the first one's (mtrim in glibc's malloc.c). Python allocates in one thread
-    at a time anyway, and the threads of DDS and of decoders were not slower with it.
+    ends back but the first one's (mtrim in glibc's malloc.c). Python allocates in one thread at a time anyway, and the
+    threads of DDS and of decoders were not slower with it.
     """
     if "MALLOC_ARENA_MAX" not in os.environ and "arena_max" not in os.environ.get("GLIBC_TUNABLES", ""):
         with contextlib.suppress(AttributeError):  # another C library

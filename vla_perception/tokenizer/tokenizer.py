@@ -374,8 +374,7 @@ class VisualTokenizer:
         if isinstance(self._preprocessor, DevicePreprocessor):
             plan = self._preprocessor.plan(images, steps)
             found = self._runtime.from_images(plan, lambda memory: plan.upload(images, into=memory), features)
-            if found is not None:
-                return found
+            return found or self._encoded(plan.pixel_values(plan.upload(images)), features)
         return self._encoded(self._preprocessor(images, steps), features)
 
     def _of_uploaded(self, images: UploadedImages, features: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -393,11 +392,11 @@ class VisualTokenizer:
         """Runs some times on black images, so that the first real frame does not pay for set-up.
 
         Weights are packed, code is compiled, and the CUDA graphs for this number of views are captured here. Images of
-        other sizes take some milliseconds more at their first time, in which PIL's weights for them are computed;
-        encodings (bgr8, mono8, ...) make no difference.
+        other sizes take some milliseconds more at their first time, in which PIL's weights for them are computed, and
+        on a GPU longer at their second time, when a graph for that size and encoding (bgr8, mono8, ...) is captured.
 
         Args:
-            size: (height, width) of the images that `__call__` will get.
+            size: (height, width) of the RGB images that `__call__` or `prepare` will get.
             cameras: that they come from, as for `preprocess`.
             empty_view: whether `encode_empty` will be called, too, which is another number of views.
         """
