@@ -13,7 +13,9 @@ rclpy = pytest.importorskip("rclpy")
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup, ReentrantCallbackGroup  # noqa: E402
 from rclpy.executors import Executor  # noqa: E402
 from rclpy.node import Node  # noqa: E402
+from rclpy.waitable import NumberOfEntities, Waitable  # noqa: E402
 from ros_harness import free_domain, in_domain  # noqa: E402
+from sensor_msgs.msg import CompressedImage  # noqa: E402
 
 from vla_perception.nodes import node_runner as process  # noqa: E402
 
@@ -36,8 +38,10 @@ def run(monkeypatch):
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(on_timer, threads, **options):
+        """`on_timer`, or a class of node that is made of `stop`."""
+        make = on_timer if isinstance(on_timer, type) else lambda stop: Timers(stop, on_timer, **options)
         with in_domain(free_domain()):
-            return process.run_node(lambda stop: Timers(stop, on_timer, **options), ["test"], threads=threads)
+            return process.run_node(make, ["test"], threads=threads)
 
     yield run
     for number, handler in before.items():
@@ -99,6 +103,61 @@ def test_it_is_not_looked_for_work_again_and_again_until_a_callback_has_begun(ru
     assert len(looked) < 1.5 * len(
         called
     )  # rclpy's MultiThreadedExecutor looks twice, and much more beside an encoding
+
+
+class _Meanwhile(Waitable):
+    """Has `on_wait` called while the executor puts together what it waits for, and `on_take` where one thread takes it."""
+
+    def __init__(self, node, on_wait=lambda: None, on_take=None):
+        super().__init__(MutuallyExclusiveCallbackGroup())
+        self._on_wait, self._on_take = on_wait, on_take
+        node.add_waitable(self)
+
+    def get_num_entities(self):
+        self._on_wait()
+        return NumberOfEntities()
+
+    def add_to_wait_set(self, wait_set):
+        pass
+
+    def is_ready(self, wait_set):
+        return self._on_take is not None
+
+    def take_data(self):
+        self._on_take()
+
+    async def execute(self, taken_data):
+        pass
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *_exception):
+        pass
+
+
+@pytest.mark.parametrize("when", ["waited for", "taken"])
+def test_what_is_destroyed_while_it_is_waited_for_ends_nothing(run, when, capfd):
+    """As when the node is deactivated: a callback destroys subscriptions, and another thread waits for their events."""
+    destroyed, rounds = [], []
+
+    class Destroying(Timers):
+        def __init__(self, stop):
+            super().__init__(stop, lambda stop: rounds.append(1) if len(rounds) < 20 else stop(7))
+            subscription = self.create_subscription(CompressedImage, "image", lambda _message: None, 1)
+            event = subscription.event_handlers[0]
+
+            def destroy():
+                if not destroyed:
+                    destroyed.append(self.destroy_subscription(subscription))
+                    if when == "taken":
+                        with event:
+                            raise AssertionError("the event is still there")
+
+            _Meanwhile(self, **{"on_wait" if when == "waited for" else "on_take": destroy})
+
+    assert run(Destroying, 3) == 7
+    assert destroyed == [True] and "InvalidHandle" not in capfd.readouterr().err
 
 
 def test_an_executor_that_stands_still_ends_the_process(run, monkeypatch, capfd):

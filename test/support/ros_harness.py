@@ -245,6 +245,14 @@ class RosProcess:
             print(f"exit code when the test failed: {code}; {self.process.args}:\n{self.output}", file=sys.stderr)
 
 
+def destroy(node, entity) -> None:
+    """Destroys a subscription or publisher of a node that is spun, there: elsewhere it may end rclpy's executor."""
+    function = node.destroy_publisher if entity in node.publishers else node.destroy_subscription
+    done = node.executor.create_task(function, entity)
+    wait_until(done.done, 20, f"the end of {entity.topic_name}")
+    assert done.result()
+
+
 class RosContext:
     """Nodes of this process on one domain: `with RosContext(domain) as ros: node = ros.node("observer")`.
 

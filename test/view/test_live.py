@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("rclpy")
 
 from fake_feed import HEIGHT, WIDTH, random_tokens
-from ros_harness import ROOT, in_domain, ros_environment, wait_until
+from ros_harness import ROOT, destroy, in_domain, ros_environment, wait_until
 
 from vla_perception.tokens import to_message
 from vla_perception.view.live import LiveFeed
@@ -130,7 +130,7 @@ def test_passive_reads_only_beside_another_subscriber(ros):
         ros.spin(policy)
         subscription = policy.create_subscription(CompressedImage, "tokens", lambda _message: None, 10)
         wait_until(lambda: feed.snapshot("/tokens"), 20, "tokens beside the policy")
-        policy.destroy_subscription(subscription)
+        destroy(policy, subscription)
         wait_until(lambda: not feed.details("/tokens")["reception"]["transport"], 20, "it leaves after the policy")
 
 

@@ -29,6 +29,7 @@ from ros_harness import (  # noqa: E402
     RosContext,
     RosProcess,
     answer_of,
+    destroy,
     frame_counts,
     free_domain,
     in_domain,
@@ -169,7 +170,7 @@ class Robot:
 
     def unsubscribe(self) -> None:
         if self._tokens is not None:
-            self.node.destroy_subscription(self._tokens)
+            destroy(self.node, self._tokens)
             self._tokens = None
             time.sleep(0.5)
 
@@ -185,7 +186,7 @@ class Robot:
 
     def forget(self, camera: str, kind=Image, reliability=ReliabilityPolicy.RELIABLE) -> None:
         if (publisher := self._publishers.pop((camera, kind, reliability), None)) is not None:
-            self.node.destroy_publisher(publisher)
+            destroy(self.node, publisher)
 
     def send(self, camera: str, message, **which) -> None:
         publisher = self.publisher(camera, type(message), **which)
