@@ -10,6 +10,7 @@ PACKAGE = ROOT / "vla_perception"
 SOURCES = [
     *(PACKAGE / "nodes" / "visual_tokenizer").glob("*.py"),
     PACKAGE / "nodes" / "ignored_parameters.py",
+    PACKAGE / "nodes" / "requests.py",
     *(PACKAGE / "tokenizer").rglob("*.py"),
     *(PACKAGE / "images").glob("*.py"),
     *(PACKAGE / "tokens").glob("*.py"),

@@ -11,6 +11,7 @@ text; *ending* is what a node does at SIGINT or SIGTERM: exit code 0 within 2 s,
     camera_publisher.py    the topics of one camera, for both
     parameters.py          parameter tables: declaring, checking, changing while the node runs
     ignored_parameters.py  warnings of settings that have no effect
+    requests.py            requests of peers that rclpy would end the process for
     executables.py         entry points: signals are handled before rclpy is imported
     node_runner.py         start-up errors in one line, the executor, ending
 """

@@ -33,6 +33,7 @@ from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 
 from vla_perception.nodes.executables import on_signal
+from vla_perception.nodes.requests import guard_requests
 from vla_perception.printable import printable
 
 Stop = Callable[[int], None]
@@ -149,6 +150,7 @@ def _run(
             node = make_node(stop)
         except Exception as error:
             return _print_error(program, error)
+        guard_requests(node)
         return _spin(node, stop, codes, threads)
     finally:
         rclpy.try_shutdown()
