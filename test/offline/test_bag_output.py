@@ -6,6 +6,7 @@ import pytest
 for package in ("torch", "rosbags", "mcap"):
     pytest.importorskip(package)
 import rosbags.rosbag2  # noqa: E402
+import rosbags.typesys  # noqa: E402
 from offline_runs import MS, contents, tokenize, write_drive  # noqa: E402
 from pixel_tokenizer import PixelTokenizer  # noqa: E402
 from recorded import numbered_image, write_bag, write_images  # noqa: E402
@@ -100,6 +101,32 @@ def test_other_readers_find_what_they_need_and_the_qos_that_was_recorded(tmp_pat
         assert {each.topic: each.msgcount for each in bag.connections} == {
             name: entry["message_count"] for name, entry in topics.items()
         }
+
+
+@pytest.mark.parametrize("plugin", ["mcap", "sqlite3"])
+def test_types_that_are_not_ros_2s_own_keep_their_definition(tmp_path, plugin):
+    """Which Foxglove, PlotJuggler and rosbags need to show what was copied."""
+    kind, text = "my_robot_msgs/msg/Gripper", f"Width width\n{'=' * 80}\nMSG: my_robot_msgs/Width\nfloat64 metres\n"
+    digest = f"RIHS01_{'5e' * 32}"
+    (image,) = messages(write_bag(tmp_path / "images", [("/front/image_raw", 10**9, numbered_image(0))]))
+    drive = tmp_path / "drive"
+    with rosbags.rosbag2.Writer(
+        drive, version=9, storage_plugin=rosbags.rosbag2.StoragePlugin[plugin.upper()]
+    ) as recorded:
+        images = recorded.add_connection(image.topic, image.type, typestore=typestore())
+        recorded.write(images, image.time_ns, image.cdr)
+        gripper = recorded.add_connection("/gripper", kind, msgdef=text, rihs01=digest)
+        recorded.write(gripper, 10**9, b"\0\1\0\0" + np.array(0.04).tobytes())
+    tokenize(tmp_path / "out", [drive], output="mcap", copied=None)
+    with rosbags.rosbag2.Reader(tmp_path / "out/drive") as bag:
+        (copied,) = [each for each in bag.connections if each.topic == "/gripper"]
+        ((_, _, cdr),) = bag.messages([copied])
+        known = typestore()
+        known.register(rosbags.typesys.get_types_from_msg(copied.msgdef.data, kind))
+        assert (copied.msgtype, copied.msgdef.data) == (kind, text)
+        assert known.deserialize_cdr(cdr, kind).width.metres == 0.04
+        if plugin == "sqlite3":  # rosbags' MCAP files have none
+            assert copied.digest == digest
 
 
 @pytest.mark.parametrize(

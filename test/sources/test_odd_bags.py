@@ -412,6 +412,80 @@ def test_any_qos_in_the_storage(tmp_path, qos):
     assert read(sqlite_bag(tmp_path / "x.db3", qos=qos)) == SERIES
 
 
+KIND, HASH = "my_robot_msgs/msg/Gripper", f"RIHS01_{'5e' * 32}"
+
+
+def mcap_of_types(path: Path, types, *, metadata=None, summary=True) -> Path:
+    """A file of topics /00, /01, … with one message each, and these types (name, schema encoding, schema)."""
+    with path.open("wb") as file:
+        writer = McapWriter(file, use_statistics=summary)
+        writer.start(profile="ros2")
+        for index, (kind, encoding, data) in enumerate(types):
+            schema = writer.register_schema(kind, encoding, data)
+            channel = writer.register_channel(f"/{index:02}", "cdr", schema, metadata or {})
+            writer.add_message(channel, T0, b"\0\1\0\0", T0)
+        writer.finish()
+    return path
+
+
+@pytest.mark.parametrize("summary", [True, False])
+@pytest.mark.parametrize(
+    ("encoding", "data", "definition"),
+    [
+        ("ros2msg", b"float64 metres", "float64 metres"),
+        ("ros2idl", b"module x {}", "module x {}"),
+        ("ros2msg", b"float64 m\xff", "float64 m\ufffd"),
+        ("ros2msg", b"#" * ((1 << 18) + 1), ""),
+        ("protobuf", b"\0", ""),
+    ],
+    ids=["text", "idl", "not UTF-8", "too long", "of another kind"],
+)
+def test_what_a_type_is_is_known_from_mcap(tmp_path, encoding, data, definition, summary):
+    for said, type_hash in ((HASH, HASH), ("RIHS01_", ""), ("", "")):
+        metadata = {"topic_type_hash": said}
+        path = mcap_of_types(tmp_path / "x.mcap", [(KIND, encoding, data)], metadata=metadata, summary=summary)
+        with Bag(path) as bag:
+            topic = bag.topics["/00"]
+            assert (topic.type, topic.definition, topic.type_hash) == (KIND, definition, type_hash)
+
+
+@pytest.mark.parametrize("summary", [True, False])
+def test_definitions_take_bounded_memory(tmp_path, summary):
+    """A file of many large ones has those of its first topics."""
+    types = [(f"x/msg/X{index}", "ros2msg", b"#" * (1 << 18)) for index in range(70)]
+    with Bag(mcap_of_types(tmp_path / "x.mcap", types, summary=summary)) as bag:
+        assert [len(topic.definition) for topic in bag.topics.values()] == [1 << 18] * 64 + [0] * 6
+
+
+COLUMNS = "id INTEGER PRIMARY KEY, topic_type, encoding, encoded_message_definition, type_description_hash"
+
+
+@pytest.mark.parametrize(
+    ("statements", "definition"),
+    [
+        ([f"CREATE TABLE message_definitions({COLUMNS})", "INSERT INTO message_definitions VALUES{row}"], "float64 m"),
+        ([f"CREATE TABLE message_definitions({COLUMNS})", "INSERT INTO message_definitions VALUES(1, 2, x'00', 3.5, NULL)"], ""),
+        (["CREATE VIEW message_definitions AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i FROM n) "
+          "SELECT 'x' AS topic_type, 'ros2msg' AS encoding, 'y' AS encoded_message_definition FROM n"], ""),
+        (["CREATE TABLE message_definitions(id)"], ""),
+        ([f"CREATE TABLE message_definitions({COLUMNS}, more AS (topic_type || encoding))",
+          "INSERT INTO message_definitions VALUES{row}"], ""),
+        ([f"CREATE TABLE message_definitions({COLUMNS})",
+          "INSERT INTO message_definitions SELECT 1, type, 'ros2msg', printf('%.*c', 262145, '#'), '' FROM topics"], ""),
+    ],
+    ids=["as rosbag2 has it", "odd values", "a view without end", "no columns", "a generated column", "too long"],
+)  # fmt: skip
+def test_what_a_type_is_is_known_from_sqlite(tmp_path, statements, definition):
+    path = sqlite_bag(tmp_path / "x.db3")
+    with closing(sqlite3.connect(path, isolation_level=None)) as base:
+        base.execute(f"ALTER TABLE topics ADD COLUMN type_description_hash TEXT NOT NULL DEFAULT '{HASH}'")
+        for statement in statements:
+            base.execute(statement.replace("{row}", f"(1, '{COMPRESSED}', 'ros2msg', 'float64 m', '{HASH}')"))
+    assert read(path) == SERIES
+    with Bag(path) as bag:
+        assert (bag.topics[TOPIC].definition, bag.topics[TOPIC].type_hash) == (definition, HASH)
+
+
 def test_storage_qos_differs_from_the_metadata(tmp_path):
     with Writer(tmp_path / "bag", version=9, storage_plugin=StoragePlugin.MCAP) as writer:
         connection = writer.add_connection(TOPIC, COMPRESSED, typestore=TYPES, offered_qos_profiles=[QOS])

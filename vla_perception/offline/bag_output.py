@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from vla_perception.tokens.codec import FORMAT
 
 if TYPE_CHECKING:
     from rosbags.interfaces import Qos
+    from rosbags.typesys.store import Typestore
 
 TOPIC = "/tokens"
 _TYPE = "sensor_msgs/msg/CompressedImage"
@@ -72,10 +73,10 @@ def _write(file: TokenFile, folder: Path, source: Path | None, copied: Collectio
             with Bag(source) as recorded:
                 topics = _copied(recorded, file, copied)
                 for topic in topics:
-                    kind = recorded.topics[topic].type
-                    known = {"typestore": store} if kind in store.types else {"msgdef": "", "rihs01": _NO_HASH}
-                    qos = _recorded_qos(recorded.topics[topic])
-                    connections[topic] = bag.add_connection(topic, kind, **known, offered_qos_profiles=qos)
+                    copy = recorded.topics[topic]
+                    known = _definition(copy, store)
+                    qos = _recorded_qos(copy)
+                    connections[topic] = bag.add_connection(topic, copy.type, **known, offered_qos_profiles=qos)
                 others = ((message.time_ns, message.topic, message.cdr) for message in recorded.messages(topics))
                 # In the order of their times; tokens behind the image message that completed their frame set.
                 for time_ns, topic, cdr in heapq.merge(others, messages, key=lambda entry: entry[0]):
@@ -85,8 +86,15 @@ def _write(file: TokenFile, folder: Path, source: Path | None, copied: Collectio
             bag.write(connections[topic], time_ns, cdr)
 
 
-#: A type's hash that is not known, as its definition is not: players take the type by its name.
+#: A type's hash that is not known: players take the type by its name.
 _NO_HASH = f"RIHS01_{'0' * 64}"
+
+
+def _definition(topic: BagTopic, store: Typestore) -> dict[str, Any]:
+    """What the writer takes for a copied topic's type: as it was recorded, where the recording says what it is."""
+    if topic.type in store.types and not (topic.definition and topic.type_hash):
+        return {"typestore": store}
+    return {"msgdef": topic.definition, "rihs01": topic.type_hash or _NO_HASH}
 
 
 def _tokens_qos() -> Qos:

@@ -256,7 +256,7 @@ class Bag:
     def _merged_topics(self) -> tuple[dict[str, BagTopic], dict[str, str]]:
         """The topics of all files, and those that are not CDR with their encoding."""
         counts: dict[str, dict[str, int]] = {}
-        qos: dict[tuple[str, str], str] = {}
+        said: dict[tuple[str, str], list[str]] = {}
         others: dict[str, str] = {}
         for file in self._files:
             for channel in file.channels.values():
@@ -266,11 +266,12 @@ class Bag:
                 kinds = counts.setdefault(channel.topic, {})
                 kinds[channel.type] = kinds.get(channel.type, 0) + channel.messages
                 key = channel.topic, channel.type
-                qos[key] = qos.get(key, "") or channel.offered_qos
+                says = channel.offered_qos, channel.definition, channel.type_hash
+                said[key] = [before or now for before, now in zip(said.get(key, [""] * 3), says)]
         topics: dict[str, BagTopic] = {}
         for topic, kinds in counts.items():
             kind = max(kinds, key=kinds.__getitem__)
-            topics[topic] = BagTopic(topic, kind, kinds[kind], qos[topic, kind])
+            topics[topic] = BagTopic(topic, kind, kinds[kind], *said[topic, kind])
             left = [f"{messages} as {other}" for other, messages in kinds.items() if messages and other != kind]
             if left:
                 self._warn(f"{topic} was recorded as {kind}, and {', '.join(left)}, which are left out")

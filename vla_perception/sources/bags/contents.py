@@ -23,13 +23,19 @@ class BagError(ValueError):
 class BagTopic:
     """A topic of a bag: its name, message type ("sensor_msgs/msg/Image") and number of messages.
 
-    offered_qos: what the publishers offered, YAML as the recorder wrote it, unchecked; "" where it says nothing.
+    Each "" where the recording says nothing of it:
+
+    offered_qos: what the publishers offered, YAML as the recorder wrote it, unchecked.
+    definition: the type's .msg (or .idl) text and those that it consists of, as the recorder wrote it, unchecked.
+    type_hash: of the type's description ("RIHS01_" and 64 hexadecimal digits, REP 2011), unchecked.
     """
 
     name: str
     type: str
     messages: int
     offered_qos: str = field(default="", compare=False)
+    definition: str = field(default="", compare=False, repr=False)
+    type_hash: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True)

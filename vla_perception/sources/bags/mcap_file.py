@@ -18,6 +18,8 @@ from mcap.data_stream import ReadDataStream
 from mcap.opcode import Opcode
 
 from vla_perception.sources.bags.storage import (
+    DEFINITION_LIMIT,
+    DEFINITIONS_LIMIT,
     MCAP_MAGIC,
     MESSAGE_LIMIT,
     QOS_LIMIT,
@@ -28,6 +30,7 @@ from vla_perception.sources.bags.storage import (
     encoding_of,
     in_time_order,
     ros_type,
+    type_hash_of,
 )
 
 #: Bytes of a chunk, and of all chunks that are open at once because their times overlap.
@@ -52,6 +55,7 @@ class McapFile:
         self.channels: dict[int, Channel] = {}
         self.start_ns: int | None = None
         self.end_ns: int | None = None
+        self._definitions_room = DEFINITIONS_LIMIT
         # Chunks: start and end in ns, where in the file, and the channels in it (empty: not known).
         self._chunks: list[tuple[int, int, int, frozenset[int]]] = []
         # Messages outside of chunks: time in ns and where in the file.
@@ -103,7 +107,7 @@ class McapFile:
 
     def _read_summary(self, file: BinaryIO, summary_start: int) -> bool:
         """Whether the summary has all that is needed, and agrees with itself."""
-        schemas: dict[int, str] = {}
+        schemas: dict[int, tuple[str, str]] = {}
         chunks: dict[int, tuple[int, int, int, frozenset[int]]] = {}
         known: dict[frozenset[int], frozenset[int]] = {}
         statistics = None
@@ -144,7 +148,8 @@ class McapFile:
     def _scan(self, file: BinaryIO) -> None:
         """Reads the whole file, for what is in it."""
         self.channels.clear()
-        schemas: dict[int, str] = {}
+        self._definitions_room = DEFINITIONS_LIMIT
+        schemas: dict[int, tuple[str, str]] = {}
         file.seek(8)
         for position, opcode, size in records(file):
             if opcode in (Opcode.SCHEMA, Opcode.CHANNEL):
@@ -173,20 +178,30 @@ class McapFile:
             raise ValueError("a record goes beyond the end of the file")
         self._chunks.sort(key=lambda chunk: (chunk[0], chunk[2]))
 
-    def _define(self, opcode: int, data: bytes | memoryview, schemas: dict[int, str]) -> None:
+    def _define(self, opcode: int, data: bytes | memoryview, schemas: dict[int, tuple[str, str]]) -> None:
         if opcode == Opcode.SCHEMA:
             schema = parse(mcap.records.Schema, data)
-            schemas[schema.id] = schema.name
+            known = schemas.get(schema.id)  # repeated in each chunk
+            schemas[schema.id] = schema.name, known[1] if known else self._definition(schema)
             return
         channel = parse(mcap.records.Channel, data)
         if channel.id not in self.channels:
             qos = channel.metadata.get("offered_qos_profiles", "")
+            name, definition = schemas.get(channel.schema_id, ("", ""))
             self.channels[channel.id] = Channel(
                 channel.topic,
-                ros_type(schemas.get(channel.schema_id, "")),
+                ros_type(name),
                 encoding_of(channel.message_encoding),
                 offered_qos=qos if len(qos) <= QOS_LIMIT else "",
+                definition=definition,
+                type_hash=type_hash_of(channel.metadata.get("topic_type_hash")),
             )
+
+    def _definition(self, schema: mcap.records.Schema) -> str:
+        if schema.encoding not in ("ros2msg", "ros2idl") or len(schema.data) > DEFINITION_LIMIT:
+            return ""
+        self._definitions_room -= len(schema.data)
+        return schema.data.decode(errors="replace") if self._definitions_room >= 0 else ""
 
     def _count(self, key: int) -> None:
         if key not in self.channels:

@@ -11,6 +11,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from vla_perception.sources.bags.storage import (
+    DEFINITION_LIMIT,
+    DEFINITIONS_LIMIT,
     MAX_NS,
     MESSAGE_LIMIT,
     NAME_LIMIT,
@@ -20,6 +22,7 @@ from vla_perception.sources.bags.storage import (
     Stored,
     encoding_of,
     require_room,
+    type_hash_of,
 )
 
 _log = logging.getLogger("vla_perception.sources.bags")
@@ -28,7 +31,8 @@ _log = logging.getLogger("vla_perception.sources.bags")
 class SqliteFile:
     """The index of a `.db3` file; see `StorageFile`. `scratch()` gives a folder for a copy, where one is needed.
 
-    Only topics and messages are read, which all of rosbag2's schema versions have alike.
+    Topics and messages are read, which all of rosbag2's schema versions have alike, and what newer ones say of a topic's
+    QoS and type.
     """
 
     def __init__(self, path: Path, scratch: Callable[[], Path]):
@@ -48,12 +52,23 @@ class SqliteFile:
                     "SELECT topic_id, count(*), min(timestamp), max(timestamp) FROM messages GROUP BY topic_id"
                 )
             }
+            qos = _text_column(database, "offered_qos_profiles", QOS_LIMIT)
+            type_hash = _text_column(database, "type_description_hash", NAME_LIMIT)
             topics = database.execute(
-                f"SELECT id, name, type, serialization_format, {_qos_column(database)} FROM topics ORDER BY id"
+                f"SELECT id, name, type, serialization_format, {qos}, {type_hash} FROM topics ORDER BY id"
             ).fetchall()
+            definitions = _definitions(database, {kind for _, _, kind, *_ in topics})
         self.channels = {
-            key: Channel(name, kind, encoding_of(encoding), counts[key][0] if key in counts else 0, qos)
-            for key, name, kind, encoding, qos in topics
+            key: Channel(
+                name,
+                kind,
+                encoding_of(encoding),
+                counts[key][0] if key in counts else 0,
+                offered_qos,
+                definitions.get(kind, ""),
+                type_hash_of(said),
+            )
+            for key, name, kind, encoding, offered_qos, said in topics
         }
         spans = [span for key, (_, *span) in counts.items() if key in self.channels]
         self.start_ns = min((start for start, _ in spans), default=None)
@@ -90,23 +105,38 @@ class SqliteFile:
         return copy
 
 
-def _qos_column(database: sqlite3.Connection) -> str:
-    """What selects the QoS of a topic, as text: the first recorders wrote none."""
-    name = "offered_qos_profiles"
+def _text_column(database: sqlite3.Connection, name: str, limit: int) -> str:
+    """What selects this of a topic, as text: older recorders wrote none."""
     if all(column[1] != name for column in database.execute("PRAGMA table_xinfo(topics)")):
         return "''"
-    return f"CASE WHEN typeof({name}) = 'text' AND length({name}) <= {QOS_LIMIT} THEN {name} ELSE '' END"
+    return f"CASE WHEN typeof({name}) = 'text' AND length({name}) <= {limit} THEN {name} ELSE '' END"
+
+
+def _definitions(database: sqlite3.Connection, types: Collection[str]) -> dict[str, str]:
+    """The definitions of these message types, where the recorder wrote them (Iron and newer)."""
+    name, room, found = "message_definitions", DEFINITIONS_LIMIT, {}
+    columns = "topic_type", "encoding", "encoded_message_definition"
+    if name not in _plain_tables(database) or not {*columns} <= _plain_columns(database, name):
+        return {}
+    texts = " AND ".join(f"typeof({column}) = 'text'" for column in columns)
+    sizes = f"length(topic_type) <= {NAME_LIMIT} AND length(encoded_message_definition) <= {DEFINITION_LIMIT}"
+    for kind, text in database.execute(
+        f"SELECT topic_type, encoded_message_definition FROM {name} "
+        f"WHERE {texts} AND {sizes} AND encoding IN ('ros2msg', 'ros2idl')"
+    ):
+        if kind in types and kind not in found and len(text) <= room:
+            room -= len(text)
+            found[kind] = text
+    return found
 
 
 def _check_tables(database: sqlite3.Connection) -> None:
     """FileError where it is not a recording."""
-    tables = database.execute("SELECT name, type, rootpage FROM sqlite_master").fetchall()
-    # A view may be without end, and so may what a generated column expands to.
-    plain = {name for name, kind, page in tables if kind == "table" and page}
+    plain = _plain_tables(database)
     for name in ("topics", "messages"):
         if name not in plain:
             raise FileError(f"it is not a rosbag2 recording: it has no table {name}")
-        if any(column[6] for column in database.execute(f"PRAGMA table_xinfo({name})")):
+        if not _plain_columns(database, name):
             raise FileError(f"it is not a rosbag2 recording: {name} is not a plain table")
     texts = ("name", "type", "serialization_format")
     (odd,) = database.execute(
@@ -121,3 +151,17 @@ def _check_tables(database: sqlite3.Connection) -> None:
     ).fetchone()
     if odd:
         raise FileError(f"{odd} of its messages are not bytes with a time, or over {MESSAGE_LIMIT >> 20} MiB")
+
+
+# A view may be without end, and so may what a generated column expands to.
+
+
+def _plain_tables(database: sqlite3.Connection) -> set[str]:
+    tables = database.execute("SELECT name, type, rootpage FROM sqlite_master")
+    return {name for name, kind, page in tables if kind == "table" and page}
+
+
+def _plain_columns(database: sqlite3.Connection, table: str) -> set[str]:
+    """The columns of a table that has no generated ones; of another one, none."""
+    columns = database.execute(f"PRAGMA table_xinfo({table})").fetchall()
+    return set() if any(column[6] for column in columns) else {column[1] for column in columns}

@@ -30,6 +30,9 @@ MESSAGE_LIMIT = 300 << 20
 NAME_LIMIT = 1 << 16
 #: Characters of what is said about a topic's QoS; more is none.
 QOS_LIMIT = 1 << 14
+#: Characters of a message type's definition, and of all that a file has; more is none.
+DEFINITION_LIMIT = 1 << 18
+DEFINITIONS_LIMIT = 1 << 24
 #: Bytes that copying or decompressing a file leaves free on the disk.
 DISK_RESERVE = 1 << 30
 
@@ -49,7 +52,7 @@ class FileError(ValueError):
 class Channel:
     """A topic of one file: name, message type, encoding of its messages ("cdr"), and how many the file says it has.
 
-    offered_qos: see `BagTopic`.
+    offered_qos, definition, type_hash: see `BagTopic`.
     """
 
     topic: str
@@ -57,6 +60,8 @@ class Channel:
     encoding: str
     messages: int = 0
     offered_qos: str = ""
+    definition: str = ""
+    type_hash: str = ""
 
 
 class StorageFile(Protocol):
@@ -98,6 +103,11 @@ def in_time_order(sources: list[Source]) -> Iterator[Stored]:
 def encoding_of(said: str) -> str:
     """ "cdr", also where it is said in capitals or not at all; each message is looked at when it is read."""
     return said.strip().lower() or "cdr"
+
+
+def type_hash_of(said: object) -> str:
+    """A type's hash as REP 2011 has it, or nothing."""
+    return said if isinstance(said, str) and re.fullmatch("RIHS01_[0-9a-f]{64}", said) else ""
 
 
 def ros_type(name: str) -> str:
