@@ -88,6 +88,14 @@ def let_plans_be_captured(monkeypatch):
     monkeypatch.setattr(DevicePreprocessor, "plan", capturable)
 
 
+def in_graph(tokenizer):
+    """A tokenizer of the CPU that takes it for a GPU: preprocessing in PyTorch's operations, which can be recorded."""
+    device = torch.device("cpu")
+    tokenizer._preprocessor = DevicePreprocessor(tokenizer.config.encoders, device)
+    tokenizer._runtime = cuda_graphs.CudaGraphs(tokenizer.network, device, torch.float32)
+    return tokenizer
+
+
 def install(monkeypatch):
     """Replaces `torch.cuda` by recorders; returns what happens: captures, and the streams' waiting for each other."""
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import re
 import threading
 import weakref
 
@@ -16,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from vla_perception.tokenizer import VisualTokenizer, cuda_graphs, dependent_launches  # noqa: E402
 from vla_perception.tokenizer.cuda_graphs import CudaGraphs  # noqa: E402
 from vla_perception.tokenizer.fused_blocks import patches_as_products  # noqa: E402
-from vla_perception.tokenizer.preprocess_gpu import DevicePreprocessor  # noqa: E402
 
 #: What CUDA says when somebody else has broken off a capture.
 BROKEN_OFF = "CUDA error: operation failed due to a previous error during capture"
@@ -380,12 +380,8 @@ def test_each_failure_is_reported_where_neither_compiling_nor_capturing_works(cu
 
 @pytest.fixture
 def in_graph(cuda, monkeypatch):
-    """A tokenizer that takes the CPU for a GPU: preprocessing in PyTorch's operations, which the fakes can record."""
     fake_cuda.let_plans_be_captured(monkeypatch)
-    tokenizer = load(runtime="eager")
-    tokenizer._preprocessor = DevicePreprocessor(tokenizer.config.encoders, torch.device("cpu"))
-    tokenizer._runtime = CudaGraphs(tokenizer.network, torch.device("cpu"), torch.float32)
-    return tokenizer
+    return fake_cuda.in_graph(load(runtime="eager"))
 
 
 def agrees(tokenizer, exact, images):
@@ -398,8 +394,7 @@ def test_images_become_tokens_in_one_graph(cuda, in_graph):
     exact = load(runtime="eager")
     for seed in range(4):
         agrees(in_graph, exact, images(2, seed))
-    # one graph from pixel values, for the first call, and one from images for the three others
-    assert [recorder.replays for recorder in cuda.captures] == [1, 3]
+    assert [recorder.replays for recorder in cuda.captures] == [4]
     assert in_graph(images(2)).features is None
     assert in_graph.runtime == "graph" and not in_graph.runtime_fallback
 
@@ -415,12 +410,12 @@ def test_each_layout_of_images_has_a_graph(cuda, in_graph):
         [wide[:48, :, :3]],
         [wide[:, :, :3], wide[:48, :, :3]],
     ]
+    in_graph._runtime._earned = cuda_graphs._CALLS_PER_CAPTURE * len(kinds)
     for images in kinds * 2:
         agrees(in_graph, exact, images)
-    one, two = in_graph._runtime._captured, len(kinds)
-    assert len(one) == two + 2  # and one each for pixel values of one and of two views
-    agrees(in_graph, exact, [255 - wide[:, :, :3]])
-    assert len(cuda.captures) == two + 2
+    assert len(in_graph._runtime._captured) == len(kinds)
+    agrees(in_graph, exact, [(255 - wide)[:, :, :3]])
+    assert len(cuda.captures) == len(kinds)
 
 
 def test_a_graph_holds_on_to_its_plan_and_pixel_values(cuda, in_graph):
@@ -434,7 +429,6 @@ def test_a_graph_holds_on_to_its_plan_and_pixel_values(cuda, in_graph):
                 held.append(weakref.ref(result))
             return result
 
-    in_graph(images(1))
     plan = weakref.ref(in_graph._preprocessor.plan(images(1)))
     with Watch():
         in_graph(images(1))
@@ -465,11 +459,10 @@ def test_images_are_written_when_the_last_replay_is_done(cuda, in_graph):
 
 def test_where_images_cannot_be_captured_the_two_steps_do_it(cuda, in_graph, caplog):
     exact = load(runtime="eager")
-    agrees(in_graph, exact, images(1))
     cuda.failures = [RuntimeError("CUDA out of memory")]
-    for seed in range(3):
+    for seed in range(4):
         agrees(in_graph, exact, images(1, seed))
-    assert [recorder.replays for recorder in cuda.captures] == [4, 0]
+    assert [recorder.replays for recorder in cuda.captures] == [0, 4]
     assert in_graph.runtime == "graph" and in_graph.runtime_fallback == (
         "no CUDA graph for an image of 160 × 120: RuntimeError: CUDA out of memory"
     )
@@ -504,16 +497,95 @@ def never(memory):
 
 
 def test_uploaded_images_are_encoded_in_the_same_graph(cuda, in_graph):
-    """The first time in two steps, as there is no graph for such images yet; in one step and in two it is one graph then."""
+    """The first ones, too, for which it is captured; in one step and in two it is one graph."""
     exact = load(runtime="eager")
     uploaded = [in_graph.prepare(images(2, seed)) for seed in range(4)]  # before any is encoded
     found = [in_graph.encode(each, features=True) for each in uploaded]
     found.append(in_graph(images(2, 4), features=True))
-    assert len(cuda.captures) == 2 and cuda.captures[1].replays == 4
+    assert [recorder.replays for recorder in cuda.captures] == [5]
     for seed, output in enumerate(found):
         expected = exact(images(2, seed), features=True)
         torch.testing.assert_close(output.tokens, expected.tokens)
         torch.testing.assert_close(output.features, expected.features)
+
+
+def sized(width, height=48):
+    return [np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)]
+
+
+def test_the_first_images_of_another_size_or_layout_get_their_graph_and_the_log_says_so_once(cuda, in_graph, caplog):
+    caplog.set_level("INFO")
+    exact, cameras = load(runtime="eager"), ["front", "wrist"]
+    wide = np.random.default_rng(7).integers(0, 256, (96, 160, 4), dtype=np.uint8)
+    kinds = [
+        ([wide[:, :, 2::-1], wide[:48, :, :3]], "front: 160x96 bgr8, wrist: 160x48 rgba8"),
+        ([wide[::-1, ::-1, :3], np.broadcast_to(wide[:, :, :1].copy(), (96, 160, 3))], None),
+    ]
+    kinds[0][0][0] = np.ascontiguousarray(wide[:, :, :3])[:, :, ::-1]
+    kinds[1] = (kinds[1][0], "front: 160x96 rgba8, wrist: 160x96 mono8")
+    for images, text in kinds:
+        for _ in range(3):
+            tokens = in_graph.encode(in_graph.prepare(images, cameras)).tokens
+            torch.testing.assert_close(tokens, exact(images).tokens)
+        messages = [record.getMessage() for record in caplog.records if "warmed up" in record.getMessage()]
+        assert len(messages) == 1 and re.fullmatch(rf"warmed up for {text} in \d+\.\d\d s", messages[0])
+        caplog.clear()
+    assert [recorder.replays for recorder in cuda.captures] == [3, 3]
+    in_graph(sized(90))
+    assert "warmed up for 90x48 rgb8 in " in caplog.text
+
+
+def test_sizes_that_change_with_every_image_are_not_captured_for_ever(cuda, in_graph):
+    exact = load(runtime="eager")
+    for width in range(60, 80):
+        agrees(in_graph, exact, sized(width))
+    # and one graph from pixel values, for the others
+    assert len(cuda.captures) == cuda_graphs._CAPTURES_AHEAD + 1 and cuda.captures[-1].replays == 16
+
+
+def test_more_sizes_in_turn_than_graphs_are_kept_are_not_captured_for_ever(cuda, in_graph):
+    random = np.random.default_rng(0)
+    for width in random.integers(60, 72, 60):
+        in_graph(sized(width))
+    assert len(cuda.captures) == cuda_graphs._CAPTURES_AHEAD + 1
+
+
+def test_a_size_that_stays_gets_its_graph_after_all(cuda, in_graph, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "_CALLS_PER_CAPTURE", 10)
+    in_graph._runtime._earned = 0
+    for _ in range(10):
+        in_graph(sized(60))
+    assert [recorder.replays for recorder in cuda.captures] == [10]  # from pixel values
+    in_graph(sized(60))
+    assert [recorder.replays for recorder in cuda.captures] == [10, 1]
+    for _ in range(5):  # in turn with one that has a graph
+        in_graph(sized(61))
+        in_graph(sized(60))
+    assert [recorder.replays for recorder in cuda.captures] == [15, 6]
+    in_graph(sized(61))
+    assert [recorder.replays for recorder in cuda.captures] == [15, 6, 1]
+
+
+def test_what_was_earned_is_limited(cuda, in_graph, monkeypatch):
+    """A day with one size does not pay for thousands of captures."""
+    monkeypatch.setattr(cuda_graphs, "_CALLS_PER_CAPTURE", 5)
+    in_graph._runtime._earned = 0
+    for _ in range(50):
+        in_graph(sized(60))
+    assert in_graph._runtime._earned == 5 * cuda_graphs._CAPTURES_AHEAD
+
+
+def test_warming_up_for_sizes_that_are_announced_takes_nothing_from_others(cuda, in_graph):
+    in_graph.device = torch.device("cuda")
+    for width in range(60, 66):
+        in_graph.warm_up(1, (48, width))
+    assert len(cuda.captures) == 6 + 1  # and one from pixel values
+    for width in range(60, 66):
+        in_graph(sized(width))
+    assert len(cuda.captures) == 7
+    for width in range(66, 72):
+        in_graph(sized(width))
+    assert len(cuda.captures) == 7 + cuda_graphs._CAPTURES_AHEAD + 1  # the one from pixel values had to go for these
 
 
 def test_encoding_waits_for_the_upload_of_another_stream(cuda, in_graph):

@@ -13,11 +13,7 @@ from parity import relative_error  # noqa: E402
 
 from vla_perception.options import RESIZE_WITH_PAD  # noqa: E402
 from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
-from vla_perception.tokenizer.cuda_graphs import CudaGraphs  # noqa: E402
 from vla_perception.tokenizer.fused_blocks import patches_as_products, scale_in_one  # noqa: E402
-from vla_perception.tokenizer.preprocess_gpu import DevicePreprocessor  # noqa: E402
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -32,13 +28,10 @@ def load(folder, **options):
 
 
 def in_graph(folder, **options):
-    """A tokenizer that takes the CPU for a GPU, with PyTorch's operations alone, which the fakes can record."""
     tokenizer = load(folder, **options)
     patches_as_products(tokenizer.network)
     scale_in_one(tokenizer.network)
-    tokenizer._preprocessor = DevicePreprocessor(tokenizer.config.encoders, CPU)
-    tokenizer._runtime = CudaGraphs(tokenizer.network, CPU, torch.float32)
-    return tokenizer
+    return fake_cuda.in_graph(tokenizer)
 
 
 def images(seed: int) -> list[np.ndarray]:
@@ -57,8 +50,7 @@ def test_resize_tower_and_connector_are_one_graph(kind, resize, cuda, tmp_path):
         found, expected = (made(images(seed), features=True) for made in (tokenizer, exact))
         torch.testing.assert_close(found.features, expected.features)
         torch.testing.assert_close(found.tokens, expected.tokens)
-    # one graph from pixel values, for the first call, and one from images for the three others
-    assert [recorder.replays for recorder in cuda.captures] == [1, 3]
+    assert [recorder.replays for recorder in cuda.captures] == [4]
     assert tokenizer.runtime == "graph" and not tokenizer.runtime_fallback
 
 
@@ -80,7 +72,7 @@ def test_a_graph_reads_the_condition_that_was_set_last(cuda, tmp_path):
         own = [kind for kind, *about in cuda.order if event in about]
         assert own == ["wait event", "record"]
         assert event in cuda.order[0] and event in cuda.order[-1]  # around all that the encoders do
-    assert [recorder.replays for recorder in cuda.captures] == [1, 3]
+    assert [recorder.replays for recorder in cuda.captures] == [4]
     for found, expected in results:  # no later condition writes into them
         assert relative_error(found.numpy(), expected) < 1e-5
 

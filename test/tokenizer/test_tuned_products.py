@@ -397,7 +397,7 @@ def test_a_tuned_tokenizer_gives_the_same_tokens_and_the_same_bits_at_every_star
         images = [random.integers(0, 256, (120, 160, 3), dtype=np.uint8) for _ in range(views)]
         first, second = (tuned.encode(tuned.preprocess(images)).tokens for _ in range(2))
         assert torch.equal(first, second) and torch.equal(first, again.encode(again.preprocess(images)).tokens)
-        for _ in range(3):  # from the second time on preprocessing is part of the graph
+        for _ in range(3):  # by graphs that preprocess, too
             assert torch.equal(tuned(images).tokens, first)
         before = untuned(images).tokens
         error = float((first.double() - before.double()).norm() / before.double().norm())

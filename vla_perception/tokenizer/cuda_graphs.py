@@ -34,6 +34,10 @@ _RUNS_BEFORE_CAPTURE = 3
 _RETRY_AFTER_SEC = (0.01, 0.03, 0.1, 0.3)
 #: Graphs that are kept, the least recently used goes first. A robot's cameras need one.
 _MAX_GRAPHS = 8
+#: Calls after which a graph with preprocessing has gained what its capture took: about 0.1 s, at 0.3 ms each.
+_CALLS_PER_CAPTURE = 300
+#: Captures for images that need not have been earned so.
+_CAPTURES_AHEAD = 4
 #: CUDA captures one graph at a time in a process.
 _capturing = threading.Lock()
 
@@ -97,7 +101,9 @@ def _streams(owner: object, device: torch.device, sides: int) -> _Streams:
 class CudaGraphs(Runtime):
     """The network as CUDA graphs, one per shape of the inputs, captured when that shape first comes.
 
-    `from_images` has preprocessing in the graph as well, one per size and layout of the images.
+    `from_images` has preprocessing in the graph as well, one per size and layout of the images, captured with the first
+    of them. Where sizes change again and again, captures would take longer than graphs save: beyond `_CAPTURES_AHEAD`
+    each has to be earned, by `_CALLS_PER_CAPTURE` calls with images of sizes and layouts that are known.
 
     What cannot be compiled is captured as it is; a shape whose capture fails runs without a graph. `name` and
     `fallback` say so. Where the caller captures a graph itself, the network becomes part of it.
@@ -123,7 +129,8 @@ class CudaGraphs(Runtime):
         self._pool = torch.cuda.graph_pool_handle()
         # None: cannot be captured.
         self._captured: OrderedDict[_Key, _Captured | None] = OrderedDict()
-        self._seen: deque[_Key] = deque(maxlen=_MAX_GRAPHS)
+        self._seen: deque[_Key] = deque(maxlen=_MAX_GRAPHS)  # the last ones that were not captured
+        self._earned = _CAPTURES_AHEAD * _CALLS_PER_CAPTURE
         # One at a time, in the calling threads and on the device: a graph has one place for inputs and outputs.
         self._lock = threading.Lock()
 
@@ -146,12 +153,17 @@ class CudaGraphs(Runtime):
             return self._replay(captured, fill, features)
 
     def from_images(
-        self, plan: PreprocessPlan, fill: Callable[[torch.Tensor], object], features: bool = True
+        self,
+        plan: PreprocessPlan,
+        fill: Callable[[torch.Tensor], object],
+        features: bool = True,
+        *,
+        cameras: Sequence[str] | None = None,
+        announced: bool = False,
     ) -> tuple[torch.Tensor | None, torch.Tensor] | None:
         """The plan for images, and what writes their memory → as `__call__`, preprocessing being part of the graph.
 
-        None where there is no such graph: images of these sizes are seen for the first time (capturing takes longer
-        than a graph saves), or it cannot be captured.
+        None where there is no such graph: it cannot be captured, or is not worth it (see the class) and not announced.
         """
 
         def capture() -> _Captured:
@@ -168,11 +180,14 @@ class CudaGraphs(Runtime):
         with self._lock, torch.cuda.device(self._device):
             if not plan.capturable or torch.cuda.is_current_stream_capturing():
                 return None
-            if key not in self._captured and not self._was_seen(key):
+            if not announced and not self._may_capture(key):
                 return None
+            known, begun = key in self._captured, time.perf_counter()
             captured = self._graph(key, capture)
             if captured is None:
                 return None
+            if not known:
+                log.info("warmed up for %s in %.2f s", _named(plan, cameras), time.perf_counter() - begun)
             return self._replay(captured, lambda inputs: fill(inputs[0]), features)
 
     def replay_last(self) -> None:
@@ -181,12 +196,19 @@ class CudaGraphs(Runtime):
         assert captured is not None
         captured.graph.replay()
 
-    def _was_seen(self, key: _Key) -> bool:
-        """Whether it is among the last few keys that this was asked for."""
-        seen = key in self._seen
-        if not seen:
+    def _may_capture(self, key: _Key) -> bool:
+        """Whether images of this key have a graph, or may get one now: then that is paid for."""
+        captured = key in self._captured
+        if captured or key in self._seen:
+            self._earned = min(self._earned + 1, _CAPTURES_AHEAD * _CALLS_PER_CAPTURE)
+        if captured:
+            return True
+        if self._earned >= _CALLS_PER_CAPTURE:
+            self._earned -= _CALLS_PER_CAPTURE
+            return True
+        if key not in self._seen:
             self._seen.append(key)
-        return seen
+        return False
 
     def _replay(
         self, captured: _Captured, fill: Callable[[list[torch.Tensor]], object], features: bool
@@ -300,6 +322,12 @@ def _described(key: _Key) -> str:
     if isinstance(key[0], torch.Size):
         return " and ".join(str(list(shape)) for shape in key)
     return " and ".join(f"an image of {layout.width} × {layout.height}" for layout in key[0])
+
+
+def _named(plan: PreprocessPlan, cameras: Sequence[str] | None) -> str:
+    """``front: 1280x720 bgr8, wrist: 640x480 rgb8``."""
+    kinds = [layout.kind for layout in plan.layouts]
+    return ", ".join(kinds if cameras is None else [f"{camera}: {kind}" for camera, kind in zip(cameras, kinds)])
 
 
 def _reason(error: BaseException) -> str:

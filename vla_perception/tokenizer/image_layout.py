@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+#: (Bytes from pixel to pixel, from channel to channel) → `sensor_msgs`' name for it.
+_ENCODINGS = {(3, 1): "rgb8", (3, -1): "bgr8", (4, 1): "rgba8", (4, -1): "bgra8", (1, 0): "mono8"}
 #: Bytes sent per byte needed, up to which the gaps between rows (padding, what `crop` cut off) are sent along.
 _MAX_GAPS = 1.5
 
@@ -31,6 +33,13 @@ class Layout(NamedTuple):
     offset: int
     strides: tuple[int, int, int]
     nbytes: int
+
+    @property
+    def kind(self) -> str:
+        """``1280x720 bgr8``, for people; what decoding a JPEG gives is named alike."""
+        _, pixel, channel = self.strides
+        encoding = _ENCODINGS.get((abs(pixel), channel), f"with strides {self.strides}")
+        return f"{self.width}x{self.height} {encoding}"
 
 
 def memory_of(image: np.ndarray) -> tuple[Layout, np.ndarray]:

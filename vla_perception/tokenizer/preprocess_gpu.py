@@ -231,8 +231,11 @@ class PreprocessPlan:
 class UploadedImages:
     """Images on their way to the GPU, as cameras sent them, to be used on any stream."""
 
-    def __init__(self, plan: PreprocessPlan, images: Sequence[np.ndarray]) -> None:
+    def __init__(
+        self, plan: PreprocessPlan, images: Sequence[np.ndarray], cameras: Sequence[str] | None = None
+    ) -> None:
         self.plan = plan
+        self.cameras = cameras
         self._memory = plan.upload(images)
         self._uploaded = torch.cuda.Event()
         self._uploaded.record(torch.cuda.current_stream(self._memory.device))

@@ -65,12 +65,20 @@ class Runtime:
         return self._run([pixels.to(self._device, self._dtype, non_blocking=True) for pixels in pixel_values])
 
     def from_images(
-        self, plan: PreprocessPlan, fill: Callable[[torch.Tensor], object], features: bool = True
+        self,
+        plan: PreprocessPlan,
+        fill: Callable[[torch.Tensor], object],
+        features: bool = True,
+        *,
+        cameras: Sequence[str] | None = None,
+        announced: bool = False,
     ) -> tuple[torch.Tensor | None, torch.Tensor] | None:
         """Preprocessing and network in one launch; None if the runtime cannot do that for these images.
 
         Args:
             fill: writes the images' memory into uint8 [plan.nbytes] on the device, on the current stream.
+            cameras: of the images, for the log.
+            announced: more such images are known to follow.
         """
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Sequence
@@ -272,7 +273,7 @@ class VisualTokenizer:
         images, steps = self._transformed(as_images(images), cameras)
         if not isinstance(self._preprocessor, DevicePreprocessor):
             return self._preprocessor(images, steps)
-        return UploadedImages(self._preprocessor.plan(images, steps), images)
+        return UploadedImages(self._preprocessor.plan(images, steps), images, cameras)
 
     def _transformed(
         self, images: Sequence[np.ndarray], cameras: Sequence[str] | None
@@ -345,11 +346,11 @@ class VisualTokenizer:
         features: bool = False,
         cameras: Sequence[str] | None = None,
     ) -> TokenizerOutput:
-        """`preprocess` and `encode` in one: on a GPU, one CUDA graph from the second call with such sizes on."""
+        """`preprocess` and `encode` in one: on a GPU, one CUDA graph, captured in the first call with images of such sizes."""
         transformed = self._transformed(as_images(images), cameras)
         with self._condition.held() as condition, torch.inference_mode():
             self._need_condition(condition)
-            found = self._tokens(*transformed, features)
+            found = self._tokens(*transformed, features, cameras)
         return _output(*found, condition)
 
     def _encoded(
@@ -369,17 +370,25 @@ class VisualTokenizer:
         return joined if features else None, tokens
 
     def _tokens(
-        self, images: Sequence[np.ndarray], steps: Sequence[tuple[Step, ...]] | None, features: bool
+        self,
+        images: Sequence[np.ndarray],
+        steps: Sequence[tuple[Step, ...]] | None,
+        features: bool,
+        cameras: Sequence[str] | None,
+        announced: bool = False,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         if isinstance(self._preprocessor, DevicePreprocessor):
             plan = self._preprocessor.plan(images, steps)
-            found = self._runtime.from_images(plan, lambda memory: plan.upload(images, into=memory), features)
+            upload = functools.partial(plan.upload, images)
+            found = self._runtime.from_images(plan, upload, features, cameras=cameras, announced=announced)
             return found or self._encoded(plan.pixel_values(plan.upload(images)), features)
         return self._encoded(self._preprocessor(images, steps), features)
 
     def _of_uploaded(self, images: UploadedImages, features: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
         plan, source = images.plan, images.memory()
-        found = self._runtime.from_images(plan, lambda memory: memory.copy_(source, non_blocking=True), features)
+        found = self._runtime.from_images(
+            plan, lambda memory: memory.copy_(source, non_blocking=True), features, cameras=images.cameras
+        )
         return found or self._encoded(plan.pixel_values(source), features)
 
     def warm_up(
@@ -393,7 +402,8 @@ class VisualTokenizer:
 
         Weights are packed, code is compiled, and the CUDA graphs for this number of views are captured here. Images of
         other sizes take some milliseconds more at their first time, in which PIL's weights for them are computed, and
-        on a GPU longer at their second time, when a graph for that size and encoding (bgr8, mono8, ...) is captured.
+        on a GPU some 0.1 s more, in which a graph for that size and encoding (bgr8, mono8, ...) is captured; the log
+        says so. This may be called for several sizes and numbers of views.
 
         Args:
             size: (height, width) of the RGB images that `__call__` or `prepare` will get.
@@ -411,8 +421,7 @@ class VisualTokenizer:
             with contextlib.suppress(ValueError):  # such images cannot be transformed: too small, or of unknown cameras
                 ready, steps = self._transformed(images, cameras)
             with self._condition.held(), torch.inference_mode():
-                for _ in range(2):  # a graph with preprocessing is captured at the second time
-                    self._tokens(ready, steps, features=False)
+                self._tokens(ready, steps, features=False, cameras=cameras, announced=True)
             # Not the whole device: another thread may be capturing a graph.
             torch.cuda.current_stream(self.device).synchronize()
 

@@ -328,6 +328,33 @@ def test_sets_that_are_prepared_while_another_is_encoded_do_not_mix(bench, devic
     assert bench.counts()["replaced"] > 0
 
 
+def test_the_first_frame_of_a_size_waits_for_its_graph_and_is_published(bench, monkeypatch, caplog):
+    pytest.importorskip("timm")
+    import fake_cuda
+
+    from vla_perception.tokenizer import VisualTokenizer
+
+    caplog.set_level("INFO")
+    fake_cuda.let_plans_be_captured(monkeypatch)
+    happened = fake_cuda.install(monkeypatch)
+    options = {"device": "cpu", "compute_dtype": "float32", "runtime": "eager", "image_size": [56, 64]}
+    tokenizer, exact = (VisualTokenizer.load("tiny-random", **options) for _ in range(2))
+    bench, expected = bench(fake_cuda.in_graph(tokenizer)), {}
+    for number, height in enumerate((48, 48, 72, 72, 48), start=1):
+        bgr = np.random.default_rng(number).integers(0, 256, (height, 128, 3), np.uint8)[:, :, ::-1]
+        expected[bench.add(SimpleNamespace(header=IMAGE.header, pixels=bgr))] = exact([bgr]).tokens.numpy()
+        bench.wait_for(number)
+    assert not bench.reports and not bench.failures
+    for tokens in bench.published:
+        np.testing.assert_allclose(tokens.float32(), expected[tokens.stamp_ns], rtol=1e-4, atol=1e-5)
+    assert [recorder.replays for recorder in happened.captures] == [3, 2]
+    logged = [record.getMessage() for record in caplog.records if "warmed up" in record.getMessage()]
+    assert [text.partition(" in ")[0] for text in logged] == [
+        "warmed up for front: 128x48 bgr8",
+        "warmed up for front: 128x72 bgr8",
+    ]
+
+
 def test_compressed_images_of_a_frame_set_are_decoded_side_by_side():
     """Each waits for the others: one after the other they would never come to an end. A bad one is the only one lost."""
     cameras = ("front", "side", "wrist", "rear")
