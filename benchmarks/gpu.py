@@ -45,7 +45,7 @@ from torch.nn import functional
 from vla_perception import __version__
 from vla_perception.baseline import ReferenceModel
 from vla_perception.tokenizer import VisualTokenizer
-from vla_perception.tokenizer.cuda_graphs import CudaGraphs
+from vla_perception.tokenizer.cuda_graphs import CudaGraphs, capturing
 
 #: A test puts others here.
 DEVICE, DTYPE, ROUNDS, REPEAT = torch.device("cuda"), torch.bfloat16, 100, 40
@@ -86,10 +86,9 @@ def graph_us(action: Callable[[], object]) -> float:
         for _ in range(3):
             action()
         stream.synchronize()
-        graph.capture_begin(pool=torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
+    with capturing(graph, torch.cuda.graph_pool_handle(), stream):
         for _ in range(REPEAT):
             action()
-        graph.capture_end()
     return device_us(graph.replay, max(1, ROUNDS // 5)) / REPEAT
 
 

@@ -117,10 +117,11 @@ def test_a_pool_whose_last_graph_has_gone_is_not_used_again(cuda, graphs, monkey
     assert failed is first and last is not first
 
 
+@pytest.mark.parametrize("missing", [["MemPool", "use_mem_pool"], ["use_mem_pool"]])
 @torch.inference_mode()
-def test_pytorch_without_memory_pools_has_graphs_too(cuda, graphs, monkeypatch):
-    monkeypatch.delattr(torch.cuda, "MemPool")
-    monkeypatch.delattr(torch.cuda, "use_mem_pool")
+def test_pytorch_without_memory_pools_has_graphs_too(cuda, graphs, monkeypatch, missing):
+    for name in missing:
+        monkeypatch.delattr(torch.cuda, name)
     run, tokenizer = graphs
     agree(run, tokenizer, tokenizer.preprocess(images(1)))
     assert run.name == "graph" and not run.fallback
@@ -154,6 +155,56 @@ def test_nothing_but_captures_runs_on_their_streams(cuda, graphs, monkeypatch):
             run(tokenizer.preprocess(images(views)))
     assert ran == {"captured": {"main", "side"}, "held": {"main", "side"}, "eager": {"default"}}
     assert len(cuda.lasting) == 1
+
+
+@torch.inference_mode()
+def test_every_thread_that_captures_holds_the_workspaces_of_its_cublas_handle(cuda, graphs):
+    """Else they would be allocated during the capture, 32 MiB a stream from the graphs' pool."""
+    run, tokenizer = graphs
+
+    @torch.inference_mode()
+    def capture(views):
+        agree(run, tokenizer, tokenizer.preprocess(images(views)))
+
+    for views in (1, 2):
+        capture(views)
+    for _ in range(2):
+        thread = threading.Thread(target=capture, args=(3 + len(cuda.captures),))
+        thread.start()
+        thread.join()
+    assert len(cuda.captures) == 4
+    assert len(cuda.lasting) == 3 and len(set(map(id, cuda.lasting))) == 1
+
+
+@torch.inference_mode()
+def test_workspaces_that_there_was_no_memory_for_are_held_by_the_next_capture(cuda, graphs, monkeypatch):
+    run, tokenizer = graphs
+    multiply, out_of_memory = torch.mm, [torch.cuda.OutOfMemoryError("CUDA out of memory")]
+
+    def mm(*given):
+        if cuda.holding and out_of_memory:
+            raise out_of_memory.pop()
+        return multiply(*given)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    for views in (1, 2):
+        agree(run, tokenizer, tokenizer.preprocess(images(views)))
+    assert len(cuda.captures) == 1 and len(cuda.lasting) == 2
+
+
+@torch.inference_mode()
+def test_nothing_is_given_back_that_the_device_still_reads(cuda, graphs):
+    _, tokenizer = graphs
+    run = CudaGraphs(tokenizer.network, torch.device("cpu"), torch.float32)
+    run(tokenizer.preprocess(images(1)))
+    for recorder in cuda.captures:
+        recorder.operations.clear()  # which hold on to all, unlike CUDA
+    free, found = run._streams.free, []
+    static = weakref.ref(next(iter(run._captured.values())).inputs[0])
+    free.synchronize = lambda: found.append(static() is not None)
+    del run
+    gc.collect()
+    assert found == [True] and static() is None
 
 
 @torch.inference_mode()
@@ -202,6 +253,29 @@ def test_a_replay_waits_until_the_last_result_was_copied(cuda, graphs):
     assert (first, last) == ("wait event", "record") and waited == recorded
 
 
+@pytest.mark.parametrize("part", ["fill", "replay", "result"])
+@torch.inference_mode()
+def test_the_next_replay_waits_for_one_whose_result_could_not_be_copied(cuda, graphs, monkeypatch, part):
+    """What is queued already still writes where the next one would read."""
+    run, tokenizer = graphs
+    pixel_values = tokenizer.preprocess(images(1))
+    run(pixel_values)
+
+    def fails(*_given, **_options):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    del cuda.order[:]
+    with monkeypatch.context() as patch:
+        if part == "replay":
+            patch.setattr(cuda.captures[0], "replay", fails)
+        else:
+            patch.setattr(torch.Tensor, {"fill": "copy_", "result": "clone"}[part], fails)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            run(pixel_values)
+    assert [kind for kind, _, event in cuda.order if event == id(run._streams.free)] == ["wait event", "record"]
+    agree(run, tokenizer, pixel_values)
+
+
 @torch.inference_mode()
 def test_in_a_capture_of_the_callers_the_network_runs_as_it_is(cuda, graphs):
     run, tokenizer = graphs
@@ -246,8 +320,13 @@ def test_what_was_forked_is_joined_when_a_capture_fails(cuda, graphs, index, cap
     assert run.name == "graph" and len(cuda.captures) == 2
 
 
+@pytest.mark.parametrize("name", ["_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"])
 @torch.inference_mode()
-def test_a_capture_that_cannot_be_ended_is_taken_from_the_allocator(cuda, graphs):
+def test_a_capture_that_cannot_be_ended_is_taken_from_the_allocator(cuda, graphs, monkeypatch, name):
+    """By the name that PyTorch 2.8 has, and the one before."""
+    end_allocate = torch._C._cuda_endAllocateToPool
+    monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool")
+    monkeypatch.setattr(torch._C, name, end_allocate, raising=False)
     run, tokenizer = graphs
     before = list(cuda.current)
     cuda.failures = [RuntimeError("no kernel image is available")]
@@ -302,6 +381,41 @@ def test_a_capture_that_another_thread_broke_off_is_tried_again(cuda, graphs, ti
     assert cuda.slept == list(cuda_graphs._RETRY_AFTER_SEC)[:times]
     assert (run.name, not run.fallback) == (("graph", True) if works else ("eager", False))
     assert not cuda.in_pool
+
+
+@torch.inference_mode()
+def test_a_capture_that_cublas_noticed_first_to_be_broken_off_is_tried_again(cuda, graphs):
+    """Its status does not say so; the end of the capture does."""
+    run, tokenizer = graphs
+    branch, calls = run._branches[0], []
+
+    def fails(pixels):
+        calls.append(cuda.broken)
+        if len(calls) == cuda_graphs._RUNS_BEFORE_CAPTURE + 1:
+            cuda.broken = True
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasLtMatmul(...)`")
+        return branch(pixels)
+
+    run._branches[0] = fails
+    agree(run, tokenizer, tokenizer.preprocess(images(1)))
+    assert len(cuda.captures) == 2 and cuda.slept == [cuda_graphs._RETRY_AFTER_SEC[0]]
+    assert run.name == "graph" and not run.fallback and not cuda.in_pool and not cuda.forked
+
+
+@torch.inference_mode()
+def test_what_cublas_refuses_itself_is_not_tried_again(cuda, graphs):
+    run, tokenizer = graphs
+    branch, calls = run._branches[0], []
+
+    def fails(pixels):
+        calls.append(1)
+        if len(calls) == cuda_graphs._RUNS_BEFORE_CAPTURE + 1:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul(...)`")
+        return branch(pixels)
+
+    run._branches[0] = fails
+    agree(run, tokenizer, tokenizer.preprocess(images(1)))
+    assert len(cuda.captures) == 1 and not cuda.slept and "CUBLAS_STATUS_NOT_SUPPORTED" in run.fallback
 
 
 @torch.inference_mode()
@@ -599,6 +713,18 @@ def test_encoding_waits_for_the_upload_of_another_stream(cuda, in_graph):
         in_graph.encode(uploaded)
     (kind, on, event), first, *_ = cuda.order
     assert (kind, on) == ("record", id(uploading)) and first == ("wait event", id(encoding), event)
+
+
+def test_a_callers_autocast_is_in_no_graph(cuda, in_graph):
+    """Whoever called first would decide in which precision all others are computed."""
+    exact = load(runtime="eager")
+    expected = exact(images(1)).tokens
+    with torch.autocast("cpu", torch.bfloat16):
+        in_graph.warm_up(1, (120, 160))
+        found = [in_graph(images(1)).tokens, in_graph.encode(in_graph.prepare(images(1))).tokens]
+        assert torch.is_autocast_enabled("cpu")
+    for tokens in (*found, in_graph(images(1)).tokens, in_graph.encode(in_graph.preprocess(images(1))).tokens):
+        torch.testing.assert_close(tokens, expected)
 
 
 def test_on_a_cpu_prepared_images_are_pixel_values():

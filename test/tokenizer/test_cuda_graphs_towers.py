@@ -77,6 +77,19 @@ def test_a_graph_reads_the_condition_that_was_set_last(cuda, tmp_path):
         assert relative_error(found.numpy(), expected) < 1e-5
 
 
+def test_a_condition_is_no_reason_to_break_a_capture_of_the_callers(cuda, tmp_path):
+    """There, an event from outside must not be waited for, and one that is recorded is of no use outside."""
+    tokenizer = in_graph(film_checkpoints.write(tmp_path / "oft", film_checkpoints.film_state()))
+    tokenizer.set_condition(np.full(96, 0.5, np.float32))
+    tokenizer._condition._done = torch.cuda.Event()
+    pixel_values = tokenizer.preprocess(images(0))
+    expected = tokenizer.encode(pixel_values).tokens
+    del cuda.order[:]
+    cuda.capturing_elsewhere = True
+    torch.testing.assert_close(tokenizer.encode(pixel_values).tokens, expected)
+    assert not cuda.order
+
+
 def test_an_empty_view_has_a_graph_from_the_start(cuda, tmp_path):
     folder = lerobot_checkpoints.written(tmp_path / "pi05")
     exact, tokenizer = load(folder), in_graph(folder)

@@ -210,6 +210,7 @@ def test_blocks_that_do_something_else_stay(change):
 def test_patches_are_padded_to_what_products_like():
     convolution = nn.Conv2d(3, 20, 14, stride=14, device=DEVICE)
     product = fused_blocks.PatchProduct(convolution)
+    assert product._padded is not None  # before it is used, which may be within a capture
     pixels = noise(2, 3, 30, 42)
     for _ in range(2):
         torch.testing.assert_close(product(pixels), convolution(pixels), rtol=1e-3, atol=1e-4)

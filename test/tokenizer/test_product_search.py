@@ -235,5 +235,9 @@ def test_real_captures_are_of_the_network_as_it_is(monkeypatch):
         groups[0].products.clear()
         assert torch.equal(timer.tokens(), before)
         happened.failures = [RuntimeError("no kernel image")]
+        with pytest.raises(RuntimeError, match="no kernel image"):
+            timer.alone(groups[0], rows, product)
+        assert not happened.in_pool and len(happened.released) == 1  # the allocator does not believe in that capture
+        happened.failures = [RuntimeError("no kernel image")]
         with pytest.raises(RuntimeError, match="no CUDA graph for .*: no kernel image"):
             timer.capture()

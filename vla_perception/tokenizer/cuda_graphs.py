@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -38,8 +40,10 @@ _MAX_GRAPHS = 8
 _CALLS_PER_CAPTURE = 300
 #: Captures for images that need not have been earned so.
 _CAPTURES_AHEAD = 4
+#: Libraries that say no more than that they failed where a capture was broken off before.
+_LIBRARIES = re.compile("cublas|cudnn", re.IGNORECASE)
 #: CUDA captures one graph at a time in a process.
-_capturing = threading.Lock()
+_one_at_a_time = threading.Lock()
 
 #: The inputs' shapes, or `PreprocessPlan.key`.
 _Key = tuple
@@ -67,17 +71,56 @@ class _Streams:
     #: recorded when the last replay has been read
     free: torch.cuda.Event = field(default_factory=lambda: torch.cuda.Event())
     workspaces: torch.cuda.MemPool | None = None
+    #: of this thread, which has a cuBLAS handle of its own, and so workspaces of its own
+    of_thread: threading.local = field(default_factory=threading.local)
 
     def hold_workspaces(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Has cuBLAS allocate its workspaces, where nothing else is allocated and nothing is freed."""
-        if self.workspaces is not None or not hasattr(torch.cuda, "MemPool"):  # PyTorch 2.4 has none
+        """Has cuBLAS allocate this thread's workspaces, where nothing else is allocated and nothing is freed."""
+        if hasattr(self.of_thread, "holds") or not hasattr(torch.cuda, "use_mem_pool"):  # PyTorch 2.4 has none
             return
-        self.workspaces = torch.cuda.MemPool()
+        if self.workspaces is None:
+            self.workspaces = torch.cuda.MemPool()
         with torch.cuda.use_mem_pool(self.workspaces):
             for stream in (self.main, *self.sides):
                 with torch.cuda.stream(stream):
                     ones = torch.ones(16, 16, dtype=dtype, device=device)
                     torch.mm(functional.linear(ones, ones, ones[0]), ones)
+        self.of_thread.holds = True
+
+
+class _BrokenOffError(RuntimeError):
+    """Something outside of it has ended a capture; the cause is what was noticed of that first."""
+
+
+@contextlib.contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> Iterator[None]:
+    """What is queued meanwhile, on this stream, becomes the graph; its memory is of `pool`, a `graph_pool_handle`.
+
+    Leaves nothing of a capture behind if it fails; raises what went wrong first, or `_BrokenOffError`.
+    """
+    # Not `torch.cuda.graph`: it synchronizes the device and empties the allocator's cache, which would break off a
+    # capture of another thread's. thread_local: other threads may use CUDA meanwhile, but not wait for all of it.
+    with _one_at_a_time, torch.cuda.stream(stream):
+        try:
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            yield
+            graph.capture_end()
+        except BaseException as error:
+            end = ""
+            try:
+                graph.capture_end()
+            except Exception as failure:
+                end = str(failure)
+            # Up to torch 2.11 an end that fails leaves the allocator believing in the capture, for the whole
+            # process. Where it does not, the first of these raises.
+            with contextlib.suppress(Exception):
+                names = "_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"  # the second before torch 2.8
+                end_allocation = next(getattr(torch._C, name) for name in names if hasattr(torch._C, name))
+                end_allocation(stream.device_index, pool)
+                torch._C._cuda_releasePool(stream.device_index, pool)
+            if "captur" in str(error) or ("captur" in end and _LIBRARIES.search(str(error))):
+                raise _BrokenOffError(str(error)) from error
+            raise
 
 
 #: Of devices by index, and numbers of side streams: those that no `CudaGraphs` has.
@@ -94,8 +137,16 @@ def _streams(owner: object, device: torch.device, sides: int) -> _Streams:
         # another thread did on the same one during a capture would be captured as well: these are rarer.
         main, *others = (torch.cuda.Stream(device, priority=-1) for _ in range(1 + sides))
         streams = _Streams(main, others)
-    weakref.finalize(owner, spare.append, streams).atexit = False
+    weakref.finalize(owner, _give_back, streams, spare).atexit = False
     return streams
+
+
+def _give_back(streams: _Streams, spare: list[_Streams]) -> None:
+    """The owner is gone, and its graphs' memory right after this: the device may still be reading it."""
+    with contextlib.suppress(Exception):  # as where the device has failed
+        if not torch.cuda.is_current_stream_capturing():
+            streams.free.synchronize()
+    spare.append(streams)
 
 
 class CudaGraphs(Runtime):
@@ -215,12 +266,13 @@ class CudaGraphs(Runtime):
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(self._streams.free)  # the last caller may have used another stream
-        fill(captured.inputs)
-        captured.graph.replay()
-        # Copies, because the next replay writes where this one did: 2 MiB take some microseconds on the device.
-        result = captured.features.clone() if features else None, captured.tokens.clone()
-        self._streams.free.record(stream)
-        return result
+        try:
+            fill(captured.inputs)
+            captured.graph.replay()
+            # Copies, because the next replay writes where this one did: 2 MiB take some microseconds on the device.
+            return captured.features.clone() if features else None, captured.tokens.clone()
+        finally:  # also where memory lacks for the copies: the next one must wait for what is queued
+            self._streams.free.record(stream)
 
     def _graph(self, key: _Key, capture: Callable[[], _Captured]) -> _Captured | None:
         """The graph for this key; None, and the reason in `fallback`, if there cannot be one."""
@@ -264,34 +316,20 @@ class CudaGraphs(Runtime):
         for pause in (*_RETRY_AFTER_SEC, None):
             try:
                 return self._record(inputs, prepare)
-            except Exception as error:
-                if pause is None or "captur" not in str(error):
-                    raise
+            except _BrokenOffError as error:
+                if pause is None:
+                    raise (error.__cause__ or error) from None
                 time.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
 
     def _record(self, inputs: list[torch.Tensor], prepare: Callable[[], list[torch.Tensor]]) -> _Captured:
-        """One attempt. Leaves nothing of a capture behind if it fails; raises what went wrong first."""
+        """One attempt."""
         graph = torch.cuda.CUDAGraph()
         if not any(self._captured.values()):
             # The allocator gives a pool up with its last graph, and refuses it for another one.
             self._pool = torch.cuda.graph_pool_handle()
-        # Not `torch.cuda.graph`: it synchronizes the device and empties the allocator's cache, which would break off a
-        # capture of another thread's. thread_local: other threads may use CUDA meanwhile, but not wait for all of it.
-        with _capturing, torch.cuda.stream(self._streams.main):
-            try:
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                features, tokens = self._run_side_by_side(prepare())
-                graph.capture_end()
-            except BaseException:
-                with contextlib.suppress(Exception):
-                    graph.capture_end()
-                # Up to torch 2.11 an end that fails leaves the allocator believing in the capture, for the whole
-                # process. Where it does not, the first of these raises.
-                with contextlib.suppress(Exception):
-                    torch._C._cuda_endAllocateToPool(self._streams.main.device_index, self._pool)
-                    torch._C._cuda_releasePool(self._streams.main.device_index, self._pool)
-                raise
+        with capturing(graph, self._pool, self._streams.main):
+            features, tokens = self._run_side_by_side(prepare())
         return _Captured(graph, inputs, features, tokens, prepare)
 
     def _run_side_by_side(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -92,7 +92,8 @@ class Condition:
     def _apply(self, values: np.ndarray) -> None:
         vector = torch.from_numpy(values.copy()).to(self._device, self._dtype)
         self._wait()
-        with torch.inference_mode(False), torch.no_grad():  # read by graphs, which are captured outside of it
+        # Read by graphs, which are captured outside of inference mode; a caller's autocast is not the compute dtype.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             for block in self._blocks:
                 block.set_condition(vector.clone())
         self._record()
@@ -110,9 +111,9 @@ class Condition:
 
     def _wait(self) -> None:
         # What was queued on another stream still reads the last condition, or writes it.
-        if self._done is not None:
+        if self._done is not None and not torch.cuda.is_current_stream_capturing():
             torch.cuda.current_stream(self._device).wait_event(self._done)
 
     def _record(self) -> None:
-        if self._done is not None:
+        if self._done is not None and not torch.cuda.is_current_stream_capturing():
             self._done.record(torch.cuda.current_stream(self._device))

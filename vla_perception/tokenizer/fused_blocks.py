@@ -110,7 +110,9 @@ class PatchProduct(nn.Module):
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
         self.weight, self.bias = convolution.weight, convolution.bias
-        self._padded: torch.Tensor | None = None
+        missing = -self.weight[0].numel() % 8
+        # Here and not when it is first used, which may be in a capture, or on another thread's stream.
+        self._padded = functional.pad(self.weight.detach().flatten(1), (0, missing)) if missing else None
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """[views, 3, height, width] → [views, channels, rows, columns]; what no whole patch covers is not seen."""
@@ -119,12 +121,9 @@ class PatchProduct(nn.Module):
         pixels = pixels[:, :, : rows * side, : columns * side]
         patches = pixels.unflatten(3, (columns, side)).unflatten(2, (rows, side)).permute(0, 2, 4, 1, 3, 5)
         length = self.weight[0].numel()
-        missing = -length % 8
-        if not missing or torch.compiler.is_compiling():  # Inductor pads by itself
+        if self._padded is None or torch.compiler.is_compiling():  # Inductor pads by itself
             return functional.linear(patches.flatten(3), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-        if self._padded is None:
-            self._padded = functional.pad(self.weight.detach().flatten(1), (0, missing))
-        rows_of_product = patches.new_zeros(*patches.shape[:3], length + missing)
+        rows_of_product = patches.new_zeros(*patches.shape[:3], self._padded.shape[1])
         rows_of_product[..., :length].unflatten(3, patches.shape[3:]).copy_(patches)
         return functional.linear(rows_of_product, self._padded, self.bias).permute(0, 3, 1, 2)
 

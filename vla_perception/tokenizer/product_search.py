@@ -18,7 +18,7 @@ import torch
 
 from vla_perception.tokenizer import tuned_products
 from vla_perception.tokenizer.cublaslt import Choice, CublasLt, CublasLtError, Product
-from vla_perception.tokenizer.cuda_graphs import CudaGraphs
+from vla_perception.tokenizer.cuda_graphs import CudaGraphs, capturing
 from vla_perception.tokenizer.network import TokenizerNetwork
 from vla_perception.tokenizer.tuned_products import Group
 
@@ -83,12 +83,9 @@ class GraphTimer:
         with torch.cuda.stream(stream):
             product(values, layer.weight, layer.bias)
             stream.synchronize()
-            graph.capture_begin(pool=torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
-            try:
-                for layer in group.layers:
-                    product(values, layer.weight, layer.bias)
-            finally:
-                graph.capture_end()
+        with capturing(graph, torch.cuda.graph_pool_handle(), stream):
+            for layer in group.layers:
+                product(values, layer.weight, layer.bias)
         return _microseconds([graph.replay], _GLANCE)[0] / len(group.layers)
 
 

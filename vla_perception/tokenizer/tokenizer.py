@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from vla_perception.tokenizer.config import TokenizerOptions
 
 log = logging.getLogger(__name__)
+
+#: Images, and of each the steps of its transforms that are left to `_preprocessor`.
+_Transformed = tuple[Sequence[np.ndarray], Sequence[tuple[Step, ...]] | None]
 
 
 @dataclass(frozen=True)
@@ -275,10 +278,7 @@ class VisualTokenizer:
             return self._preprocessor(images, steps)
         return UploadedImages(self._preprocessor.plan(images, steps), images, cameras)
 
-    def _transformed(
-        self, images: Sequence[np.ndarray], cameras: Sequence[str] | None
-    ) -> tuple[Sequence[np.ndarray], Sequence[tuple[Step, ...]] | None]:
-        """Arguments of `_preprocessor`: images, and those of their transforms that are left to it."""
+    def _transformed(self, images: Sequence[np.ndarray], cameras: Sequence[str] | None) -> _Transformed:
         if cameras is not None and len(cameras) != len(images):
             raise ValueError(f"{len(images)} images need as many cameras, got {list(cameras)}")
         if not self._transforms:
@@ -290,7 +290,7 @@ class VisualTokenizer:
 
     def encode(self, pixel_values: UploadedImages | Sequence[torch.Tensor], features: bool = False) -> TokenizerOutput:
         """What `preprocess` or `prepare` gave → tokens; `features` also returns what went into the projector, pooled alike."""
-        with self._condition.held() as condition, torch.inference_mode():
+        with self._computing() as condition:
             self._need_condition(condition)
             if isinstance(pixel_values, UploadedImages):
                 found = self._of_uploaded(pixel_values, features)
@@ -298,13 +298,20 @@ class VisualTokenizer:
                 found = self._encoded(pixel_values, features)
         return _output(*found, condition)
 
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[str | None]:
+        """In the compute dtype, whatever a caller's autocast is, and by one condition; yields its digest."""
+        autocast = torch.autocast(self.device.type, enabled=False)
+        with self._condition.held() as condition, torch.inference_mode(), autocast:
+            yield condition
+
     def encode_empty(self, features: bool = False) -> TokenizerOutput:
         """Of one view without an image: pixel values of -1, as LeRobot and openpi have it for a missing camera."""
         return self.encode(self._empty_view(), features)
 
     def _empty_view(self) -> list[torch.Tensor]:
         sizes = [encoder.image_size for encoder in self.config.encoders]
-        return [torch.full((1, 3, size, size), -1.0) for size in sizes]
+        return [torch.full((1, 3, size, size), -1.0, device="cpu") for size in sizes]
 
     @property
     def condition_channels(self) -> int:
@@ -348,9 +355,9 @@ class VisualTokenizer:
     ) -> TokenizerOutput:
         """`preprocess` and `encode` in one: on a GPU, one CUDA graph, captured in the first call with images of such sizes."""
         transformed = self._transformed(as_images(images), cameras)
-        with self._condition.held() as condition, torch.inference_mode():
+        with self._computing() as condition:
             self._need_condition(condition)
-            found = self._tokens(*transformed, features, cameras)
+            found = self._tokens(transformed, features, cameras)
         return _output(*found, condition)
 
     def _encoded(
@@ -370,13 +377,9 @@ class VisualTokenizer:
         return joined if features else None, tokens
 
     def _tokens(
-        self,
-        images: Sequence[np.ndarray],
-        steps: Sequence[tuple[Step, ...]] | None,
-        features: bool,
-        cameras: Sequence[str] | None,
-        announced: bool = False,
+        self, transformed: _Transformed, features: bool, cameras: Sequence[str] | None, announced: bool = False
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        images, steps = transformed
         if isinstance(self._preprocessor, DevicePreprocessor):
             plan = self._preprocessor.plan(images, steps)
             upload = functools.partial(plan.upload, images)
@@ -411,17 +414,16 @@ class VisualTokenizer:
             empty_view: whether `encode_empty` will be called, too, which is another number of views.
         """
         images = [np.zeros((*size, 3), np.uint8)] * views
-        with self._condition.held(), torch.inference_mode():
+        with self._computing():
             self._encoded(self._preprocessor(images), features=False)
             if empty_view and views > 1 and self.runtime in ("graph", "compile"):
                 self._encoded(self._empty_view(), features=False)
         if self.device.type == "cuda":
-            ready: Sequence[np.ndarray] = images
-            steps: Sequence[tuple[Step, ...]] | None = None
+            transformed: _Transformed = (images, None)
             with contextlib.suppress(ValueError):  # such images cannot be transformed: too small, or of unknown cameras
-                ready, steps = self._transformed(images, cameras)
-            with self._condition.held(), torch.inference_mode():
-                self._tokens(ready, steps, features=False, cameras=cameras, announced=True)
+                transformed = self._transformed(images, cameras)
+            with self._computing():
+                self._tokens(transformed, features=False, cameras=cameras, announced=True)
             # Not the whole device: another thread may be capturing a graph.
             torch.cuda.current_stream(self.device).synchronize()
 
