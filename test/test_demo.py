@@ -38,8 +38,7 @@ from demo.__main__ import MOMENTS, main
 from demo.events import Events
 from demo.report import make_report
 
-# `make demo` runs in .venv. Its node, player and subscriber are tested under both distributions.
-pytestmark = [pytest.mark.ros, pytest.mark.one_distribution]
+pytestmark = pytest.mark.ros
 
 CAMERAS = ("front", "wrist")
 COUNTERS = ("published", "received", "encoded", "replaced", "unmatched", "undecodable", "pending")

@@ -5,9 +5,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
+import film_checkpoints  # noqa: E402
+import lerobot_checkpoints  # noqa: E402
 
 from vla_perception.tokenizer import VisualTokenizer, fused_blocks  # noqa: E402
 from vla_perception.tokenizer import runtime as runtimes  # noqa: E402
+from vla_perception.tokenizer.checkpoints.lerobot import smolvlm_positions  # noqa: E402
 from vla_perception.tokenizer.runtime import limit_threads, onednn_gains  # noqa: E402
 
 
@@ -131,6 +134,46 @@ def test_blocks_whose_scaling_is_fused_give_what_timms_do():
     assert fused.network.state_dict().keys() == tokenizer.network.state_dict().keys()
     error, _ = distance(fused(images(2)).tokens, tokenizer(images(2)).tokens)
     assert 0 < error < 1e-6
+
+
+@pytest.mark.parametrize("runtime", ["eager", "onednn"])
+def test_a_callers_autocast_changes_no_token(runtime):
+    """Policies run under it; tokens are in the precision that their message says."""
+    tokenizer = load(runtime=runtime, compute_dtype="float32")
+    tokenizer.warm_up(1)
+    expected = tokenizer(images(1), features=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tokenizer(images(1), features=True), tokenizer.encode(tokenizer.preprocess(images(1)), features=True)
+        assert torch.is_autocast_enabled("cpu")
+    for output in found:
+        assert torch.equal(output.tokens, expected.tokens) and torch.equal(output.features, expected.features)
+
+
+@pytest.mark.parametrize("kind", ["preset", "smolvla", "oft"])
+def test_a_callers_default_device_and_dtype_are_not_the_tokenizers(kind, tmp_path):
+    """Policies set them to build their own networks. No value can come out of a tensor of the device `meta`."""
+    model = "tiny-random"
+    if kind == "smolvla":
+        model = lerobot_checkpoints.written(tmp_path / kind, kind)
+    if kind == "oft":
+        model = film_checkpoints.write(tmp_path / kind, film_checkpoints.lora_wrapped(film_checkpoints.film_state()))
+
+    def tokens():
+        tokenizer = VisualTokenizer.load(model, device="cpu", compute_dtype="float32", runtime="eager")
+        if tokenizer.condition_channels:
+            tokenizer.set_condition(np.ones(tokenizer.condition_channels, np.float32))
+        positions = torch.from_numpy(np.array(smolvlm_positions(64, 37)))
+        return tokenizer(images(1)).tokens, tokenizer.encode_empty().tokens, positions
+
+    expected = tokens()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = tokens()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.gpu

@@ -26,8 +26,8 @@ def pinned(monkeypatch):
     """The pinned memory that is asked for, filled with something else than 0."""
     empty, asked = torch.empty, []
 
-    def make(shape, dtype, pin_memory):
-        asked.append(empty(shape, dtype=dtype).fill_(7))
+    def make(shape, dtype, device, pin_memory):
+        asked.append(empty(shape, dtype=dtype, device=device).fill_(7))
         assert pin_memory
         return asked[-1]
 
@@ -46,7 +46,8 @@ def test_everything_arrives_in_order_and_crosses_at_once(pinned, seed):
     sources = memories(np.random.default_rng(seed))
     expected = np.concatenate([source.reshape(-1) for source in sources])
     device = Device(expected.size)
-    upload(sources, device)
+    with torch.device("meta"):  # a caller may have another default device than the CPU, such as its GPU
+        upload(sources, device)
     (arrived,) = device.copies
     np.testing.assert_array_equal(arrived, expected)
     assert len(pinned) == 1

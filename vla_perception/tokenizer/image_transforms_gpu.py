@@ -40,7 +40,7 @@ class DeviceSteps:
             make = {"lanczos3": _lanczos3, "center_crop_tf": _center_crop}[step.name]
             row = step.size * 3
             table = [(index * step.size * row, row, 3, 1, place) for index, place in enumerate(places)]
-            self.views = torch.tensor(table, dtype=torch.int64).to(device)
+            self.views = torch.tensor(table, dtype=torch.int64, device="cpu").to(device)
             self._runs.append((make(image_size, step.size, device), self.views))
             image_size = (step.size, step.size)
         self.image_size = image_size

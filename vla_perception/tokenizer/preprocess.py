@@ -122,9 +122,11 @@ def _to_pil(image: np.ndarray) -> Image.Image:
 
 def normalization_table(config: EncoderConfig) -> np.ndarray:
     """float32 [3, 256]: the normalised value of every uint8 level in every channel."""
-    levels = torch.arange(256, dtype=torch.uint8).to(torch.float32).div(255).repeat(3, 1)
-    mean = torch.tensor(config.mean, dtype=torch.float32)[:, None]
-    std = torch.tensor(config.std, dtype=torch.float32)[:, None]
+    # Named, since a caller may have set another default device.
+    levels = torch.arange(256, dtype=torch.uint8, device="cpu").to(torch.float32).div(255).repeat(3, 1)
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device="cpu")[:, None] for values in (config.mean, config.std)
+    )
     return levels.sub_(mean).div_(std).numpy()
 
 

@@ -124,7 +124,7 @@ class PreprocessPlan:
 
     def _view_table(self, views: Sequence[int]) -> torch.Tensor:
         rows = [(self._starts[view] + self.layouts[view].offset, *self.layouts[view].strides, view) for view in views]
-        return torch.tensor(rows, dtype=torch.int64).to(self._owner.device)
+        return torch.tensor(rows, dtype=torch.int64, device="cpu").to(self._owner.device)
 
     def upload(self, images: Sequence[np.ndarray], into: torch.Tensor | None = None) -> torch.Tensor:
         """The images' memory → uint8 [nbytes] on the device, `into` if that is given.
@@ -301,7 +301,7 @@ class DevicePreprocessor:
             for config in encoders
             if config.resize_strategy == "letterbox"
         }
-        self.channels = torch.arange(3, device=device).view(3, 1, 1)
+        self.channels = torch.arange(3, device="cpu").to(device).view(3, 1, 1)
         # Cameras have few sizes; with many sizes the weights are computed again.
         self._taps = functools.lru_cache(maxsize=64)(self._make_taps)
         self._kernel_taps = functools.lru_cache(maxsize=64)(self._make_kernel_taps)

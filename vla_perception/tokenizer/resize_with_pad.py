@@ -79,7 +79,8 @@ class FloatResize:
         self._placement = placement(height, width, side, strategy)
         self._is_identity = (height, width) == (side, side)
         # A tensor: a quotient by a number is the product with its reciprocal on CUDA, which rounds to something else.
-        self._largest = torch.full((1,), 255.0, device=device)
+        # Copied, as all constants here, and not filled: they are there, for any stream, when this returns.
+        self._largest = torch.full((1,), 255.0, device="cpu").to(device)
         if strategy == BY_JAX:
             self._down, self._across = (
                 torch.from_numpy(jax_linear_weights(source, target).astype(np.float64)).to(device)

@@ -20,7 +20,7 @@ def upload(memories: Sequence[np.ndarray], into: torch.Tensor) -> None:
     """
     on_gpu = into.device.type == "cuda"
     # The allocator gives a pinned block out again only when the copies that were queued from it are done.
-    host = torch.empty(into.shape, dtype=torch.uint8, pin_memory=True) if on_gpu else into
+    host = torch.empty(into.shape, dtype=torch.uint8, device="cpu", pin_memory=True) if on_gpu else into
     begin = 0
     for memory in memories:
         end = begin + memory.size

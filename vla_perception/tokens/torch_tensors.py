@@ -17,7 +17,7 @@ def queue_to_host(tensor: torch.Tensor) -> torch.Tensor:
 
     if not tensor.is_cuda:
         return tensor.cpu()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
 
 

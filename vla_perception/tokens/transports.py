@@ -120,12 +120,10 @@ class TopicReceiver:
         self._closed = True
         if threading.current_thread() is not self.thread:
             with contextlib.suppress(Exception):  # the thread may be done with it just now
-                self._update.trigger()  # a callback ends `spin_once`; the executor's `wake` does not
+                self._executor.wake()
             self.thread.join(5.0)
 
     def _follow_sink(self) -> None:
-        if self._closed:
-            return
         if self._sink.wants_topic and self._subscription is None:
             self._subscription = self._subscribe()
             self._sink.on_subscribed(True)

@@ -109,9 +109,9 @@ class Checkpoint:
             if adapter is not None:
                 parts[".lora_A"] = adapter.a.get()
                 parts[".lora_B"] = adapter.b.get()
-                parts[".lora_scale"] = torch.tensor(adapter.scale, dtype=torch.float32)
+                parts[".lora_scale"] = torch.tensor(adapter.scale, dtype=torch.float32, device="cpu")
             if name in self.position_grids:
-                parts[".position_grid"] = torch.tensor(self.position_grids[name], dtype=torch.float32)
+                parts[".position_grid"] = torch.tensor(self.position_grids[name], dtype=torch.float32, device="cpu")
             yield name, parts
 
     def check_unchanged(self) -> None:

@@ -147,7 +147,7 @@ class SafetensorsFile:
                     raise CheckpointError(_changed(self.path))
                 at += count
         if not length:
-            return torch.empty(stored.shape, dtype=_STORED[stored.dtype])
+            return torch.empty(stored.shape, dtype=_STORED[stored.dtype], device="cpu")
         data = torch.frombuffer(buffer, dtype=torch.uint8, count=length)
         return data.view(_STORED[stored.dtype]).reshape(stored.shape)
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -368,9 +369,10 @@ def smolvlm_positions(trained: int, run: int) -> list[int]:
     As SmolVLMVisionEmbeddings buckets them, in the same float32 operations: rounding moves some, where `run` is `trained`
     and no power of 2 as well.
     """
-    boundaries = torch.arange(1 / trained, 1.0, 1 / trained)
-    step = 1.0 / torch.tensor([run])
-    coordinates = (torch.arange(run, dtype=torch.float32) * step).clamp(max=1.0 - 1e-6)
+    float32: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever a caller's defaults are
+    boundaries = torch.arange(1 / trained, 1.0, 1 / trained, **float32)
+    step = 1.0 / torch.tensor([run], **float32)
+    coordinates = (torch.arange(run, **float32) * step).clamp(max=1.0 - 1e-6)
     return torch.bucketize(coordinates, boundaries, right=True).tolist()
 
 
