@@ -38,7 +38,8 @@ from demo.__main__ import MOMENTS, main
 from demo.events import Events
 from demo.report import make_report
 
-pytestmark = pytest.mark.ros
+# `make demo` runs in .venv. Its node, player and subscriber are tested under both distributions.
+pytestmark = [pytest.mark.ros, pytest.mark.one_distribution]
 
 CAMERAS = ("front", "wrist")
 COUNTERS = ("published", "received", "encoded", "replaced", "unmatched", "undecodable", "pending")

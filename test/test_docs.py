@@ -12,6 +12,7 @@ import pytest
 from ros_harness import ROOT, RosProcess, free_domain
 
 from vla_perception import cli
+from vla_perception.tokens import View, VisualTokens
 
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"]
 TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES}
@@ -116,6 +117,74 @@ def test_making_tokens_without_ros(tmp_path, monkeypatch):
     assert names["synchronizer"].counts["wrist"].encoded == 10
 
 
+def test_reading_a_bag_in_python(monkeypatch, capsys):
+    """The sample bag's topics as examples/README.md lists them, its images, its cameras."""
+    pytest.importorskip("mcap")
+    monkeypatch.chdir(ROOT)
+    (program,) = blocks("nodes_bags.md", "python")
+    exec(program, {})
+    lines = capsys.readouterr().out.splitlines()
+    listed = re.findall(r"^\| `(/\S+)` \| `(\S+)` \| (\d+) \|", TEXTS[ROOT / "examples" / "README.md"], re.MULTILINE)
+    assert len(listed) == 4 and sorted(lines[:4]) == sorted(" ".join(topic) for topic in listed)
+    assert len(lines) == 4 + 80 + 2 and all(re.fullmatch(r"\S+/compressed( \d+){3}", line) for line in lines[4:-2])
+    assert [line.split()[0] for line in lines[-2:]] == ["front", "wrist"]
+
+
+def test_training_on_token_files(tmp_path, monkeypatch):
+    """The page's two programs on a LeRobot dataset of three episodes."""
+    for package in ("torch", "pyarrow", "av", "rosbags"):
+        pytest.importorskip(package)
+    from offline_runs import DATASET, tokenize
+
+    monkeypatch.chdir(tmp_path)
+    index, _ = tokenize(tmp_path / "tokens", [DATASET])
+    reading, training = blocks("offline.md", "python")
+    file = index["recordings"][0]["file"]
+    exec(reading.replace("drive.safetensors", file).replace("[1200]", "[20]").replace("(1200)", "(20)"), names := {})
+    training = training.replace("8c1f0a2b", index["model"]["fingerprint"]).replace("num_workers=2", "num_workers=0")
+    exec(training.replace("shuffle=True", "shuffle=False"), names)
+    batch = names["batch"]  # the last one, of 74 frames
+    assert batch["tokens"].shape[:3] == (10, 4, 2) and batch["tokens"].dtype.itemsize == 2
+    assert batch["is_pad"].shape == (10, 4) and not batch["is_pad"].any()
+    assert batch["action"].shape[:2] == batch["action_is_pad"].shape == (10, 8)
+    assert batch["action_is_pad"][-1].tolist() == [False] + [True] * 7  # the episode's last frame has none after it
+
+
+def test_similarity_as_the_page_of_view_copies_it(tmp_path, monkeypatch):
+    """The program on the page, which is also what the browser copies, against a cosine written out."""
+    (program,) = blocks("view.md", "python")
+    page = (ROOT / "vla_perception" / "view" / "page" / "python.js").read_text(encoding="utf-8")
+    copied = page.partition("return `")[2].partition("`;")[0]
+    for line, given in zip(program.splitlines(), copied.splitlines(), strict=True):
+        fixed = re.split(r"\$\{(?:[^{}]|\{[^}]*\})*\}", given)
+        assert re.fullmatch(".*".join(map(re.escape, fixed)), line), line
+    monkeypatch.chdir(tmp_path)
+    vectors = np.random.default_rng(0).normal(size=(2, 196, 8)).astype(np.float32)
+    views = tuple(View(name, name, 1, 480, 640, (0.02, 0.0, 0.0, 0.0, 0.03, 0.0)) for name in ("front", "wrist"))
+    tokens = VisualTokens(
+        data=vectors,
+        dtype="float32",
+        views=views,
+        sequence=41,
+        model="tiny-random",
+        weights="random",
+        fingerprint="0" * 64,
+        compute_dtype="float32",
+        grid=(14, 14),
+        token_strategy="patch",
+        pool=1,
+        encoders=(),
+        projector="linear",
+    )
+    tokens.save("tokens-41.safetensors")
+    exec(program, names := {})
+    touched = vectors[0, 119].astype(float)
+    for view, token in ((0, 119), (0, 7), (1, 50)):
+        other = vectors[view, token].astype(float)
+        cosine = sum(touched * other) / (sum(touched**2) * sum(other**2)) ** 0.5
+        assert names["similarity"][view, token] == pytest.approx(cosine, abs=1e-6)
+
+
 @pytest.mark.ros
 def test_the_tutorial(tmp_path):
     """Its three programs, started as it says: the tokenizer gets ready, and the policy moves."""
@@ -143,6 +212,7 @@ def test_the_tutorial(tmp_path):
 
 
 @pytest.mark.ros
+@pytest.mark.one_distribution  # its programs run under both in test_the_tutorial and in test_verify.py
 def test_the_tutorial_of_training(tmp_path):
     """Record, tokenize, train, deploy with the page's commands, over fewer and shorter episodes and a few steps."""
     for package in ("timm", "mujoco", "av", "rosbags"):

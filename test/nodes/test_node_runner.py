@@ -160,6 +160,31 @@ def test_what_is_destroyed_while_it_is_waited_for_ends_nothing(run, when, capfd)
     assert destroyed == [True] and "InvalidHandle" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_node_is_destroyed_when_nothing_waits_for_what_it_has_any_more(run, threads, monkeypatch):
+    """rclpy does that as well, but a thread that still waits for what the node has may crash."""
+    monkeypatch.setattr(process, "GRACE_SEC", 20.0)
+    spinning, destroyed = threading.Event(), []
+    for executor in (process.SingleThreadedExecutor, process._ThreadedExecutor):
+
+        def spin_once(self, timeout_sec, spin_once=executor.spin_once):
+            spinning.set()
+            spin_once(self, 600.0)
+
+        monkeypatch.setattr(executor, "spin_once", spin_once)
+
+    class Idle(Timers):
+        def __init__(self, stop):
+            super().__init__(stop, None, groups=())
+            threading.Thread(target=lambda: [spinning.wait(20.0), stop(7)]).start()
+
+        def destroy_node(self):
+            destroyed.append("executor" not in [thread.name for thread in threading.enumerate()])
+            super().destroy_node()
+
+    assert run(Idle, threads) == 7 and destroyed[:1] == [True]
+
+
 def test_an_executor_that_stands_still_ends_the_process(run, monkeypatch, capfd):
     """As where a thread that found no memory while it began holds the lock of all pools: no signal, no exception."""
     monkeypatch.setattr(process, "_STILL_SEC", 1.5)

@@ -15,18 +15,18 @@ from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
 VISION_PARAMETERS = 759_000_000
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def checkpoint() -> Path:
     """The reference checkpoint (1.6 GB)."""
     return formula_checkpoint("openvla-7b", "make_checkpoint.py")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def reference():
     return np.load(DATA / "openvla-7b.npz")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def outputs(checkpoint):
     """Both images as one batch of two views, in float32."""
     tokenizer = VisualTokenizer.from_checkpoint(checkpoint)

@@ -402,6 +402,20 @@ def test_nothing_is_left_of_one_that_has_ended(ros, ended_by):
 
 
 @pytest.mark.ros
+def test_closing_wakes_the_thread_that_waits_for_messages(ros, monkeypatch):
+    from rclpy.executors import SingleThreadedExecutor
+
+    spin_once = SingleThreadedExecutor.spin_once
+    monkeypatch.setattr(SingleThreadedExecutor, "spin_once", lambda self, timeout_sec: spin_once(self, 600.0))
+    publisher = ros.publisher()
+    with TokenSubscriber(ros.node(), shared_memory=False) as tokens:
+        matched(publisher)
+        publisher.publish(to_message(make_tokens(0)))
+        assert tokens.wait(20.0).sequence == 0
+    assert not tokens._receiver.thread.is_alive()
+
+
+@pytest.mark.ros
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_policy_process_ends_on_a_signal(number):
     code = (

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from importlib import metadata
 
 import numpy as np
 import pytest
@@ -28,11 +27,9 @@ from vla_perception.tokens import TokenSubscriber, to_message
 
 pytestmark = [
     pytest.mark.ros,
+    pytest.mark.one_distribution,  # what rclpy has to do with is in test_live.py
     pytest.mark.skipif(bool(browser.unavailable_reason()), reason=browser.unavailable_reason()),
 ]
-# What differs between the distributions is in test_live.py, and two of these at once take all of a small machine.
-if "ros-rclpy" in {d.name for d in metadata.distributions()} and metadata.version("ros-rclpy").startswith("7."):
-    pytest.skip("runs under Kilted; test_live.py runs under Jazzy, too", allow_module_level=True)
 
 HOSTILE = '<img src="x" onerror="window.hacked = true"><script>window.hacked = true</script>'
 

@@ -199,7 +199,8 @@ def test_a_datasets_episodes_are_listed_before_anything_is_decoded(monkeypatch):
         assert np.allclose(ComputedFrames(recording, None).times, expected, atol=1e-3)
 
 
-def test_tokens_that_tokenize_wrote_are_shown_over_their_images(tmp_path):
+@pytest.mark.parametrize("output", ["safetensors", "mcap"])
+def test_tokens_that_tokenize_wrote_are_shown_over_their_images(tmp_path, output):
     pytest.importorskip("timm")
     from vla_perception.cli import main
 
@@ -207,10 +208,8 @@ def test_tokens_that_tokenize_wrote_are_shown_over_their_images(tmp_path):
     images.mkdir()
     for index in range(3):
         Image.fromarray(gray(40 + 60 * index)).save(images / f"{index}.png")
-    assert (
-        main(["tokenize", str(images), "--model", "tiny-random", "--device", "cpu", "--out", str(tmp_path / "run")])
-        == 0
-    )
+    options = ["--model", "tiny-random", "--device", "cpu", "--out", str(tmp_path / "run"), "--format", output]
+    assert main(["tokenize", str(images), *options]) == 0
     with open_recording(tmp_path / "run") as feed:
         (name,) = (one["topic"] for one in feed.tokenizers())
         assert len(feed.times(name)) == 3

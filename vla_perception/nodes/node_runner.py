@@ -232,7 +232,7 @@ def _spin(node: Node, stop: Stop, codes: queue.SimpleQueue[int], threads: int) -
             traceback.print_exc()
             code = code or 1
     stopping.set()
-    executor.wake()
+    executor.create_task(lambda: None)  # ends `spin_once`, as the executor's `wake` does not
     spinner.join(GRACE_SEC)
     # Only when no callback runs any more may what callbacks use be destroyed.
     if not spinner.is_alive() and executor.shutdown(timeout_sec=GRACE_SEC):

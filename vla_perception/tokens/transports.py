@@ -120,10 +120,12 @@ class TopicReceiver:
         self._closed = True
         if threading.current_thread() is not self.thread:
             with contextlib.suppress(Exception):  # the thread may be done with it just now
-                self._executor.wake()
+                self._update.trigger()  # a callback ends `spin_once`; the executor's `wake` does not
             self.thread.join(5.0)
 
     def _follow_sink(self) -> None:
+        if self._closed:
+            return
         if self._sink.wants_topic and self._subscription is None:
             self._subscription = self._subscribe()
             self._sink.on_subscribed(True)

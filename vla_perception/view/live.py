@@ -124,7 +124,7 @@ class LiveFeed:
         if self._ending.is_set():
             return
         self._ending.set()
-        self._executor.wake()
+        self._executor.create_task(lambda: None)  # ends `spin_once`, as the executor's `wake` does not
         self._thread.join(5.0)
         for tokenizer in self._tokenizers.values():
             if tokenizer.subscriber is not None:

@@ -54,7 +54,10 @@ class Frames(Protocol):
 
 
 class BagFrames:
-    """The token messages of one topic of a bag, with the images that were recorded beside them."""
+    """The token messages of one topic of a bag, with the images that were recorded beside them.
+
+    Without any beside them, a bag of `tokenize --format mcap` shows those of its source.
+    """
 
     is_quick = True
 
@@ -65,6 +68,13 @@ class BagFrames:
         self._cameras = self._bag.image_topics()
         self._times_ns = [message.time_ns for message in self._bag.messages([topic])]
         self.times: Sequence[float] = [(time_ns - self._times_ns[0]) / 1e9 for time_ns in self._times_ns]
+        self._source: _SourceImages | None = None
+        if not self._cameras:
+            from vla_perception.offline.run_index import bag_entry
+
+            with contextlib.suppress(ValueError, OSError):  # the bag is a file, or the entry is damaged
+                entry = bag_entry(path.parent, path.name)
+                self._source = None if entry is None else _SourceImages(entry)
 
     @classmethod
     def open(cls, path: Path, prefix: str = "") -> list[BagFrames]:
@@ -104,6 +114,8 @@ class BagFrames:
                 skip -= 1
         if tokens is None:
             raise ValueError(f"{self._bag.path} lacks a message of {self._topic} that it had before")
+        if self._source is not None:
+            return tokens, self._source.of(tokens)
         types = {topic: self._bag.topics[topic].type for topic in self._cameras}
         images = tuple(
             None if match is None else LazyImage(partial(_recorded_image, types[match[0]], match[2]), match[1])
@@ -154,8 +166,48 @@ class _FrameSets:
         return self._last
 
 
+class _SourceImages:
+    """The images of tokens that `vla-perception tokenize` wrote, where their source still lies where it was.
+
+    Args:
+        recording: what the file or the index says of it.
+    """
+
+    def __init__(self, recording: Mapping) -> None:
+        self._source, self._name = str(recording.get("source", "")), str(recording.get("name", ""))
+        self._sets: _FrameSets | None = None
+        self._cameras: tuple[str, ...] | None = None
+
+    def of(self, tokens: VisualTokens) -> Images:
+        if self._cameras is None:
+            self._cameras = self._open()
+        if self._sets is None or self._cameras != tuple(view.camera for view in tokens.views):
+            return (None,) * len(tokens.views)
+        sets = self._sets
+
+        def make(view: int) -> PageImage:
+            return encode_rgb(np.asarray(sets.of_stamp(tokens.stamp_ns).images()[view]))
+
+        return tuple(LazyImage(partial(make, view), of.stamp_ns) for view, of in enumerate(tokens.views))
+
+    def _open(self) -> tuple[str, ...]:
+        """The cameras; none where the source is not there."""
+        if not self._source:
+            return ()
+        from vla_perception.offline.recordings import Selection, open_recordings
+
+        try:
+            for recording in open_recordings([self._source], Selection()):
+                if recording.name.rpartition("/")[2] == self._name.rpartition("/")[2]:
+                    self._sets = _FrameSets(recording)
+                    return tuple(recording.cameras)
+        except (ValueError, OSError, ImportError):
+            pass  # moved since, or of a kind that a library is missing for: the tokens alone are shown
+        return ()
+
+
 class TokenFileFrames:
-    """A file that `vla-perception tokenize` or "Save message" wrote; with the images, where their source still lies there."""
+    """A file that `vla-perception tokenize` or "Save message" wrote."""
 
     is_quick = True
 
@@ -166,44 +218,15 @@ class TokenFileFrames:
         self._file = TokenFile(path)
         first = float(self._file.timestamps[0])
         self.times: Sequence[float] = [float(seconds) - first for seconds in self._file.timestamps]
-        self._sources: _FrameSets | None = None
-        self._looked = False
+        recording = self._file.metadata.get("recording")
+        self._images = _SourceImages(recording if isinstance(recording, Mapping) else {})
 
     def close(self) -> None:
         self._file.close()
 
     def read(self, index: int) -> tuple[VisualTokens, Images]:
         tokens = self._file.frame(index)
-        sources = self._images()
-        if sources is None:
-            return tokens, (None,) * len(tokens.views)
-
-        def make(view: int) -> PageImage:
-            return encode_rgb(np.asarray(sources.of_stamp(tokens.stamp_ns).images()[view]))
-
-        return tokens, tuple(
-            LazyImage(lambda view=view: make(view), of.stamp_ns)  # type: ignore[misc]
-            for view, of in enumerate(tokens.views)
-        )
-
-    def _images(self) -> _FrameSets | None:
-        if not self._looked:
-            self._looked = True
-            recording = self._file.metadata.get("recording")
-            if isinstance(recording, Mapping):
-                self._sources = self._source(str(recording.get("source", "")), str(recording.get("name", "")))
-        return self._sources
-
-    def _source(self, source: str, name: str) -> _FrameSets | None:
-        from vla_perception.offline.recordings import Selection, open_recordings
-
-        try:
-            for recording in open_recordings([source], Selection()):
-                if recording.name.rpartition("/")[2] == name.rpartition("/")[2]:
-                    return _FrameSets(recording) if recording.cameras == self._file.cameras else None
-        except (ValueError, OSError, ImportError):
-            pass  # moved since, or of a kind that a library is missing for: the tokens alone are shown
-        return None
+        return tokens, self._images.of(tokens)
 
 
 class ComputedFrames:

@@ -20,7 +20,8 @@ from vla_perception.nodes.visual_tokenizer.parameters import PARAMETERS, Tokeniz
 from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
 from vla_perception.tokens import TokenSubscriber, View, VisualTokens  # noqa: E402
 
-pytestmark = pytest.mark.ros
+# Numbers are PyTorch's; test_transports.py compares the bytes that arrive, under both distributions.
+pytestmark = [pytest.mark.ros, pytest.mark.one_distribution]
 
 
 @pytest.mark.parametrize("kind", ["pi05", "smolvla"])

@@ -119,8 +119,9 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         self.create_service(Trigger, "encode", self._on_encode, callback_group=MutuallyExclusiveCallbackGroup())
         # Not the node's clock: with use_sim_time that one stops whenever the simulation or the bag does.
         self.create_timer(1.0, self._on_timer, clock=Clock(clock_type=ClockType.STEADY_TIME))
+        self._autostarting = threading.Thread(target=self._autostart, name="autostart", daemon=True)
         if self.parameters.values.autostart:
-            threading.Thread(target=self._autostart, name="autostart", daemon=True).start()
+            self._autostarting.start()
         else:
             name = self.get_fully_qualified_name()
             self.get_logger().info(f"waits to be configured: `ros2 lifecycle set {name} configure`, or autostart")
@@ -200,6 +201,8 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         if (pipeline := self._pipeline) is not None:
             pipeline.close(GRACE_SEC)
         self._token_publisher.close_shared_memory()
+        if self._autostarting.is_alive():  # in a transition, which uses the node
+            self._autostarting.join(GRACE_SEC)
         logging.getLogger("vla_perception").removeHandler(self._log_handler)
 
     def _autostart(self) -> None:
