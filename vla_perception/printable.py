@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 #: Characters of an error: what quotes lists of names from a file could fill a log.
 MAX_ERROR = 4000
+#: What a terminal obeys, ends a line, or turns the direction of writing; and halves of surrogate pairs.
+CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:

@@ -277,7 +277,7 @@ def hub_repository(data: bytes) -> None:
             (snapshot / file.name).symlink_to(file)
     _place(snapshot, OPENVLA, data)
     names = hub._names(hub.fetch_configuration("a/b"))
-    files = {path.name for path in snapshot.iterdir()}
+    files = dict.fromkeys(path.name for path in snapshot.iterdir())
     shards = hub._shards("a/b", commit, files, names)
     header, pieces = hub._plan(hub._sources("a/b", commit, shards), {"repository": "a/b"}, names, needed=True)
     assert len(header) < 1 << 20 and all(start <= stop for piece in pieces for start, stop in piece.spans)

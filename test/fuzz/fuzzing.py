@@ -21,6 +21,8 @@ MODULES = (
     "recording_targets",
     "dataset_targets",
     "view_targets",
+    "node_targets",
+    "hub_targets",
 )
 
 

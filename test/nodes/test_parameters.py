@@ -72,12 +72,27 @@ def test_values_that_are_accepted(name, given, value):
         ("model", None, "model must be of type str"),
         ("source", None, "source must be of type str"),
         ("loop", 1, "loop must be of type bool"),
+        ("names", ["a"] * 1025, "names must have at most 1024 elements, got 1025"),
+        ("sizes", array.array("q", bytes(8 * 100_000)), "sizes must have at most 1024 elements"),
+        ("model", "x" * 4097, "model must have at most 4096 characters, got 4097"),
+        ("names", ["a", "x" * 4097], "names must have at most 4096 characters"),
+        ("model", "a\x1b[2J", "model must have no control characters, got 'a\\x1b[2J'"),
+        ("names", ["a\n"], "names must have no control characters"),
+        ("source", "\u202e", "source must have no control characters, got '\\u202e'"),
     ],
 )
 def test_values_that_are_not(name, given, words):
     with pytest.raises(ValueError) as error:
         SPECS[name].validate(name, given)
-    assert str(error.value).startswith(words)
+    assert str(error.value).startswith(words) and len(str(error.value)) < 5000
+
+
+def test_an_error_quotes_a_part_of_a_long_value():
+    with pytest.raises(ValueError, match="mode must be one of auto, fast") as error:
+        SPECS["mode"].validate("mode", "x" * 4096)
+    with pytest.raises(ValueError, match="sizes must be a list of int") as other:
+        SPECS["sizes"].validate("sizes", ["x" * 4096] * 1024)
+    assert len(str(error.value)) < 5000 and len(str(other.value)) < 5000
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +137,7 @@ def test_changes_are_checked_and_applied_together(declared):
         ({"rate_hz": -1}, "rate_hz must be from 0 to 1000"),  # rclpy looks at numbers with a decimal point alone
         ({"rate_hz": 8.0, "mode": "fast"}, "mode is locked"),
         ({"rate_hz": 8.0, "loop": True}, "read-only"),
+        ({"": 1}, "a parameter has a name"),  # rclpy would declare it
     ):
         result = change(**values)
         assert not result.successful and words in result.reason

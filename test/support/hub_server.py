@@ -24,6 +24,8 @@ class Hub:
         breaks: after how many bytes of a safetensors file's body the next connections are cut, one by one.
         failures: statuses that the next requests for safetensors files get.
         claims: replaces the Content-Range of every answer.
+        says: what the API says of the repository in place of what is right; bytes.
+        headers: beside the others of every answer for a file.
         requests: (method, path, Range header, bytes of body that were sent).
     """
 
@@ -34,6 +36,8 @@ class Hub:
     breaks: list[int] = field(default_factory=list)
     failures: list[int] = field(default_factory=list)
     claims: str | None = None
+    says: bytes | None = None
+    headers: dict[str, str] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None, int]] = field(default_factory=list)
     endpoint: str = ""
 
@@ -84,13 +88,14 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send_file(path, path.removeprefix("/storage/"))
         if hub.token is not None and self.headers.get("Authorization") != f"Bearer {hub.token}":
             return self._send(401, b"{}", {"X-Error-Message": "Repository not found"})
-        api = re.fullmatch(rf"/api/models/{hub.repository}/revision/(.+)", path)
+        api = re.fullmatch(rf"/api/models/{hub.repository}/revision/([^?]+)(?:\?.*)?", path)
         if api:
             if api.group(1) not in ("main", "v1", COMMIT):
                 return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-            siblings = [{"rfilename": name} for name in hub.files]
+            siblings = [{"rfilename": name, "size": len(content)} for name, content in hub.files.items()]
             body = {"id": hub.repository, "modelId": hub.repository, "sha": COMMIT, "siblings": siblings, "tags": []}
-            return self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+            said = json.dumps(body).encode() if hub.says is None else hub.says
+            return self._send(200, said, {"Content-Type": "application/json"})
         file = path.removeprefix(f"/{hub.repository}/resolve/{COMMIT}/")
         if not path.startswith(f"/{hub.repository}/"):
             return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
@@ -106,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(hub.failures.pop(0), b"")
         asked = self.headers.get("Range")
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", asked or "")
-        etag = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        etag = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT} | hub.headers
         if match and hub.ranges:
             start = int(match.group(1))
             stop = min(len(content), int(match.group(2) or len(content)) + 1)

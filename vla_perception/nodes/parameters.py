@@ -17,11 +17,12 @@ import dataclasses
 import enum
 import math
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from vla_perception.nodes.ignored_parameters import warn_of_ignored
+from vla_perception.printable import CONTROL_CHARACTER, error_text
 
 if TYPE_CHECKING:
     from rcl_interfaces.msg import ParameterDescriptor, SetParametersResult
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 Table = TypeVar("Table")
 """A frozen dataclass whose fields are made by `parameter`."""
 
+#: Characters of a string and elements of a list: more is a mistake, and a peer must fill neither memory nor log with it.
+MAX_CHARACTERS, MAX_ELEMENTS = 4096, 1024
 _SPEC = "parameter"  # key of a field's metadata
 
 
@@ -73,6 +76,13 @@ class ParameterSpec:
         Numbers may be given without a decimal point. Lists become tuples; where the default is empty, empty strings are
         left out: ROS 2 has no empty list of strings.
         """
+        try:
+            _check_strings(name, value)
+            return self._accepted(name, value)
+        except ValueError as error:
+            raise ValueError(error_text(str(error))) from None
+
+    def _accepted(self, name: str, value: object) -> Any:
         accepted = self._convert(name, value)
         if isinstance(accepted, (int, float)) and not isinstance(accepted, bool):
             low, high = -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
@@ -129,6 +139,18 @@ class ParameterSpec:
             high = 2**63 - 1 if self.high is None else int(self.high)
             descriptor.integer_range = [IntegerRange(from_value=int(self.low), to_value=high, step=1)]
         return descriptor
+
+
+def _check_strings(name: str, value: object) -> None:
+    """Size and characters, before anything else looks at a value or quotes it. The log has strings as they are."""
+    listed = isinstance(value, Sized) and not isinstance(value, str)
+    if listed and len(value) > MAX_ELEMENTS:  # type: ignore[arg-type]
+        raise ValueError(f"{name} must have at most {MAX_ELEMENTS} elements, got {len(value)}")  # type: ignore[arg-type]
+    for text in value if listed else (value,):  # type: ignore[attr-defined]
+        if isinstance(text, str) and len(text) > MAX_CHARACTERS:
+            raise ValueError(f"{name} must have at most {MAX_CHARACTERS} characters, got {len(text)}")
+        if isinstance(text, str) and CONTROL_CHARACTER.search(text):
+            raise ValueError(f"{name} must have no control characters, got {text!r}")
 
 
 def parameter(default: Any, description: str, **spec: Any) -> Any:
@@ -190,6 +212,8 @@ class NodeParameters(Generic[Table]):
         from rcl_interfaces.msg import SetParametersResult
 
         for parameter in parameters:
+            if not parameter.name:  # rclpy would declare it
+                return SetParametersResult(successful=False, reason="a parameter has a name")
             if (spec := self._specs.get(parameter.name)) is None:
                 continue
             reason = self._refusal(parameter.name)

@@ -253,7 +253,7 @@ def test_the_second_time_needs_no_network(serve, monkeypatch):
     folder = hub.fetch(ID)
     server.requests.clear()
     assert hub.fetch(ID) == folder
-    assert [path for _, path, _, _ in server.requests] == [f"/api/models/{ID}/revision/main"]
+    assert [path for _, path, _, _ in server.requests] == [f"/api/models/{ID}/revision/main?blobs=true"]
     server.requests.clear()
     assert hub.fetch(f"{ID}@{COMMIT}") == folder
     assert server.requests == []
@@ -359,6 +359,37 @@ def test_a_file_that_is_no_safetensors_file(serve, content, reason):
     serve(files | {"model.safetensors": content})
     with pytest.raises(CheckpointError, match=reason):
         hub.fetch(ID)
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        b"{}",
+        b"[1]",
+        b"nothing",
+        b'{"id": 5, "sha": ["x"], "siblings": [{"rfilename": "config.json"}]}',
+        b'{"id": "a/b", "sha": "%s", "siblings": 7}' % COMMIT.encode(),
+        b'{"id": "a/b", "sha": "%s", "siblings": [{"rfilename": {}, "size": []}]}' % COMMIT.encode(),
+    ],
+)
+def test_a_description_that_cannot_be_read_is_an_error(serve, says):
+    serve(repository(), says=says)
+    with pytest.raises(CheckpointError):
+        hub.fetch(ID)
+
+
+@pytest.mark.parametrize("headers", [{"Content-Encoding": "gzip"}, {"Content-Encoding": "deflate"}])
+def test_a_body_that_is_not_what_its_headers_say_is_an_error(serve, headers):
+    serve(repository(), headers=headers)
+    with pytest.raises(CheckpointError, match="cannot be fetched from"):
+        hub.fetch(ID)
+
+
+def test_a_large_file_in_the_place_of_a_small_one_is_not_fetched(serve):
+    server = serve(repository(**{"config.json": b" " * (33 * MIB)}))
+    with pytest.raises(CheckpointError, match="config.json has 34603008 bytes, which no checkpoint needs"):
+        hub.fetch(ID)
+    assert server.sent("config.json") == 0
 
 
 def test_a_token_is_needed(serve, monkeypatch):

@@ -471,4 +471,4 @@ def test_a_small_file_that_is_large_is_not_read(tmp_path, monkeypatch):
         file.truncate(1 << 40)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(large))
     with pytest.raises(CheckpointError, match="a/b: config.json has 1099511627776 bytes"):
-        hub._copy("a/b", "0" * 40, "config.json", {"config.json"}, tmp_path / "target")
+        hub._copy("a/b", "0" * 40, "config.json", {"config.json": None}, tmp_path / "target")

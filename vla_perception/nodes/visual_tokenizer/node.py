@@ -39,7 +39,7 @@ from vla_perception.nodes.visual_tokenizer.loading import (
 from vla_perception.nodes.visual_tokenizer.parameters import PARAMETERS, TokenizerParameters
 from vla_perception.nodes.visual_tokenizer.pipeline import Pipeline
 from vla_perception.nodes.visual_tokenizer.token_publisher import TokenPublisher
-from vla_perception.printable import printable
+from vla_perception.printable import error_text
 from vla_perception.synchronizer import SetSynchronizer
 
 #: Seconds that the `encode` service waits for an encoding at most.
@@ -64,10 +64,10 @@ def _transition(during: str, after: str) -> Callable:
                 result = callback(self, state)
             except Exception as error:
                 expected = isinstance(error, ValueError)
-                text = str(error) if expected else f"{type(error).__name__}: {error}"
+                text = error_text(str(error) if expected else f"{type(error).__name__}: {error}")
                 self.get_logger().error(f"{name} failed: {text}" + ("" if expected else f"\n{traceback.format_exc()}"))
                 if name == "configure":
-                    self._diagnostics.configure_error = printable(text)
+                    self._diagnostics.configure_error = text
             succeeded = result == TransitionCallbackReturn.SUCCESS
             if not succeeded:
                 self._stop_streaming()

@@ -18,7 +18,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,8 @@ _NAME = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"
 _ID = re.compile(
     rf"(?![^@]*(?:--|\.\.))(?P<repository>{_NAME}/{_NAME}(?<!\.git))(?:@(?P<revision>[\w.][\w./-]{{0,199}}))?", re.ASCII
 )
+#: Names of a repository's files → their bytes, as far as the hub says them.
+Files = Mapping[str, "int | None"]
 #: Bytes of a file that is fetched whole.
 _MAX_SMALL = 1 << 25
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -112,8 +114,8 @@ def _held(root: Path, commit: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _resolve(root: Path, repository: str, revision: str) -> tuple[str, set[str]]:
-    """Commit hash of a revision, and names of the repository's files there."""
+def _resolve(root: Path, repository: str, revision: str) -> tuple[str, Files]:
+    """Commit hash of a revision, and the repository's files there."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import OfflineModeIsEnabled
     from huggingface_hub.utils import HfHubHTTPError
@@ -121,7 +123,7 @@ def _resolve(root: Path, repository: str, revision: str) -> tuple[str, set[str]]
     try:
         if constants.HF_HUB_OFFLINE:
             raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
-        info = HfApi().model_info(repository, revision=revision, timeout=10)
+        info = HfApi().model_info(repository, revision=revision, timeout=10, files_metadata=True)
     except (OfflineModeIsEnabled, transport_error(), HfHubHTTPError) as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
             raise
@@ -129,19 +131,23 @@ def _resolve(root: Path, repository: str, revision: str) -> tuple[str, set[str]]
         commit = known.read_text().strip() if known.is_file() else ""
         if _COMMIT.fullmatch(commit) and _held(root, commit):
             log.info("%s: the hub was not asked (%s); taking %s, which was fetched before", repository, error, commit)
-            return commit, set()
+            return commit, {}
         config = try_to_load_from_cache(repository, "config.json", revision=revision)
         if isinstance(config, str):
             snapshot = Path(config).parent
-            files = (path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
-            return snapshot.name, set(files)
+            names = (path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
+            return snapshot.name, dict.fromkeys(names)
         raise
-    if info.sha is None or not _COMMIT.fullmatch(info.sha):
-        raise CheckpointError(f"the hub names no commit for {repository}, but {info.sha!r}")
-    return info.sha, {sibling.rfilename for sibling in info.siblings or ()}
+    if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
+        raise CheckpointError(f"the hub names no commit for {repository}, but {info.sha!r:.200}")
+    files: dict[str, int | None] = {}
+    for sibling in info.siblings or ():
+        if isinstance(sibling.rfilename, str):
+            files[sibling.rfilename] = sibling.size if isinstance(sibling.size, int) else None
+    return info.sha, files
 
 
-def _fetch(root: Path, repository: str, commit: str, files: Collection[str]) -> Path:
+def _fetch(root: Path, repository: str, commit: str, files: Files) -> Path:
     from filelock import FileLock, Timeout
 
     root.mkdir(parents=True, exist_ok=True)
@@ -173,7 +179,7 @@ def _fetch(root: Path, repository: str, commit: str, files: Collection[str]) -> 
     return root / commit / root.name
 
 
-def _configuration(root: Path, repository: str, commit: str, files: Collection[str]) -> Path:
+def _configuration(root: Path, repository: str, commit: str, files: Files) -> Path:
     """Fetches and checks the small files, in a partial folder: it gets its final name once it has the weights, too."""
     _refuse(repository, commit, files)
     target = root / f"{commit}.partial" / root.name
@@ -183,7 +189,7 @@ def _configuration(root: Path, repository: str, commit: str, files: Collection[s
     return target
 
 
-def _refuse(repository: str, commit: str, files: Collection[str]) -> None:
+def _refuse(repository: str, commit: str, files: Files) -> None:
     """Refuses a model that cannot be fetched in parts, or has no weights to read, before these are fetched."""
     film = sorted(file for file in files if re.fullmatch(r"vision_backbone--.*_checkpoint\.pt", file))
     if film:
@@ -201,7 +207,7 @@ def _refuse(repository: str, commit: str, files: Collection[str]) -> None:
             f"`hf download {repository} --include '{folder}' --local-dir FOLDER`, and give the run's folder as the model"
         )
     if "config.json" in files:  # Octo's, say
-        refused.refuse(read_json(_small(repository, commit, "config.json")), f"{repository}: config.json")
+        refused.refuse(read_json(_small(repository, commit, "config.json", files)), f"{repository}: config.json")
     raise CheckpointError(f"{repository} has no .safetensors file; weights are read from safetensors, never a pickle")
 
 
@@ -228,10 +234,10 @@ def _names(folder: Path) -> ModuleType:
     return lerobot if config.is_file() and lerobot.is_policy(read_json(config)) else tensor_names
 
 
-def _shards(repository: str, commit: str, files: Collection[str], names: ModuleType) -> list[str]:
+def _shards(repository: str, commit: str, files: Files, names: ModuleType) -> list[str]:
     """The safetensors files that hold tensors of the vision part."""
     if _INDEX in files:
-        index = read_json(_small(repository, commit, _INDEX))
+        index = read_json(_small(repository, commit, _INDEX, files))
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{repository}: {_INDEX} has no weight_map")
@@ -250,18 +256,22 @@ def _shards(repository: str, commit: str, files: Collection[str], names: ModuleT
     return single
 
 
-def _small(repository: str, commit: str, file: str) -> Path:
+def _small(repository: str, commit: str, file: str, files: Files) -> Path:
+    """Fetches a file whole, unless the hub says that it is large."""
     from huggingface_hub import hf_hub_download
 
-    path = Path(hf_hub_download(repository, file, revision=commit))
-    if path.stat().st_size > _MAX_SMALL:
-        raise CheckpointError(f"{repository}: {file} has {path.stat().st_size} bytes, which no checkpoint needs")
+    path, size = None, files.get(file) or 0
+    if size <= _MAX_SMALL:
+        path = Path(hf_hub_download(repository, file, revision=commit))
+        size = path.stat().st_size
+    if path is None or size > _MAX_SMALL:
+        raise CheckpointError(f"{repository}: {file} has {size} bytes, which no checkpoint needs")
     return path
 
 
-def _copy(repository: str, commit: str, file: str, files: Collection[str], target: Path) -> None:
+def _copy(repository: str, commit: str, file: str, files: Files, target: Path) -> None:
     if file in files:
-        _write(target / file, _small(repository, commit, file).read_bytes())
+        _write(target / file, _small(repository, commit, file, files).read_bytes())
 
 
 def _write(file: Path, content: bytes) -> None:
@@ -435,7 +445,6 @@ def _explained(repository: str, revision: str) -> Iterator[None]:
     """Turns every error into a `CheckpointError` that says what to do."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
-        EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
         OfflineModeIsEnabled,
@@ -445,7 +454,7 @@ def _explained(repository: str, revision: str) -> Iterator[None]:
 
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, MemoryError, ImportError):
         raise
     except OfflineModeIsEnabled as error:
         raise CheckpointError(
@@ -468,14 +477,17 @@ def _explained(repository: str, revision: str) -> Iterator[None]:
         status = error.response.status_code
         advice = {401: "HF_TOKEN is not valid", 403: "your token does not allow this"}.get(status, "try again later")
         raise CheckpointError(f"{constants.ENDPOINT} refuses {repository} with status {status}; {advice}") from error
-    except (EntryNotFoundError, transport_error()) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of this machine, and not of the connection
+            raise CheckpointError(
+                f"{repository} cannot be kept in {cache_directory()} ({error}); set XDG_CACHE_HOME to a folder that can be "
+                "written"
+            ) from error
+        # The client raises whatever comes of an answer that it cannot read: KeyError, TypeError, its library's.
+        reason = (str(error).splitlines() or [""])[0][:300]
+        if not reason or type(error).__module__ == "builtins":
+            reason = f"{type(error).__name__}: {reason}"
         raise CheckpointError(
             f"{repository} cannot be fetched from {constants.ENDPOINT} ({reason}). What has arrived is kept: try again, "
             "or give a checkpoint's directory"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(
-            f"{repository} cannot be kept in {cache_directory()} ({error}); set XDG_CACHE_HOME to a folder that can be "
-            "written"
         ) from error
