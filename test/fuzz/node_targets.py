@@ -1,4 +1,4 @@
-"""What peers ask of a running node: parameters, lifecycle states, the service `encode`, conditions; and what it is set to."""
+"""What peers ask of a running node: parameters, lifecycle states, the service `encode`, conditions; what nodes are set to, and a simulated scene."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import atexit
 import dataclasses
 import functools
 import json
+import math
 import os
+from xml.sax.saxutils import quoteattr
 
 import rclpy
 import torch
@@ -21,6 +23,7 @@ from rclpy.impl import rcutils_logger
 from rclpy.serialization import deserialize_message, serialize_message
 from sensor_msgs.msg import ChannelFloat32
 
+from vla_perception.images.camera_info import pinhole
 from vla_perception.nodes.bag_player import BagPlayerParameters
 from vla_perception.nodes.mujoco_camera import MujocoCameraParameters
 from vla_perception.nodes.opencv_camera import OpencvCameraParameters
@@ -31,6 +34,8 @@ from vla_perception.nodes.visual_tokenizer import loading, token_publisher
 from vla_perception.nodes.visual_tokenizer import node as node_module
 from vla_perception.nodes.visual_tokenizer.parameters import PARAMETERS, TokenizerParameters
 from vla_perception.printable import CONTROL_CHARACTER, MAX_ERROR
+from vla_perception.sources import simulation
+from vla_perception.sources.simulation import SimulationError
 from vla_perception.tokenizer.film import Condition
 
 TABLES = (
@@ -372,7 +377,102 @@ def change_values(data: bytes, random) -> bytes:
     return json.dumps({**(given if random.random() < 0.5 else {}), name: value}).encode()
 
 
+# Scenes of `mujoco_camera`: an XML file of what this package reads, beside one ball
+
+
+class _NoRenderer:
+    """In the place of MuJoCo's, which needs an OpenGL."""
+
+    def __init__(self, *_arguments):
+        """Takes what MuJoCo's does."""
+
+
+@functools.cache
+def _without_opengl() -> None:
+    os.environ["MUJOCO_GL"] = "disable"
+    import mujoco
+
+    mujoco.Renderer = _NoRenderer
+    mujoco.set_mju_user_warning(lambda _text: None)
+    simulation._import_mujoco = lambda _gl: mujoco
+
+
+def _element(tag: str, attributes: dict) -> str:
+    named = (f"{name}={quoteattr(str(value)[:2000])}" for name, value in attributes.items())
+    return f"<{tag} {' '.join(named)}/>"
+
+
+def scene(data: bytes) -> None:
+    """A JSON object of attributes: of the option, the cameras, the actuators, the keyframe; steps are made of it."""
+    _without_opengl()
+    try:
+        content = {name: [dict(item) for item in items][:80] for name, items in json.loads(data).items()}
+        parts = {
+            name: "".join(_element(name, {str(key): value for key, value in item.items()}) for item in items)
+            for name, items in content.items()
+            if name in ("option", "camera", "motor", "key")
+        }
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return
+    text = f"""<mujoco>{parts.get("option", "")}<worldbody>{parts.get("camera", "")}
+<body><joint name="hinge"/><geom size=".1"/></body></worldbody>
+<actuator>{parts.get("motor", "")}</actuator><keyframe>{parts.get("key", "")}</keyframe></mujoco>"""
+    path = scratch() / "scene.xml"
+    path.write_text(text, "utf-8", "replace")
+    opened = simulation.Simulation(str(path), motion="sine")
+    opened.step(3)
+    assert 0 <= opened.time_ns <= 3 * 10**9
+    for camera in opened.cameras:
+        numbers = opened.intrinsics(camera)
+        assert numbers is None or (all(map(math.isfinite, numbers)) and min(numbers[:2]) > 0), numbers
+        serialize_message(pinhole(320, 240, *map(float, numbers or (1.0,) * 4)))
+    assert len(opened.target_ranges) >= 0
+
+
+def scene_seeds() -> list[bytes]:
+    lens = {"focal": "0.004 0.004", "sensorsize": "0.008 0.006", "resolution": "320 240", "principal": "0.0006 0.0004"}
+    content = {
+        "option": [{"timestep": 0.002}],
+        "camera": [{"name": "front", "fovy": 60}, {"name": "lens", **lens}],
+        "motor": [{"name": "turn", "joint": "hinge", "ctrllimited": "true", "ctrlrange": "-1 1"}],
+        "key": [{"name": "home", "ctrl": "0.5"}],
+    }
+    flat = {"camera": [{"name": "above", "projection": "orthographic", "fovy": 2.5}]}
+    return [json.dumps(content).encode(), json.dumps(flat).encode()]
+
+
+def change_scene(data: bytes, random) -> bytes:
+    """One attribute, most often."""
+    try:
+        content = {name: [dict(item) for item in items] for name, items in json.loads(data).items()}
+        item = random.choice([item for items in content.values() for item in items])
+        name = random.choice(list(item))
+    except (ValueError, TypeError, AttributeError, IndexError, RecursionError):
+        return change_json(data, random)
+    if random.random() < 0.3:
+        return change_json(data, random)
+    numbers = (
+        "0",
+        "-1",
+        "1e-300",
+        "1e300",
+        "nan",
+        "inf",
+        "1e-5",
+        "179.999",
+        "180",
+        "0.5 0.5",
+        "0 0",
+        "-1 -1",
+        "inf inf",
+        "1e-9 1e9",
+    )
+    item[name] = random.choice((*numbers, *_WORDS))
+    return json.dumps(content).encode()
+
+
 TARGETS = [
     Target("node_requests", requests, requests_seeds, (), (change_requests,), memory_mib=96, cpu_sec=2.0, cost=8),
     Target("node_parameters", values, values_seeds, (ValueError,), (change_values,), max_bytes=8192),
+    Target("mujoco_scene", scene, scene_seeds, (SimulationError,), (change_scene,), max_bytes=8192),
 ]

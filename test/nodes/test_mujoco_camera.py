@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,6 +130,44 @@ def test_a_scene_without_cameras_is_refused(tmp_path):
     path.write_text("<mujoco><worldbody/></mujoco>")
     with pytest.raises(SimulationError, match='add <camera name="front"'):
         Simulation(str(path))
+
+
+@pytest.mark.parametrize(
+    "replaced, why",
+    [
+        *(
+            ({"<mujoco>": f"<mujoco><option timestep='{step}'/>"}, "timestep")
+            for step in ("0", "-1", "nan", "1e-300", "1e9")
+        ),
+        ({'fovy="60"': 'fovy="0"'}, "camera 'plain' has no image"),
+        ({'fovy="60"': 'fovy="nan"'}, "camera 'plain' has no image"),
+        ({'sensorsize="0.008 0.006"': 'sensorsize="inf inf"'}, "camera 'lens' has no image"),
+        ({'fovy="60"': 'projection="\u202e"'}, r"\\u202e"),
+    ],
+)
+def test_numbers_that_mujoco_takes_and_no_camera_has_are_refused(scene, replaced, why):
+    with pytest.raises(SimulationError, match=why) as error:
+        Simulation(scene(**replaced))
+    assert str(error.value).isprintable()
+
+
+def test_whatever_mujoco_raises_is_said(scene, monkeypatch):
+    """RuntimeError, for a height field of 10^10 points."""
+
+    def load(path):
+        raise RuntimeError("Caught an unknown exception!")
+
+    stand_in = SimpleNamespace(MjModel=SimpleNamespace(from_xml_path=load), __version__="4.0.0")
+    monkeypatch.setattr(simulation, "_import_mujoco", lambda gl: stand_in)
+    with pytest.raises(SimulationError, match="Caught an unknown exception"):
+        Simulation(scene())
+
+
+def test_more_cameras_than_a_robot_has_are_refused_unless_some_are_chosen(scene, open_scene):
+    path = scene("".join(f'<camera name="more{index}"/>' for index in range(64)))
+    with pytest.raises(SimulationError, match="67 cameras with a name; choose at most 64"):
+        Simulation(path)
+    assert open_scene(path, ["more7"]).cameras == ["more7"]
 
 
 def failure_of(code):

@@ -34,7 +34,7 @@ from rclpy.utilities import remove_ros_args
 
 from vla_perception.nodes.executables import on_signal
 from vla_perception.nodes.requests import guard_requests
-from vla_perception.printable import printable
+from vla_perception.printable import error_text, printable
 
 Stop = Callable[[int], None]
 """Ends the process with an exit code: `stop(0)`. From any thread, any number of times; the first one counts."""
@@ -267,7 +267,7 @@ def _code_of_the_end(executor: _ThreadedExecutor, stop: Stop, codes: queue.Simpl
 
 def _print_error(program: str, error: Exception) -> int:
     """One line for an exception at the start; returns the exit code."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = error_text(" ".join(str(error).split())) or type(error).__name__
     if "logging directory" in text:  # ROS 2 keeps logs in the home directory, and supervisors may start a node without
         text += "; set HOME, or ROS_LOG_DIR to a folder that can be written"
     print(f"{program}: {text}", file=sys.stderr)

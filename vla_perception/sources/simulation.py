@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from vla_perception.printable import error_text
+
 TABLETOP = Path(__file__).parent / "scenes" / "tabletop.xml"
 """The scene that comes with this package: an arm over a table with things on it."""
 
@@ -16,8 +18,17 @@ GL_LIBRARIES = {"egl": ("libEGL.so.1", "libEGL.so"), "osmesa": ("libOSMesa.so.8"
 GL_ADVICE = "apt install libegl1 libgl1 libgl1-mesa-dri (a GPU where there is one), or libosmesa6 (CPU only)"
 
 
+#: Seconds of simulated time per step that a scene may have: MuJoCo takes any number, and nothing that renders does.
+TIMESTEPS = (1e-6, 1.0)
+#: Cameras that are rendered at most.
+MAX_CAMERAS = 64
+
+
 class SimulationError(RuntimeError):
     """A scene that cannot be loaded or rendered. The text says what to install or change."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(error_text(" ".join(text.split())))  # MuJoCo quotes the file, in several lines
 
 
 class Simulation:
@@ -39,13 +50,19 @@ class Simulation:
         mujoco = self._mujoco = _import_mujoco(gl)
         try:
             self._model = mujoco.MjModel.from_xml_path(str(path))
-        except (ValueError, mujoco.FatalError) as error:
+            self._data = mujoco.MjData(self._model)
+        except Exception as error:  # ValueError, its FatalError, and RuntimeError for what it does not know itself
             raise SimulationError(
                 f"{path} is not a scene that MuJoCo {mujoco.__version__} can load: {error}"
             ) from error
-        self._data = mujoco.MjData(self._model)
+        if not TIMESTEPS[0] <= self.timestep <= TIMESTEPS[1]:
+            raise SimulationError(
+                f"{path} has a timestep of {self.timestep:g} s; set one from {TIMESTEPS[0]:g} to {TIMESTEPS[1]:g}"
+            )
         self.cameras = self._chosen(cameras, path)
         self.width, self.height = width, height
+        for camera in self.cameras:
+            self._check_lens(camera, path)
         self.steps = 0
         self._moves = motion == "sine" or (motion == "auto" and path == TABLETOP)
         home = mujoco.mj_name2id(self._model, mujoco.mjtObj.mjOBJ_KEY, "home")
@@ -135,7 +152,23 @@ class Simulation:
             raise SimulationError(f"{path} has no camera {', '.join(missing)}; it has {', '.join(named) or 'none'}")
         if not named:
             raise SimulationError(f'{path} has no camera with a name: add <camera name="front" .../> to it')
-        return list(cameras) or named
+        chosen = list(cameras) or named
+        if len(chosen) > MAX_CAMERAS:
+            raise SimulationError(
+                f"{path} has {len(chosen)} cameras with a name; choose at most {MAX_CAMERAS} by the parameter cameras"
+            )
+        return chosen
+
+    def _check_lens(self, camera: str, path: Path) -> None:
+        """Before camera_info says it: MuJoCo takes an angle of 0, and values that are not finite."""
+        try:
+            numbers = self.intrinsics(camera) or (1.0,)
+        except ZeroDivisionError:
+            numbers = (math.inf,)
+        if not all(map(math.isfinite, numbers)) or min(numbers[:2]) <= 0:
+            raise SimulationError(
+                f"{path}: camera {camera!r} has no image: its fovy, or its focal and sensorsize, cannot be"
+            )
 
     def _camera_id(self, camera: str) -> int:
         return self._model.camera(camera).id
