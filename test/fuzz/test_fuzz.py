@@ -14,6 +14,8 @@ pytest.importorskip("rosbags")
 pytest.importorskip("pyarrow")
 pytest.importorskip("av")
 pytest.importorskip("simplejpeg")
+pytest.importorskip("mujoco")
+pytest.importorskip("rclpy")
 from engine import FOUND, HERE
 from fuzzing import MODULES, Outcome, run_child, target_names
 
