@@ -26,6 +26,7 @@ class Hub:
         claims: replaces the Content-Range of every answer.
         says: what the API says of the repository in place of what is right; bytes.
         headers: beside the others of every answer for a file.
+        circles: redirections lead to themselves.
         requests: (method, path, Range header, bytes of body that were sent).
     """
 
@@ -38,6 +39,7 @@ class Hub:
     claims: str | None = None
     says: bytes | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    circles: bool = False
     requests: list[tuple[str, str, str | None, int]] = field(default_factory=list)
     endpoint: str = ""
 
@@ -83,6 +85,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         hub, path = self.state, unquote(self.path)
+        if path.startswith("/storage/") and hub.circles:
+            return self._send(302, b"", {"Location": hub.endpoint + path})
         if path.startswith("/storage/"):
             # The real hub's links to its storage are signed: no token is asked for.
             return self._send_file(path, path.removeprefix("/storage/"))

@@ -378,9 +378,12 @@ def test_a_description_that_cannot_be_read_is_an_error(serve, says):
         hub.fetch(ID)
 
 
-@pytest.mark.parametrize("headers", [{"Content-Encoding": "gzip"}, {"Content-Encoding": "deflate"}])
-def test_a_body_that_is_not_what_its_headers_say_is_an_error(serve, headers):
-    serve(repository(), headers=headers)
+@pytest.mark.parametrize(
+    "settings",
+    [{"headers": {"Content-Encoding": "gzip"}}, {"headers": {"Content-Encoding": "deflate"}}, {"circles": True}],
+)
+def test_a_body_that_is_not_what_its_headers_say_and_redirections_without_end_are_errors(serve, settings):
+    serve(repository(), **settings)
     with pytest.raises(CheckpointError, match="cannot be fetched from"):
         hub.fetch(ID)
 
