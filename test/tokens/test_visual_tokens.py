@@ -487,6 +487,26 @@ def test_tokens_that_are_on_a_device_are_given_from_there():
     assert visual.to_bytes() == make()[1].to_bytes()
 
 
+def test_tokens_that_another_stream_reads_keep_their_memory(monkeypatch):
+    """The policy's stream may be behind when the encoding thread lets go of the message."""
+    stream, done = object(), []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+
+    class OnDevice:
+        device, is_cuda = torch.device("cuda", 0), True
+
+        def record_stream(self, given):
+            done.append(("recorded", given))
+
+        def clone(self):
+            done.append("copied")
+            return self
+
+    _, visual = make()
+    replace(visual, _source=(visual.data, OnDevice())).torch("cuda:0")
+    assert done == [("recorded", stream), "copied"]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_all_finite(bad):
     good, odd = torch.ones(2, 3, dtype=torch.float16), torch.full((4,), bad, dtype=torch.float16)

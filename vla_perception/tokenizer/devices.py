@@ -6,6 +6,7 @@ bfloat16 on CUDA (float16 before Ampere) and float32 on a CPU.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,13 @@ def float8_unavailable_reason(device: torch.device) -> str:
     if importlib.util.find_spec("triton") is None:
         return f"compute_dtype float8 needs Triton, which is not installed: pip install triton, or {instead}"
     return ""
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """What is computed in it on such a device is in the dtypes of its tensors, whatever a caller's autocast is."""
+    if not torch.is_autocast_enabled(device.type):  # most callers have none, and disabling it asks for the device
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _first_that_works() -> tuple[torch.device, str, list[str]]:

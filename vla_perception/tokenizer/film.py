@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from vla_perception.condition import condition_digest
+from vla_perception.tokenizer.devices import without_autocast
 from vla_perception.tokenizer.timm_import import Block
 
 
@@ -93,7 +94,7 @@ class Condition:
         vector = torch.from_numpy(values.copy()).to(self._device, self._dtype)
         self._wait()
         # Read by graphs, which are captured outside of inference mode; a caller's autocast is not the compute dtype.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(self._device):
             for block in self._blocks:
                 block.set_condition(vector.clone())
         self._record()

@@ -18,7 +18,7 @@ from vla_perception.options import tokens_per_view
 from vla_perception.tokenizer.checkpoints import CheckpointError
 from vla_perception.tokenizer.checkpoints.open import check_model, is_preset, open_model
 from vla_perception.tokenizer.config import TokenizerConfig
-from vla_perception.tokenizer.devices import TORCH_DTYPES, Placement, place
+from vla_perception.tokenizer.devices import TORCH_DTYPES, Placement, place, without_autocast
 from vla_perception.tokenizer.film import Condition
 from vla_perception.tokenizer.image_inputs import ImageLike, as_images
 from vla_perception.tokenizer.image_transforms import ImageTransforms, Step, compose
@@ -301,8 +301,7 @@ class VisualTokenizer:
     @contextlib.contextmanager
     def _computing(self) -> Iterator[str | None]:
         """In the compute dtype, whatever a caller's autocast is, and by one condition; yields its digest."""
-        autocast = torch.autocast(self.device.type, enabled=False)
-        with self._condition.held() as condition, torch.inference_mode(), autocast:
+        with self._condition.held() as condition, torch.inference_mode(), without_autocast(self.device):
             yield condition
 
     def encode_empty(self, features: bool = False) -> TokenizerOutput:

@@ -235,8 +235,11 @@ class VisualTokens:
             target = torch.device(device)
             if target.type == "cuda" and target.index is None:
                 target = torch.device("cuda", torch.cuda.current_device())
-            if self._source[1].device == target:
-                return self._source[1].clone()
+            source = self._source[1]
+            if source.device == target:
+                if source.is_cuda:  # else what is encoded next could be given its memory before this stream has read it
+                    source.record_stream(torch.cuda.current_stream(target))
+                return source.clone()
         # A received array is read-only, which torch does not know: hence a copy.
         words = torch.from_numpy(self.data.view(np.int16 if self.data.itemsize == 2 else np.int32).copy())
         return words.view(getattr(torch, self.dtype)).to(device)
