@@ -333,7 +333,7 @@ def add_verify(commands: Any) -> None:
         help="whether stored tokens are sound, and the same as others or as the node's",
         description="Of A alone: every frame has the bytes that were written. Of A and B: frames of the same images, "
         "matched by their stamps, have the same bits, or by how much they differ and which settings do. With --topic, "
-        "A against what a running tokenizer publishes. Ends with 1 where anything differs or is damaged.",
+        "A against what a running tokenizer publishes. Ends with 1 where frames differ, are damaged or are on one side alone.",
     )
     parser.add_argument("a", type=Path, metavar="A", help="folder of a run, token file, or bag of token messages")
     parser.add_argument("b", type=Path, metavar="B", nargs="?", help="another one")

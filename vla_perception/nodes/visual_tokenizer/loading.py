@@ -134,8 +134,8 @@ def _check(parameters: TokenizerParameters) -> None:
 def _log_what_was_loaded(tokenizer: VisualTokenizer, logger: RcutilsLogger, seconds: float) -> None:
     if tokenizer.weights == "random":
         logger.warning(
-            f"{tokenizer.model} has random weights: the tokens mean nothing to a policy. Set `model` to the directory of "
-            "a checkpoint for real ones"
+            f"{tokenizer.model} has random weights: the tokens mean nothing to a policy. Set `model` to a checkpoint's "
+            "directory or Hugging Face id for real ones"
         )
     for note in tokenizer.notes:
         logger.info(note)
