@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from rclpy._rclpy_pybind11 import RCLError
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup, ReentrantCallbackGroup
 from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
@@ -210,8 +211,13 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
             return  # a lifecycle manager was faster
         steps = (("configured", self.trigger_configure), ("activated", self.trigger_activate))
         for name, trigger in steps:
-            if trigger() != TransitionCallbackReturn.SUCCESS:
-                if not self._closing.is_set():
+            try:
+                result = trigger()
+            except RCLError:  # Jazzy's rclpy: the state does not have this transition any more
+                result = TransitionCallbackReturn.ERROR
+            if result != TransitionCallbackReturn.SUCCESS:
+                # Otherwise a client asked for the same, or for something else, meanwhile. What fails leaves it unconfigured.
+                if not self._closing.is_set() and self.lifecycle_state == "unconfigured":
                     self.get_logger().fatal(f"autostart: the node could not be {name}, so it ends")
                     self._end_process(1)
                 return
