@@ -17,7 +17,8 @@ from vla_perception.tokenizer.devices import place  # noqa: E402
 
 first_that_works = devices._first_that_works  # conftest.py replaces it later where there is a GPU
 
-NO_KERNEL = torch.AcceleratorError(
+AcceleratorError = getattr(torch, "AcceleratorError", RuntimeError)  # the second before PyTorch 2.8
+NO_KERNEL = AcceleratorError(
     "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be asynchronous"
 )
 FULL = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has 10 MiB free.")
@@ -37,7 +38,7 @@ def machine(monkeypatch):
             if device.type != "cuda":
                 return real(device)
             if device.index >= len(gpus):
-                raise torch.AcceleratorError("CUDA error: invalid device ordinal")
+                raise AcceleratorError("CUDA error: invalid device ordinal")
             if gpus[device.index][2] is not None:
                 raise gpus[device.index][2]
 

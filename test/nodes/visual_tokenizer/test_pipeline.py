@@ -16,6 +16,7 @@ from vla_perception.nodes.visual_tokenizer.parameters import TokenizerParameters
 from vla_perception.nodes.visual_tokenizer.pipeline import Pipeline  # noqa: E402
 from vla_perception.synchronizer import SetSynchronizer  # noqa: E402
 
+AcceleratorError = getattr(torch, "AcceleratorError", RuntimeError)  # the second before PyTorch 2.8
 IMAGE = SimpleNamespace(header=SimpleNamespace(frame_id="camera"), pixels=np.zeros((2, 2, 3), np.uint8))
 UNREADABLE = SimpleNamespace(header=IMAGE.header, pixels=None)
 PARAMETERS = TokenizerParameters(token_dtype="float32")
@@ -235,11 +236,9 @@ def test_a_frame_set_that_cannot_be_published_takes_no_number(bench):
 @pytest.mark.parametrize(
     "error",
     [
-        torch.AcceleratorError("CUDA error: device-side assert triggered"),
+        AcceleratorError("CUDA error: device-side assert triggered"),
         RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with `TORCH_USE_CUDA_DSA`"),
-        torch.AcceleratorError(
-            "CUDA error: unspecified launch failure\nno graph is captured, nor memory out of memory"
-        ),
+        AcceleratorError("CUDA error: unspecified launch failure\nno graph is captured, nor memory out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
     ],
 )
@@ -254,11 +253,11 @@ def test_an_error_of_the_device_ends_it(bench, error):
 @pytest.mark.parametrize(
     "error",
     [
-        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
-        torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture"),
-        torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing"),
+        AcceleratorError("CUDA error: operation failed due to a previous error during capture"),
+        AcceleratorError("CUDA error: operation not permitted when stream is capturing"),
         RuntimeError("CUDA error: dependency created on uncaptured work in another stream"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         MemoryError(),
