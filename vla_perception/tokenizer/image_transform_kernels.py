@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vla_perception.tokenizer.preprocess_kernels import UNROLL, VIEW_COLUMNS
+from vla_perception.tokenizer.preprocess_kernels import UNROLL, VIEW_COLUMNS, jit
 
 #: As Triton and ptxas call it: multiply, round, add, round.
 _EXACT = {"enable_fp_fusion": False}
@@ -32,7 +32,7 @@ _POINTERS = [
 ]
 
 
-@triton.jit(do_not_specialize=["height", "width", "size", "taps"], do_not_specialize_on_alignment=_POINTERS[:5])
+@jit(["height", "width", "size", "taps"], _POINTERS[:5])
 def _lanczos3_down(
     source,
     views,
@@ -77,7 +77,7 @@ def _lanczos3_down(
     tl.store(at + 2 * plane, blue, mask=inside)
 
 
-@triton.jit(do_not_specialize=["width", "size", "taps"], do_not_specialize_on_alignment=_POINTERS[2:6])
+@jit(["width", "size", "taps"], _POINTERS[2:6])
 def _lanczos3_across(
     between,
     first,
@@ -109,7 +109,7 @@ def _lanczos3_across(
     tl.store(at, level.to(tl.int32).to(tl.uint8), mask=inside)
 
 
-@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=_POINTERS)
+@jit(["size"], _POINTERS)
 def _center_crop(
     source,
     views,

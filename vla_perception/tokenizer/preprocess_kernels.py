@@ -8,11 +8,14 @@ rounded and clipped to 8 bits. Each is one kernel here. The first reads the came
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-# One variant for all sizes: compiling takes a second, and must not happen when a camera of another size comes.
 _SIZES = ["height", "width", "top", "left", "rows_first", "rows", "side", "taps", "fill_r", "fill_g", "fill_b"]
 #: Taps are padded to a multiple of this with weights of 0; that many loads are under way at a time.
 UNROLL = 4
@@ -23,7 +26,15 @@ VIEW_COLUMNS = 5
 BLOCK_ALONG_ROWS, BLOCK_ALONG_COLUMNS = (4, 32), (4, 64)
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["source", "views", "first", "weights", "output"])
+def jit(sizes: list[str], pointers: list[str]) -> Callable[[Callable], Any]:
+    """`triton.jit` of one variant for all sizes: compiling takes a second, and must not happen when another camera comes."""
+    options = {"do_not_specialize": sizes, "do_not_specialize_on_alignment": pointers}
+    # Without the second, which Triton 3.2 brought, there is a variant for the alignment of PyTorch's memory.
+    known = inspect.signature(triton.jit).parameters
+    return triton.jit(**{name: names for name, names in options.items() if name in known})
+
+
+@jit(_SIZES, ["source", "views", "first", "weights", "output"])
 def _along_rows(
     source,
     views,
@@ -80,9 +91,9 @@ def _along_rows(
     tl.store(at + 2 * plane, tl.minimum(tl.maximum(blue >> 22, 0), 255).to(tl.uint8), mask=written)
 
 
-@triton.jit(
-    do_not_specialize=["rows_first", "rows", "side", "taps"],
-    do_not_specialize_on_alignment=["between", "views", "first", "weights", "table0", "output0", "table1", "output1"],
+@jit(
+    ["rows_first", "rows", "side", "taps"],
+    ["between", "views", "first", "weights", "table0", "output0", "table1", "output1"],
 )
 def _along_columns(
     between,
