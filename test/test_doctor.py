@@ -185,6 +185,7 @@ def rclpy(tmp_path, monkeypatch):
 def test_ros(rclpy, monkeypatch):
     found = rclpy(ROS_DISTRO="jazzy", ROS_DOMAIN_ID="7", ROS_AUTOMATIC_DISCOVERY_RANGE="LOCALHOST")
     assert found[0].text == "jazzy, rmw_cyclonedds_cpp, domain 7" and "LOCALHOST" in found[1].text
+    assert rclpy()[0].text.endswith("(ROS_DISTRO is not set), rmw_cyclonedds_cpp, domain 0")
     assert states(rclpy(ROS_DOMAIN_ID="233"))[0] == ("ROS", "fail")
     for reach, state in {"": "ok", "SUBNET": "ok", "OFF": "warn", "off": "warn", "SUBNETT": "warn"}.items():
         found = rclpy(ROS_AUTOMATIC_DISCOVERY_RANGE=reach)

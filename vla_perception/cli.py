@@ -34,8 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = given.run(given)
     except ModuleNotFoundError as error:
+        extra = "offline" if error.name == "tqdm" else "tokenizer"
         print(
-            f"vla-perception: {error}; install what it needs with pip install '.[tokenizer]' in this package's sources, "
+            f"vla-perception: {error}; install what it needs with pip install '.[{extra}]' in this package's sources, "
             "or on a ROS 2 machine as docs/install.md says",
             file=sys.stderr,
         )
@@ -225,6 +226,8 @@ def _tokenize(given: argparse.Namespace) -> int:
     import torch
     from safetensors.torch import save_file
 
+    from vla_perception.tokens.codec import IMAGE_FILES_KEY
+
     result = torch.empty(0)
     with startup.Progress() as progress:
         for index, path in enumerate(given.images):  # one at a time: however many there are, only their tokens add up
@@ -236,7 +239,7 @@ def _tokenize(given: argparse.Namespace) -> int:
             result[index] = row
     condition = {} if tokenizer.condition is None else {"condition": tokenizer.condition}
     metadata = tokenizer.metadata() | condition | {"images": [str(path) for path in given.images]}
-    save_file({given.output: result}, given.out, metadata={"vla_perception": json.dumps(metadata, sort_keys=True)})
+    save_file({given.output: result}, given.out, metadata={IMAGE_FILES_KEY: json.dumps(metadata, sort_keys=True)})
     print(
         f"{given.out}: {given.output} {list(result.shape)} {tokenizer.compute_dtype}, "
         f"{tokenizer.model} ({tokenizer.weights} weights), fingerprint {tokenizer.fingerprint[:12]}"

@@ -199,7 +199,7 @@ def ros(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
         yield _why_rclpy_fails(probe, environment)
         return
     middleware, domain = probe.stdout.split()[-2:]
-    distribution = environment.get("ROS_DISTRO") or "a distribution that is not named (ROS_DISTRO)"
+    distribution = environment.get("ROS_DISTRO") or f"rclpy {_version('rclpy')} (ROS_DISTRO is not set)"
     if int(domain) > 232:
         text = f"domain {domain}: DDS has no ports beyond 232"
         yield Finding("ROS", "fail", text, "set ROS_DOMAIN_ID to one from 0 to 101")

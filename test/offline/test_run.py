@@ -203,6 +203,17 @@ def test_a_run_of_other_settings_is_refused(tmp_path, sources):
         tokenize(tmp_path / "out", sources[:1], other)
 
 
+def test_a_changed_preset_is_told_from_an_unchanged_one_by_what_was_changed():
+    """The latter has no inputs of its fingerprint that the other's could be compared with."""
+    preset = {"model": {"fingerprint": "a", "grid": [14, 14], "pool": 1}}
+    inputs = {"settings": {"pool": 2, "projector": "none"}, "weights": "w"}
+    pooled = {"model": {"fingerprint": "b", "fingerprint_inputs": inputs, "grid": [7, 7], "pool": 2}}
+    said = ["model.grid: [14, 14], now [7, 7]", "model.pool: 1, now 2", 'model.fingerprint: "a", now "b"']
+    assert run_index.differences(preset, pooled) == said
+    other = {"model": pooled["model"] | {"fingerprint_inputs": inputs | {"weights": "x"}}}
+    assert run_index.differences(pooled, other) == ['model.fingerprint_inputs.weights: "w", now "x"']
+
+
 def test_on_error_stop_ends_with_the_reason(tmp_path, sources):
     with pytest.raises(SourceError, match="frame set 4: .*truncated.*--on-error skip"):
         tokenize(tmp_path / "out", sources[:1], on_error="stop")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
@@ -152,6 +153,7 @@ def main() -> None:
     """Writes docs/images/view*.jpg anew."""
     from ros_harness import free_domain
 
+    argparse.ArgumentParser(description=main.__doc__).parse_args()
     domain = free_domain()
     with tokenizer(domain) as node, player(domain), View(domain) as view, browser() as driver:
         node.wait_for("ready after", 120)

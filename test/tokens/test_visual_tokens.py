@@ -226,6 +226,7 @@ def encoders(*ranges):
         (spoil_entry(data_offsets=[0.0, 576.0]), "wrongly"),
         (move(8), "overlap or leave a gap"),
         (move(0, b"12345678"), "take 576 bytes"),
+        (lambda data: with_header({"__metadata__": {"vla_perception": "{}"}}, b""), "load_file reads it"),
         (spoil_metadata(schema="vla_tokens/2"), "vla_tokens/2"),
         (spoil_metadata(schema=None), "schema None"),
         (spoil_metadata(fingerprint=None), "fingerprint"),

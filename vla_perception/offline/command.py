@@ -339,7 +339,11 @@ def add_verify(commands: Any) -> None:
     parser.add_argument("b", type=Path, metavar="B", nargs="?", help="another one")
     parser.add_argument("--topic", metavar="TOPIC", help="of a running tokenizer, to which the recording is played")
     parser.add_argument(
-        "--silence", type=float, default=10.0, metavar="SEC", help="without a message after which it ends (default: 10)"
+        "--silence",
+        type=float,
+        default=10.0,
+        metavar="SEC",
+        help="without a message, after the first, until it ends (default: 10)",
     )
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     parser.set_defaults(run=_verify)

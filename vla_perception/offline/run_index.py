@@ -122,10 +122,16 @@ def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list
     parts = []
     for section in ("tool", "model", "settings", "environment"):
         old, new = _flat(before.get(section)), _flat(now.get(section))
-        for key in sorted({*old, *new}):
+        for key in sorted({*old, *new}, key=lambda key: (key == "fingerprint", key)):  # a digest tells the least
+            if _is_input(key) and not (any(map(_is_input, old)) and any(map(_is_input, new))):
+                continue  # a preset that nobody has changed has none: model and settings say what differs
             if old.get(key) != new.get(key):
                 parts.append(f"{section}.{key}: {_brief(old.get(key))}, now {_brief(new.get(key))}")
     return parts
+
+
+def _is_input(key: str) -> bool:
+    return key.startswith("fingerprint_inputs.")
 
 
 def _flat(value: object, prefix: str = "") -> dict[str, object]:

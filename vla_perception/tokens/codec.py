@@ -21,6 +21,8 @@ FORMAT = f"safetensors; {SCHEMA}"
 #: What `FORMAT` begins with in every version of the schema.
 FORMAT_OF_ANY_VERSION = "safetensors; vla_tokens/"
 METADATA_KEY = "vla_tokens"
+#: The entry in what `vla-perception tokenize IMAGE … --out FILE` writes instead: tokens without stamps.
+IMAGE_FILES_KEY = "vla_perception"
 #: dtype name → safetensors' name and the NumPy dtype of the stored words (NumPy has no bfloat16).
 DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
     "float32": ("F32", np.dtype("<f4")),
@@ -150,6 +152,11 @@ def metadata_of(header: Mapping[str, Any]) -> dict:
     """The entry ``vla_tokens`` of a header; TokenFormatError if there is none, or of another schema."""
     entry = header.get("__metadata__")
     text = entry.get(METADATA_KEY) if isinstance(entry, dict) else None
+    if isinstance(entry, dict) and IMAGE_FILES_KEY in entry:
+        raise TokenFormatError(
+            "it holds the tokens of image files, without stamps (vla-perception tokenize IMAGE --out FILE): "
+            "safetensors.torch.load_file reads it"
+        )
     if not isinstance(text, str):
         raise TokenFormatError(
             f"no {METADATA_KEY!r} entry in the safetensors metadata: these are no tokens of this package"
