@@ -225,11 +225,11 @@ from dataclasses import replace
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vla_perception.tokenizer import triton_kernels as kernels
 
 dependent = bool(int(sys.argv[1]))
 if not dependent:  # as in a Triton that does not know it
     del triton.language.extra.cuda.gdc_wait
+from vla_perception.tokenizer import triton_kernels as kernels
 rows, keys, warps, stages = kernels.ATTENTION_BLOCKS
 for kernel, constants, options in (
     (kernels._add_layer_norm_kernel, dict(channels=1152, has_delta=True, has_gamma=True, block=2048), {}),

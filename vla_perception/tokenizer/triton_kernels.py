@@ -13,6 +13,15 @@ import triton.language as tl
 
 from vla_perception.tokenizer.dependent_launches import launch_options
 
+try:
+    from triton.language.extra.cuda import gdc_wait
+except ImportError:  # an older Triton compiles no kernel that names what it lacks, also where that is not called
+
+    @triton.jit
+    def gdc_wait():
+        pass
+
+
 #: Elements of a row per warp of `add_layer_norm`.
 ELEMENTS_PER_WARP = 1024
 #: Elements per program of `gelu`.
@@ -44,7 +53,7 @@ def _add_layer_norm_kernel(
     if has_gamma:
         factor = tl.load(gamma + columns, mask=inside, other=0.0).to(tl.float32)
     if dependent:  # all above are weights, which the kernel right in front of this one does not write
-        tl.extra.cuda.gdc_wait()
+        gdc_wait()
     at = tl.program_id(0).to(tl.int64) * channels + columns
     row = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
     if has_delta:
@@ -114,7 +123,7 @@ def gelu_of(x, tanh: tl.constexpr):
 @triton.jit
 def _gelu_kernel(values, result, length, tanh: tl.constexpr, block: tl.constexpr, dependent: tl.constexpr):
     if dependent:
-        tl.extra.cuda.gdc_wait()
+        gdc_wait()
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = at < length
     x = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
@@ -147,7 +156,7 @@ def _attention_kernel(
     dependent: tl.constexpr,
 ):
     if dependent:
-        tl.extra.cuda.gdc_wait()
+        gdc_wait()
     # FlashAttention's online softmax: one program holds `rows` queries of one head and goes through all keys. A head is
     # `most` channels, a power of 2, and what is left of it: 72 are 64 and 16, of which 8 are zeros, and not 128.
     head = tl.program_id(1) % heads
