@@ -150,7 +150,7 @@ def test_a_callers_autocast_changes_no_token(runtime):
 
 
 @pytest.mark.parametrize("kind", ["preset", "smolvla", "oft"])
-def test_a_callers_default_device_and_dtype_are_not_the_tokenizers(kind, tmp_path):
+def test_a_callers_defaults_and_autocast_are_not_the_tokenizers(kind, tmp_path):
     """Policies set them to build their own networks. No value can come out of a tensor of the device `meta`."""
     model = "tiny-random"
     if kind == "smolvla":
@@ -169,7 +169,7 @@ def test_a_callers_default_device_and_dtype_are_not_the_tokenizers(kind, tmp_pat
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
             found = tokens()
     finally:
         torch.set_default_dtype(before)
@@ -190,6 +190,15 @@ def test_runtimes_of_a_gpu_agree_with_float32_eager(expected, runtime, compute_d
         error, cosine = distance(found, exact)
         assert error < tolerance and cosine > 1 - tolerance
     assert not torch.equal(outputs[0].tokens, outputs[1].tokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("runtime", ["eager", "graph"])
+def test_a_callers_autocast_on_a_gpu_changes_no_token(runtime):
+    with torch.autocast("cuda", torch.float16):
+        tokenizer = load(device="cuda", runtime=runtime, compute_dtype="bfloat16")
+        found = tokenizer(images(1)).tokens
+    assert torch.equal(found, tokenizer(images(1)).tokens) and tokenizer.runtime == runtime
 
 
 @pytest.mark.gpu

@@ -100,7 +100,8 @@ class VisualTokenizer:
         self.device = next(network.parameters()).device
         self._dtype = TORCH_DTYPES[compute_dtype]
         self.network = network
-        self._runtime = make_runtime(runtime, network, self.device, self._dtype, compute_dtype == "float8")
+        with without_autocast(self.device):
+            self._runtime = make_runtime(runtime, network, self.device, self._dtype, compute_dtype == "float8")
         self._condition = Condition(network, config.film, self.device, self._dtype)
         self._transforms = ImageTransforms(config.image_transforms)
         on_device = self.device.type == "cuda" and all(encoder.interpolation in FILTERS for encoder in config.encoders)

@@ -18,7 +18,7 @@ import torch
 
 from vla_perception.tokenizer.checkpoints import CheckpointError
 from vla_perception.tokenizer.checkpoints.checkpoint import Checkpoint, WeightsDigest, merged
-from vla_perception.tokenizer.devices import Placement
+from vla_perception.tokenizer.devices import Placement, without_autocast
 from vla_perception.tokenizer.network import TokenizerNetwork
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,8 @@ def load_checkpoint(network: TokenizerNetwork, checkpoint: Checkpoint, placement
     cache = checkpoint.digest_cache(names)
     known = _cached_digest(cache)
     digest = None if re.fullmatch("[0-9a-f]{64}", known) else WeightsDigest()
-    _fill(network, checkpoint.read(names), digest, placement.device, placement.dtype)
+    with without_autocast(torch.device("cpu")):  # where LoRA is merged
+        _fill(network, checkpoint.read(names), digest, placement.device, placement.dtype)
     checkpoint.check_unchanged()
     if digest is None:
         return known
