@@ -1,5 +1,6 @@
 """mujoco_camera: the scene, its cameras' geometry, what is refused; then the node over DDS."""
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -18,6 +19,9 @@ if importlib.util.find_spec("mujoco") is None:  # importing it here would settle
     pytest.skip("needs MuJoCo: pip install '.[sim]'", allow_module_level=True)
 if not any(map(simulation._is_there, simulation.GL_LIBRARIES)):
     pytest.skip(f"no OpenGL without a screen: {simulation.GL_ADVICE}", allow_module_level=True)
+
+with contextlib.suppress(ImportError):  # behind the first image it would end the tests (docs/without_ros.md)
+    import triton.knobs  # noqa: F401
 
 BALL = (0.3, 0.2, -2.0)  # seen from the camera: right, up, and behind its back is where it looks
 SCENE = """
