@@ -153,17 +153,20 @@ class Robot:
     def start(self, *, subscribe: bool = True, **values) -> None:
         """The node active with these parameters, matched with the cameras and, if wanted, with the policy."""
         self.unconfigure()
-        self.unsubscribe()
+        if subscribe:
+            self.subscribe()
+        else:
+            self.unsubscribe()
         assert not self.set(**(DEFAULTS | values))
         assert self.change(Transition.TRANSITION_CONFIGURE), self.process.output
         assert self.change(Transition.TRANSITION_ACTIVATE)
         assert self.state == "active"
-        if subscribe:
-            self.subscribe()
         self.tokens.clear()
         self.headers.clear()
 
     def subscribe(self) -> None:
+        if self._tokens is not None:  # since an earlier test: the node knows it
+            return
         self._tokens = self.node.create_subscription(CompressedImage, "tokens", self._on_tokens, 20)
         wait_until(lambda: self.node.count_publishers("tokens"), 10, "the node's tokens topic")
         time.sleep(0.5)  # until the node knows of this subscription, too: nothing says when
