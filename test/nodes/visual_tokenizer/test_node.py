@@ -144,6 +144,8 @@ class Robot:
         return next((result.reason or "refused" for result in results if not result.successful), "")
 
     def unconfigure(self) -> None:
+        # An earlier test may have failed during a transition: those behind it need not.
+        wait_until(lambda: self.state in ("unconfigured", "inactive", "active"), 90, "the end of a transition")
         if self.state == "active":
             assert self.change(Transition.TRANSITION_DEACTIVATE)
         if self.state == "inactive":
