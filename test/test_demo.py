@@ -39,7 +39,7 @@ from demo.events import Events
 from demo.report import make_report
 
 # `make demo` runs in .venv. Its node, player and subscriber are tested under both distributions.
-pytestmark = [pytest.mark.ros, pytest.mark.one_distribution]
+pytestmark = [pytest.mark.ros, pytest.mark.kilted_alone]
 
 CAMERAS = ("front", "wrist")
 COUNTERS = ("published", "received", "encoded", "replaced", "unmatched", "undecodable", "pending")

@@ -212,7 +212,7 @@ def test_the_tutorial(tmp_path):
 
 
 @pytest.mark.ros
-@pytest.mark.one_distribution  # its programs run under both in test_the_tutorial and in test_verify.py
+@pytest.mark.jazzy_alone  # its programs run under both in test_the_tutorial and in test_verify.py
 def test_the_tutorial_of_training(tmp_path):
     """Record, tokenize, train, deploy with the page's commands, over fewer and shorter episodes and a few steps."""
     for package in ("timm", "mujoco", "av", "rosbags"):

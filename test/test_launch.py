@@ -278,7 +278,7 @@ visual_tokenizer()
 
 
 @pytest.mark.ros
-@pytest.mark.one_distribution  # what a device is given is PyTorch's side
+@pytest.mark.kilted_alone  # what a device is given is PyTorch's side
 def test_what_is_launched_on_a_gpu_computes_there_in_bfloat16_by_itself(launch_file, tmp_path):
     """`tokenizer.launch.py cameras:=front model:=tiny-random`, and nothing about a device or a precision."""
     pytest.importorskip("timm")

@@ -161,7 +161,7 @@ def test_frames_of_one_side_alone(tmp_path):
 
 
 @pytest.mark.ros
-@pytest.mark.one_distribution  # bits are PyTorch's; the next test has what arrives, under both
+@pytest.mark.jazzy_alone  # bits are PyTorch's; the next test has what arrives, under both
 def test_the_nodes_tokens_have_the_same_bits(tmp_path):
     """The sample bag, tokenized, and then played to the node: every message that it publishes is compared."""
     import subprocess

@@ -135,7 +135,7 @@ def send_and_wait(publishers, shown, cameras, source, node):
 
 
 @pytest.mark.ros
-@pytest.mark.one_distribution  # numbers are PyTorch's; the next test has the policy's process, under both
+@pytest.mark.jazzy_alone  # numbers are PyTorch's; the next test has the policy's process, under both
 def test_split_over_dds_acts_as_the_whole_with_one_view(miniature, folder, language_model):
     pytest.importorskip("rclpy")
     from sensor_msgs.msg import Image

@@ -27,7 +27,7 @@ from vla_perception.tokens import TokenSubscriber, to_message
 
 pytestmark = [
     pytest.mark.ros,
-    pytest.mark.one_distribution,  # what rclpy has to do with is in test_live.py
+    pytest.mark.kilted_alone,  # what rclpy has to do with is in test_live.py
     pytest.mark.skipif(bool(browser.unavailable_reason()), reason=browser.unavailable_reason()),
 ]
 

@@ -21,7 +21,7 @@ from vla_perception.tokenizer import VisualTokenizer  # noqa: E402
 from vla_perception.tokens import TokenSubscriber, View, VisualTokens  # noqa: E402
 
 # Numbers are PyTorch's; test_transports.py compares the bytes that arrive, under both distributions.
-pytestmark = [pytest.mark.ros, pytest.mark.one_distribution]
+pytestmark = [pytest.mark.ros, pytest.mark.jazzy_alone]
 
 
 @pytest.mark.parametrize("kind", ["pi05", "smolvla"])
