@@ -109,6 +109,8 @@ def float8_unavailable_reason(device: torch.device) -> str:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """What is computed in it on such a device is in the dtypes of its tensors, whatever a caller's autocast is."""
+    if not torch.amp.is_autocast_available(device.type):  # meta: nothing is computed there
+        return contextlib.nullcontext()
     if not torch.is_autocast_enabled(device.type):  # most callers have none, and disabling it asks for the device
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
