@@ -472,8 +472,13 @@ COLUMNS = "id INTEGER PRIMARY KEY, topic_type, encoding, encoded_message_definit
           "INSERT INTO message_definitions VALUES{row}"], ""),
         ([f"CREATE TABLE message_definitions({COLUMNS})",
           "INSERT INTO message_definitions SELECT 1, type, 'ros2msg', printf('%.*c', 262145, '#'), '' FROM topics"], ""),
+        ([f"CREATE TABLE message_definitions({COLUMNS})", "INSERT INTO message_definitions "
+          "SELECT 1, type, 'ros2msg', 'a' || char(0) || printf('%.*c', 262145, '#'), '' FROM topics"], ""),
+        ([f"CREATE TABLE message_definitions({COLUMNS})", "INSERT INTO message_definitions "
+          "SELECT 1, type, 'ros2msg', CAST(x'666c6f61743332206123b0' AS TEXT), '' FROM topics"], "float32 a#\ufffd"),
     ],
-    ids=["as rosbag2 has it", "odd values", "a view without end", "no columns", "a generated column", "too long"],
+    ids=["as rosbag2 has it", "odd values", "a view without end", "no columns", "a generated column", "too long",
+         "too long behind a zero", "not UTF-8"],
 )  # fmt: skip
 def test_what_a_type_is_is_known_from_sqlite(tmp_path, statements, definition):
     path = sqlite_bag(tmp_path / "x.db3")

@@ -119,14 +119,16 @@ def _definitions(database: sqlite3.Connection, types: Collection[str]) -> dict[s
     if name not in _plain_tables(database) or not {*columns} <= _plain_columns(database, name):
         return {}
     texts = " AND ".join(f"typeof({column}) = 'text'" for column in columns)
-    sizes = f"length(topic_type) <= {NAME_LIMIT} AND length(encoded_message_definition) <= {DEFINITION_LIMIT}"
-    for kind, text in database.execute(
-        f"SELECT topic_type, encoded_message_definition FROM {name} "
-        f"WHERE {texts} AND {sizes} AND encoding IN ('ros2msg', 'ros2idl')"
+    data = (
+        "CAST(encoded_message_definition AS BLOB)"  # a comment may be in Latin-1, which is no text to Python's sqlite3
+    )
+    sizes = f"length(topic_type) <= {NAME_LIMIT} AND length({data}) <= {DEFINITION_LIMIT}"
+    for kind, definition in database.execute(
+        f"SELECT topic_type, {data} FROM {name} WHERE {texts} AND {sizes} AND encoding IN ('ros2msg', 'ros2idl')"
     ):
-        if kind in types and kind not in found and len(text) <= room:
-            room -= len(text)
-            found[kind] = text
+        if kind in types and kind not in found and len(definition) <= room:
+            room -= len(definition)
+            found[kind] = definition.decode(errors="replace")
     return found
 
 

@@ -30,7 +30,7 @@ MESSAGE_LIMIT = 300 << 20
 NAME_LIMIT = 1 << 16
 #: Characters of what is said about a topic's QoS; more is none.
 QOS_LIMIT = 1 << 14
-#: Characters of a message type's definition, and of all that a file has; more is none.
+#: Bytes of a message type's definition, and of all that a file has; more is none.
 DEFINITION_LIMIT = 1 << 18
 DEFINITIONS_LIMIT = 1 << 24
 #: Bytes that copying or decompressing a file leaves free on the disk.
