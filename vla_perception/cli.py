@@ -34,9 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = given.run(given)
     except ModuleNotFoundError as error:
-        extra = "offline" if error.name == "tqdm" else "tokenizer"
         print(
-            f"vla-perception: {error}; install what it needs with pip install '.[{extra}]' in this package's sources, "
+            f"vla-perception: {error}; install what it needs with pip install '.[tokenizer]' in this package's sources, "
             "or on a ROS 2 machine as docs/install.md says",
             file=sys.stderr,
         )

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import sys
 
 import pytest
 
@@ -79,6 +80,12 @@ def test_it_says_how_to_go_on(tmp_path, tokenize, monkeypatch):
     monkeypatch.setattr(command, "load", lambda given, choices: PixelTokenizer(interrupt))
     code, _, told = tokenize(shots)
     assert code == 130 and "the same command goes on from here" in told
+
+
+def test_without_tqdm_it_says_what_brings_it(tmp_path, tokenize, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    code, _, told = tokenize(write_images(tmp_path / "shots", 1))
+    assert code == 1 and "pip install '.[offline]'" in told and "tokenizer]" not in told
 
 
 def test_what_an_earlier_run_did_is_no_part_of_the_rate():

@@ -287,7 +287,10 @@ def _load_in_worker(model: str, condition: Path | None, **arguments: Any) -> Any
 
 def _bar(expected: int) -> Any:
     """A progress bar with rate and time left; without a terminal, a line every half a minute."""
-    from tqdm import tqdm
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError(f"{error}: progress is shown with tqdm: pip install '.[offline]'") from error
 
     class Bar(tqdm):
         def found(self, count: int) -> None:
