@@ -17,7 +17,7 @@ import dataclasses
 import enum
 import math
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -143,10 +143,12 @@ class ParameterSpec:
 
 def _check_strings(name: str, value: object) -> None:
     """Size and characters, before anything else looks at a value or quotes it. The log has strings as they are."""
-    listed = isinstance(value, Sized) and not isinstance(value, str)
-    if listed and len(value) > MAX_ELEMENTS:  # type: ignore[arg-type]
-        raise ValueError(f"{name} must have at most {MAX_ELEMENTS} elements, got {len(value)}")  # type: ignore[arg-type]
-    for text in value if listed else (value,):  # type: ignore[attr-defined]
+    items: Collection[object] = (value,)
+    if isinstance(value, Collection) and not isinstance(value, str):
+        if len(value) > MAX_ELEMENTS:
+            raise ValueError(f"{name} must have at most {MAX_ELEMENTS} elements, got {len(value)}")
+        items = value
+    for text in items:
         if isinstance(text, str) and len(text) > MAX_CHARACTERS:
             raise ValueError(f"{name} must have at most {MAX_CHARACTERS} characters, got {len(text)}")
         if isinstance(text, str) and CONTROL_CHARACTER.search(text):
