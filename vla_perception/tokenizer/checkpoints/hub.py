@@ -260,13 +260,13 @@ def _small(repository: str, commit: str, file: str, files: Files) -> Path:
     """Fetches a file whole, unless the hub says that it is large."""
     from huggingface_hub import hf_hub_download
 
-    path, size = None, files.get(file) or 0
+    size = files.get(file) or 0
     if size <= _MAX_SMALL:
         path = Path(hf_hub_download(repository, file, revision=commit))
         size = path.stat().st_size
-    if path is None or size > _MAX_SMALL:
-        raise CheckpointError(f"{repository}: {file} has {size} bytes, which no checkpoint needs")
-    return path
+        if size <= _MAX_SMALL:
+            return path
+    raise CheckpointError(f"{repository}: {file} has {size} bytes, which no checkpoint needs")
 
 
 def _copy(repository: str, commit: str, file: str, files: Files, target: Path) -> None:
