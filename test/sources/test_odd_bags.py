@@ -491,6 +491,12 @@ def test_what_a_type_is_is_known_from_sqlite(tmp_path, statements, definition):
         assert (bag.topics[TOPIC].definition, bag.topics[TOPIC].type_hash) == (definition, HASH)
 
 
+def test_qos_that_is_long_behind_a_zero(tmp_path):
+    for size, said in ((100, 102), (1 << 14, 0)):
+        with Bag(sqlite_bag(tmp_path / f"{size}.db3", qos="a\0" + "#" * size)) as bag:
+            assert len(bag.topics[TOPIC].offered_qos) == said
+
+
 def test_storage_qos_differs_from_the_metadata(tmp_path):
     with Writer(tmp_path / "bag", version=9, storage_plugin=StoragePlugin.MCAP) as writer:
         connection = writer.add_connection(TOPIC, COMPRESSED, typestore=TYPES, offered_qos_profiles=[QOS])
@@ -916,6 +922,7 @@ SQL = [
     ("UPDATE topics SET name = x'ff00'", "not a text"),
     ("UPDATE topics SET type = x'00'", "not a text"),
     ("UPDATE topics SET name = printf('/%.*c', 70000, 'a')", "a long one"),
+    ("UPDATE topics SET name = '/' || char(0) || printf('%.*c', 70000, 'a')", "a long one"),
 ]
 
 

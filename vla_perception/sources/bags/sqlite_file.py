@@ -109,7 +109,12 @@ def _text_column(database: sqlite3.Connection, name: str, limit: int) -> str:
     """What selects this of a topic, as text: older recorders wrote none."""
     if all(column[1] != name for column in database.execute("PRAGMA table_xinfo(topics)")):
         return "''"
-    return f"CASE WHEN typeof({name}) = 'text' AND length({name}) <= {limit} THEN {name} ELSE '' END"
+    return f"CASE WHEN typeof({name}) = 'text' AND {_bytes(name)} <= {limit} THEN {name} ELSE '' END"
+
+
+def _bytes(column: str) -> str:
+    """The size of a text: its `length` ends at the first zero."""
+    return f"length(CAST({column} AS BLOB))"
 
 
 def _definitions(database: sqlite3.Connection, types: Collection[str]) -> dict[str, str]:
@@ -119,12 +124,11 @@ def _definitions(database: sqlite3.Connection, types: Collection[str]) -> dict[s
     if name not in _plain_tables(database) or not {*columns} <= _plain_columns(database, name):
         return {}
     texts = " AND ".join(f"typeof({column}) = 'text'" for column in columns)
-    data = (
-        "CAST(encoded_message_definition AS BLOB)"  # a comment may be in Latin-1, which is no text to Python's sqlite3
-    )
-    sizes = f"length(topic_type) <= {NAME_LIMIT} AND length({data}) <= {DEFINITION_LIMIT}"
+    sizes = f"{_bytes('topic_type')} <= {NAME_LIMIT} AND {_bytes('encoded_message_definition')} <= {DEFINITION_LIMIT}"
+    # As bytes: a comment may be in Latin-1, which is no text to Python's sqlite3.
     for kind, definition in database.execute(
-        f"SELECT topic_type, {data} FROM {name} WHERE {texts} AND {sizes} AND encoding IN ('ros2msg', 'ros2idl')"
+        f"SELECT topic_type, CAST(encoded_message_definition AS BLOB) FROM {name} "
+        f"WHERE {texts} AND {sizes} AND encoding IN ('ros2msg', 'ros2idl')"
     ):
         if kind in types and kind not in found and len(definition) <= room:
             room -= len(definition)
@@ -143,7 +147,7 @@ def _check_tables(database: sqlite3.Connection) -> None:
     texts = ("name", "type", "serialization_format")
     (odd,) = database.execute(
         "SELECT count(*) FROM topics WHERE "
-        + " OR ".join(f"typeof({column}) <> 'text' OR length({column}) > {NAME_LIMIT}" for column in texts)
+        + " OR ".join(f"typeof({column}) <> 'text' OR {_bytes(column)} > {NAME_LIMIT}" for column in texts)
     ).fetchone()
     if odd:
         raise FileError(f"{odd} of its topics have a name, type or format that is not a text, or a long one")

@@ -26,9 +26,9 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 #: Bytes of one message: more than a raw image of 64 Mpixel with four channels.
 MESSAGE_LIMIT = 300 << 20
-#: Characters of a topic's name, and of its type, in SQLite.
+#: Bytes of a topic's name, and of its type, in SQLite.
 NAME_LIMIT = 1 << 16
-#: Characters of what is said about a topic's QoS; more is none.
+#: Bytes (in MCAP characters) of what is said about a topic's QoS; more is none.
 QOS_LIMIT = 1 << 14
 #: Bytes of a message type's definition, and of all that a file has; more is none.
 DEFINITION_LIMIT = 1 << 18
