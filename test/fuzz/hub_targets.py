@@ -144,7 +144,7 @@ def answers(data: bytes) -> None:
     _connect()
     try:
         _HUB.answers = [dict(answer) for answer in json.loads(data)[:_ANSWERS]]
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, LookupError, RecursionError):  # Python 3.12 looks a slice up in an object
         return
     try:
         folder = _fetch()
