@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_tokenizer import make_tokens
 from ros_harness import ROOT, RosProcess, free_domain
 
 from vla_perception import cli
-from vla_perception.tokens import View, VisualTokens
 
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"]
 TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES}
@@ -160,22 +160,7 @@ def test_similarity_as_the_page_of_view_copies_it(tmp_path, monkeypatch):
         assert re.fullmatch(".*".join(map(re.escape, fixed)), line), line
     monkeypatch.chdir(tmp_path)
     vectors = np.random.default_rng(0).normal(size=(2, 196, 8)).astype(np.float32)
-    views = tuple(View(name, name, 1, 480, 640, (0.02, 0.0, 0.0, 0.0, 0.03, 0.0)) for name in ("front", "wrist"))
-    tokens = VisualTokens(
-        data=vectors,
-        dtype="float32",
-        views=views,
-        sequence=41,
-        model="tiny-random",
-        weights="random",
-        fingerprint="0" * 64,
-        compute_dtype="float32",
-        grid=(14, 14),
-        token_strategy="patch",
-        pool=1,
-        encoders=(),
-        projector="linear",
-    )
+    tokens = make_tokens(41, cameras=("front", "wrist"), grid=(14, 14), data=vectors)
     tokens.save("tokens-41.safetensors")
     exec(program, names := {})
     touched = vectors[0, 119].astype(float)
