@@ -8,7 +8,7 @@ import pytest
 rclpy = pytest.importorskip("rclpy")
 
 from lifecycle_msgs.msg import Transition  # noqa: E402
-from lifecycle_msgs.srv import ChangeState, GetState  # noqa: E402
+from lifecycle_msgs.srv import ChangeState, GetAvailableStates, GetAvailableTransitions, GetState  # noqa: E402
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue  # noqa: E402
 from rcl_interfaces.srv import SetParameters, SetParametersAtomically  # noqa: E402
 from rclpy.callback_groups import ReentrantCallbackGroup  # noqa: E402
@@ -112,6 +112,25 @@ def test_transitions_that_the_state_does_not_have_are_refused(meet):
         assert not peer.change(id=Transition.TRANSITION_ACTIVATE)
         assert not peer.change(id=77) and not peer.change(label="\x1b[2J" * 1000)
         assert peer.state == "unconfigured"
+
+    meet(talk)
+
+
+@pytest.mark.parametrize("given", [("id",), ("label",), ("id", "label")], ids=" and ".join)
+def test_every_state_is_reached_as_clients_ask_for_it(meet, given):
+    """Nav2's manager and launch_ros give numbers, `ros2 lifecycle set` both as it finds them among those available."""
+    ways = [("configure", "inactive"), ("activate", "active"), ("deactivate", "inactive"), ("cleanup", "unconfigured")]
+    ways += [("configure", "inactive"), ("activate", "active"), ("shutdown", "finalized")]
+
+    def talk(node, peer):
+        node.may_end.set()
+        states = peer.ask(GetAvailableStates, "get_available_states").available_states
+        assert {state for _, state in ways} <= {state.label for state in states}
+        for label, state in ways:
+            available = peer.ask(GetAvailableTransitions, "get_available_transitions").available_transitions
+            (transition,) = [each.transition for each in available if each.transition.label == label]
+            assert peer.change(**{name: getattr(transition, name) for name in given})
+            assert peer.state == state
 
     meet(talk)
 
