@@ -415,12 +415,12 @@ def test_any_qos_in_the_storage(tmp_path, qos):
 KIND, HASH = "my_robot_msgs/msg/Gripper", f"RIHS01_{'5e' * 32}"
 
 
-def mcap_of_types(path: Path, types, *, metadata=None, summary=True) -> Path:
-    """A file of topics /00, /01, … with one message each, and these types (name, schema encoding, schema)."""
+def mcap_of_types(path: Path, types, *, metadata=None, summary=True, first=0) -> Path:
+    """A file of topics /00, /01, … (or from `first` on) with one message each, and these types (name, schema encoding, schema)."""
     with path.open("wb") as file:
         writer = McapWriter(file, use_statistics=summary)
         writer.start(profile="ros2")
-        for index, (kind, encoding, data) in enumerate(types):
+        for index, (kind, encoding, data) in enumerate(types, start=first):
             schema = writer.register_schema(kind, encoding, data)
             channel = writer.register_channel(f"/{index:02}", "cdr", schema, metadata or {})
             writer.add_message(channel, T0, b"\0\1\0\0", T0)
@@ -455,6 +455,20 @@ def test_definitions_take_bounded_memory(tmp_path, summary):
     types = [(f"x/msg/X{index}", "ros2msg", b"#" * (1 << 18)) for index in range(70)]
     with Bag(mcap_of_types(tmp_path / "x.mcap", types, summary=summary)) as bag:
         assert [len(topic.definition) for topic in bag.topics.values()] == [1 << 18] * 64 + [0] * 6
+
+
+def test_definitions_of_many_files_take_no_more_memory_than_of_one(tmp_path):
+    """A split recording repeats them in each."""
+    for number in range(3):
+        types = [(f"x/msg/X{number}_{index}", "ros2msg", b"#" * (1 << 18)) for index in range(30)]
+        types.append((KIND, "ros2msg", b"float64 metres"))
+        mcap_of_types(tmp_path / f"x_{number}.mcap", types, first=31 * number)
+    with Bag(metadata(tmp_path, [f"x_{number}.mcap" for number in range(3)], topics=())) as bag:
+        sizes = [len(topic.definition) for topic in bag.topics.values() if topic.type != KIND]
+        assert sum(sizes) <= 1 << 24 and sizes.count(1 << 18) == 63 and sizes.count(0) == 27
+        assert [topic.definition for topic in bag.topics.values() if topic.type == KIND] == ["float64 metres"] * 3
+        held = [channel.definition for file in bag._files for channel in file.channels.values()]
+        assert not any(held)
 
 
 COLUMNS = "id INTEGER PRIMARY KEY, topic_type, encoding, encoded_message_definition, type_description_hash"

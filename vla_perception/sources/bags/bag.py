@@ -23,6 +23,7 @@ from vla_perception.sources.bags.contents import (
 from vla_perception.sources.bags.folder import claimed_topics, first_bytes, storage_files
 from vla_perception.sources.bags.sqlite_file import SqliteFile
 from vla_perception.sources.bags.storage import (
+    DEFINITIONS_LIMIT,
     MCAP_MAGIC,
     MESSAGE_LIMIT,
     SQLITE_MAGIC,
@@ -69,7 +70,8 @@ class Bag:
         self._warned: set[str] = set()
         try:
             paths, claimed = self._storage_files()
-            self._files = [self._open(file) for file in paths]
+            self._definitions: dict[str, str] = {}
+            self._files = [self._without_definitions(self._open(file)) for file in paths]
         except BaseException:
             self.close()
             raise
@@ -240,6 +242,16 @@ class Bag:
         except Exception as error:  # on damaged files, whatever the libraries raise comes through
             raise self._error(path, error) from error
 
+    def _without_definitions(self, file: StorageFile) -> StorageFile:
+        """Takes its types' definitions, of all files no more than of one: a split recording repeats them in each."""
+        room = DEFINITIONS_LIMIT - sum(map(len, self._definitions.values()))
+        for channel in file.channels.values():
+            text, channel.definition = channel.definition, ""
+            if text and channel.type not in self._definitions and len(text) <= room:
+                room -= len(text)
+                self._definitions[channel.type] = text
+        return file
+
     def _error(self, path: Path, error: Exception) -> BagError:
         if isinstance(error, ImportError):
             return missing_library(error)
@@ -266,12 +278,13 @@ class Bag:
                 kinds = counts.setdefault(channel.topic, {})
                 kinds[channel.type] = kinds.get(channel.type, 0) + channel.messages
                 key = channel.topic, channel.type
-                says = channel.offered_qos, channel.definition, channel.type_hash
-                said[key] = [before or now for before, now in zip(said.get(key, [""] * 3), says)]
+                says = channel.offered_qos, channel.type_hash
+                said[key] = [before or now for before, now in zip(said.get(key, [""] * 2), says)]
         topics: dict[str, BagTopic] = {}
         for topic, kinds in counts.items():
             kind = max(kinds, key=kinds.__getitem__)
-            topics[topic] = BagTopic(topic, kind, kinds[kind], *said[topic, kind])
+            qos, type_hash = said[topic, kind]
+            topics[topic] = BagTopic(topic, kind, kinds[kind], qos, self._definitions.get(kind, ""), type_hash)
             left = [f"{messages} as {other}" for other, messages in kinds.items() if messages and other != kind]
             if left:
                 self._warn(f"{topic} was recorded as {kind}, and {', '.join(left)}, which are left out")
