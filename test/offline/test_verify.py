@@ -75,7 +75,8 @@ def test_names_of_an_index_are_printed_with_escapes(tmp_path, drive, capsys):
 def test_a_damaged_entry_of_a_bag_is_said(tmp_path, drive):
     tokenize(tmp_path / "out", [drive], output="mcap")
     (entry,) = (tmp_path / "out").rglob("recording.json")
-    for damage in ("{", "[]", entry.read_text().replace('"frames"', '"frame"')):
+    right = entry.read_text()
+    for damage in ("{", "[]", right.replace('"frames"', '"frame"'), right + " " * (1 << 24)):
         entry.write_text(damage)
         with pytest.raises(ValueError, match="recording.json is damaged: remove its folder"):
             tokenize(tmp_path / "out", [drive], output="mcap")

@@ -221,3 +221,8 @@ def test_tokens_that_tokenize_wrote_are_shown_over_their_images(tmp_path, output
         file.unlink()
     with open_recording(tmp_path / "run") as feed:
         assert feed.snapshot(name, 0).images == (None,), "moved since: the tokens alone"
+    for entry in (tmp_path / "run").rglob("recording.json"):
+        entry.write_text("{")
+        with open_recording(entry.parent) as feed:
+            (name,) = (one["topic"] for one in feed.tokenizers())
+            assert feed.snapshot(name, 0).images == (None,), "what says of what they are is damaged"

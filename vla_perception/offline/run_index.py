@@ -24,6 +24,8 @@ SCHEMA = "vla_tokens_run/1"
 NAME = "index.json"
 #: In the folder of a bag of token messages, beside its own files: its entry in the index.
 BAG_ENTRY = "recording.json"
+#: Bytes of that file.
+_MAX_ENTRY = 1 << 24
 #: What else decides on the last bits of tokens, or on decoded images: versions of these packages.
 _PACKAGES = (
     "torch", "torchvision", "timm", "triton", "numpy", "pillow", "simplejpeg", "opencv-python-headless", "av",
@@ -174,6 +176,8 @@ def bag_entry(folder: Path, name: str) -> dict | None:
     """What the index says about a bag of token messages (bag_output.py); None where there is none."""
     path = folder / name / BAG_ENTRY
     try:
+        if path.stat().st_size > _MAX_ENTRY:
+            raise ValueError("it is too large")
         entry = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
