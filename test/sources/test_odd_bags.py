@@ -457,6 +457,16 @@ def test_definitions_take_bounded_memory(tmp_path, summary):
         assert [len(topic.definition) for topic in bag.topics.values()] == [1 << 18] * 64 + [0] * 6
 
 
+@pytest.mark.parametrize("summary", [True, False])
+def test_qos_takes_bounded_memory(tmp_path, summary):
+    """A small file of many channels that compress well has that of its first ones."""
+    types = [(f"x/msg/X{index}", "ros2msg", b"") for index in range(1100)]
+    metadata = {"offered_qos_profiles": "#" * (1 << 14)}
+    with Bag(mcap_of_types(tmp_path / "x.mcap", types, metadata=metadata, summary=summary)) as bag:
+        kept = [topic.offered_qos for topic in bag.topics.values()]
+    assert len(kept) == 1100 and sum(map(len, kept)) == 1 << 24
+
+
 def test_definitions_of_many_files_take_no_more_memory_than_of_one(tmp_path):
     """A split recording repeats them in each."""
     for number in range(3):

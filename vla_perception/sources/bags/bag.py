@@ -23,10 +23,10 @@ from vla_perception.sources.bags.contents import (
 from vla_perception.sources.bags.folder import claimed_topics, first_bytes, storage_files
 from vla_perception.sources.bags.sqlite_file import SqliteFile
 from vla_perception.sources.bags.storage import (
-    DEFINITIONS_LIMIT,
     MCAP_MAGIC,
     MESSAGE_LIMIT,
     SQLITE_MAGIC,
+    TEXTS_LIMIT,
     ZSTD_MAGIC,
     FileError,
     Source,
@@ -70,8 +70,9 @@ class Bag:
         self._warned: set[str] = set()
         try:
             paths, claimed = self._storage_files()
+            self._qos: dict[tuple[str, str], str] = {}
             self._definitions: dict[str, str] = {}
-            self._files = [self._without_definitions(self._open(file)) for file in paths]
+            self._files = [self._without_texts(self._open(file)) for file in paths]
         except BaseException:
             self.close()
             raise
@@ -242,14 +243,17 @@ class Bag:
         except Exception as error:  # on damaged files, whatever the libraries raise comes through
             raise self._error(path, error) from error
 
-    def _without_definitions(self, file: StorageFile) -> StorageFile:
-        """Takes its types' definitions, of all files no more than of one: a split recording repeats them in each."""
-        room = DEFINITIONS_LIMIT - sum(map(len, self._definitions.values()))
+    def _without_texts(self, file: StorageFile) -> StorageFile:
+        """Takes what it says of QoS and types, of all files no more than of one: a split recording repeats it in each."""
+        room = TEXTS_LIMIT - sum(len(text) for known in (self._qos, self._definitions) for text in known.values())
         for channel in file.channels.values():
-            text, channel.definition = channel.definition, ""
-            if text and channel.type not in self._definitions and len(text) <= room:
-                room -= len(text)
-                self._definitions[channel.type] = text
+            if (key := (channel.topic, channel.type)) not in self._qos and 0 < len(channel.offered_qos) <= room:
+                self._qos[key] = channel.offered_qos
+                room -= len(channel.offered_qos)
+            if channel.type not in self._definitions and 0 < len(channel.definition) <= room:
+                self._definitions[channel.type] = channel.definition
+                room -= len(channel.definition)
+            channel.offered_qos = channel.definition = ""
         return file
 
     def _error(self, path: Path, error: Exception) -> BagError:
@@ -268,7 +272,7 @@ class Bag:
     def _merged_topics(self) -> tuple[dict[str, BagTopic], dict[str, str]]:
         """The topics of all files, and those that are not CDR with their encoding."""
         counts: dict[str, dict[str, int]] = {}
-        said: dict[tuple[str, str], list[str]] = {}
+        hashes: dict[tuple[str, str], str] = {}
         others: dict[str, str] = {}
         for file in self._files:
             for channel in file.channels.values():
@@ -278,13 +282,12 @@ class Bag:
                 kinds = counts.setdefault(channel.topic, {})
                 kinds[channel.type] = kinds.get(channel.type, 0) + channel.messages
                 key = channel.topic, channel.type
-                says = channel.offered_qos, channel.type_hash
-                said[key] = [before or now for before, now in zip(said.get(key, [""] * 2), says)]
+                hashes[key] = hashes.get(key) or channel.type_hash
         topics: dict[str, BagTopic] = {}
         for topic, kinds in counts.items():
             kind = max(kinds, key=kinds.__getitem__)
-            qos, type_hash = said[topic, kind]
-            topics[topic] = BagTopic(topic, kind, kinds[kind], qos, self._definitions.get(kind, ""), type_hash)
+            qos, definition = self._qos.get((topic, kind), ""), self._definitions.get(kind, "")
+            topics[topic] = BagTopic(topic, kind, kinds[kind], qos, definition, hashes[topic, kind])
             left = [f"{messages} as {other}" for other, messages in kinds.items() if messages and other != kind]
             if left:
                 self._warn(f"{topic} was recorded as {kind}, and {', '.join(left)}, which are left out")

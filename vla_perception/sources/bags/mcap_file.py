@@ -19,10 +19,10 @@ from mcap.opcode import Opcode
 
 from vla_perception.sources.bags.storage import (
     DEFINITION_LIMIT,
-    DEFINITIONS_LIMIT,
     MCAP_MAGIC,
     MESSAGE_LIMIT,
     QOS_LIMIT,
+    TEXTS_LIMIT,
     Channel,
     FileError,
     Source,
@@ -55,7 +55,7 @@ class McapFile:
         self.channels: dict[int, Channel] = {}
         self.start_ns: int | None = None
         self.end_ns: int | None = None
-        self._definitions_room = DEFINITIONS_LIMIT
+        self._room = TEXTS_LIMIT  # of QoS and definitions
         # Chunks: start and end in ns, where in the file, and the channels in it (empty: not known).
         self._chunks: list[tuple[int, int, int, frozenset[int]]] = []
         # Messages outside of chunks: time in ns and where in the file.
@@ -148,7 +148,7 @@ class McapFile:
     def _scan(self, file: BinaryIO) -> None:
         """Reads the whole file, for what is in it."""
         self.channels.clear()
-        self._definitions_room = DEFINITIONS_LIMIT
+        self._room = TEXTS_LIMIT  # of QoS and definitions
         schemas: dict[int, tuple[str, str]] = {}
         file.seek(8)
         for position, opcode, size in records(file):
@@ -192,16 +192,19 @@ class McapFile:
                 channel.topic,
                 ros_type(name),
                 encoding_of(channel.message_encoding),
-                offered_qos=qos if len(qos) <= QOS_LIMIT else "",
+                offered_qos=qos if self._may_keep(len(qos), QOS_LIMIT) else "",
                 definition=definition,
                 type_hash=type_hash_of(channel.metadata.get("topic_type_hash")),
             )
 
     def _definition(self, schema: mcap.records.Schema) -> str:
-        if schema.encoding not in ("ros2msg", "ros2idl") or len(schema.data) > DEFINITION_LIMIT:
-            return ""
-        self._definitions_room -= len(schema.data)
-        return schema.data.decode(errors="replace") if self._definitions_room >= 0 else ""
+        known = schema.encoding in ("ros2msg", "ros2idl") and self._may_keep(len(schema.data), DEFINITION_LIMIT)
+        return schema.data.decode(errors="replace") if known else ""
+
+    def _may_keep(self, size: int, limit: int) -> bool:
+        fits = size <= min(limit, self._room)
+        self._room -= size if fits else 0
+        return fits
 
     def _count(self, key: int) -> None:
         if key not in self.channels:

@@ -12,11 +12,11 @@ from urllib.parse import quote
 
 from vla_perception.sources.bags.storage import (
     DEFINITION_LIMIT,
-    DEFINITIONS_LIMIT,
     MAX_NS,
     MESSAGE_LIMIT,
     NAME_LIMIT,
     QOS_LIMIT,
+    TEXTS_LIMIT,
     Channel,
     FileError,
     Stored,
@@ -119,7 +119,7 @@ def _bytes(column: str) -> str:
 
 def _definitions(database: sqlite3.Connection, types: Collection[str]) -> dict[str, str]:
     """The definitions of these message types, where the recorder wrote them (Iron and newer)."""
-    name, room, found = "message_definitions", DEFINITIONS_LIMIT, {}
+    name, room, found = "message_definitions", TEXTS_LIMIT, {}
     columns = "topic_type", "encoding", "encoded_message_definition"
     if name not in _plain_tables(database) or not {*columns} <= _plain_columns(database, name):
         return {}

@@ -30,9 +30,10 @@ MESSAGE_LIMIT = 300 << 20
 NAME_LIMIT = 1 << 16
 #: Bytes (in MCAP characters) of what is said about a topic's QoS; more is none.
 QOS_LIMIT = 1 << 14
-#: Bytes of a message type's definition, and of all that a file, or a bag, has; more is none.
+#: Bytes of a message type's definition; more is none.
 DEFINITION_LIMIT = 1 << 18
-DEFINITIONS_LIMIT = 1 << 24
+#: Bytes of QoS and definitions together that are kept of a file, and of a bag.
+TEXTS_LIMIT = 1 << 24
 #: Bytes that copying or decompressing a file leaves free on the disk.
 DISK_RESERVE = 1 << 30
 
