@@ -205,7 +205,8 @@ class Cameras:
 
     def _on_image(self, camera: Camera, message: Image | CompressedImage, info: MessageInfo) -> None:
         pipeline, stamp, now = self._pipeline, message.header.stamp, time.monotonic()
-        if pipeline is None:
+        # A callback may have waited for a thread since before the node was configured anew, for other cameras.
+        if pipeline is None or self._cameras.get(camera.name) is not camera:
             return
         subject = "header"
         try:

@@ -14,12 +14,14 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from rcl_interfaces.msg import SetParametersResult
 from rclpy._rclpy_pybind11 import RCLError
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup, ReentrantCallbackGroup
 from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from rclpy.lifecycle.node import LifecycleNodeMixin
 from rclpy.node import Node
+from rclpy.parameter import Parameter
 from std_srvs.srv import Trigger
 
 from vla_perception.images.decode import decode_image
@@ -58,7 +60,8 @@ def _transition(during: str, after: str) -> Callable:
     def decorate(callback: Callable[..., TransitionCallbackReturn]):
         @functools.wraps(callback)
         def guarded(self: VisualTokenizerNode, state: LifecycleState) -> TransitionCallbackReturn:
-            self.lifecycle_state = during
+            with self._settling:
+                self.lifecycle_state = during
             name = callback.__name__.removeprefix("on_")
             result = TransitionCallbackReturn.FAILURE if name == "configure" else TransitionCallbackReturn.ERROR
             try:
@@ -89,6 +92,8 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
     """
 
     def __init__(self, stop: Stop, **node_options: Any) -> None:
+        # Held while parameters are set and while a transition begins: a change that is accepted is in force before it.
+        self._settling = threading.RLock()
         Node.__init__(self, "visual_tokenizer", **node_options)
         # A separate group: services answer while a model is loading.
         LifecycleNodeMixin.__init__(self, callback_group=ReentrantCallbackGroup())
@@ -247,6 +252,11 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
 
     # Parameters
 
+    def set_parameters_atomically(self, parameter_list: list[Parameter]) -> SetParametersResult:
+        """What clients ask for comes here. Between the question whether it may change and the change nothing begins."""
+        with self._settling:
+            return super().set_parameters_atomically(parameter_list)
+
     def _refusal(self, name: str) -> str:
         """Why a parameter may not change now; empty if it may."""
         spec = PARAMETERS[name]
@@ -260,8 +270,9 @@ class VisualTokenizerNode(LifecycleNodeMixin, Node):
         return ""
 
     def _on_parameters_changed(self) -> None:
-        if (pipeline := self._pipeline) is not None:
-            pipeline.apply_parameters(self.parameters.values)
+        with self._settling:
+            if (pipeline := self._pipeline) is not None:
+                pipeline.apply_parameters(self.parameters.values)
 
     # While it is active
 
