@@ -402,6 +402,32 @@ def test_nothing_is_left_of_one_that_has_ended(ros, ended_by):
 
 
 @pytest.mark.ros
+def test_what_shared_memory_brings_after_the_shutdown_of_ros_is_no_error(ros):
+    """Its thread learns of the shutdown later: it ended with a traceback."""
+    import rclpy
+
+    tokens = TokenSubscriber(ros.node(), callback=lambda _tokens: None, shared_memory=False)
+    rclpy.shutdown(context=ros.context)
+    tokens._receiver.thread.join(20.0)
+    tokens._intake.on_shared_memory(make_tokens(0).to_bytes(), 1)
+    tokens._intake.on_writers_gone()
+    tokens.close()
+
+
+@pytest.mark.ros
+def test_reception_goes_on_after_the_policys_node_was_destroyed(ros):
+    """Policies destroy their node before they close, and nothing calls the callback then."""
+    publisher, node = ros.publisher(), ros.node()
+    with TokenSubscriber(node, callback=lambda _tokens: None, shared_memory=False) as tokens:
+        matched(publisher)
+        for sequence in range(3):
+            publisher.publish(to_message(make_tokens(sequence)))
+            assert tokens.wait(20.0).sequence == sequence
+            node.destroy_node()
+    ros.nodes.remove(node)
+
+
+@pytest.mark.ros
 def test_closing_wakes_the_thread_that_waits_for_messages(ros, monkeypatch):
     from rclpy.executors import SingleThreadedExecutor
 

@@ -11,6 +11,7 @@ A message's way: `transports` (a receiver's thread) → `handover` (does this tr
 from __future__ import annotations
 
 import array
+import contextlib
 import math
 import threading
 import time
@@ -238,13 +239,22 @@ class TokenSubscriber(TokenBuffer):
         """Ends reception: threads, subscription and the place in shared memory. At Python's exit where not before."""
         super().close()
         self._receiver.close()
-        if self._guard is not None and self._context.ok():
-            self._node.destroy_guard_condition(self._guard)
-            self._guard = None
+        guard, self._guard = self._guard, None
+        if guard is not None and self._context.ok():
+            self._node.destroy_guard_condition(guard)
 
     # In the threads of the receivers
 
     def _deliver(self, delivery: Delivery) -> None:
+        try:
+            self._take_in(delivery)
+        except Exception:
+            if self._context.ok():  # otherwise ROS was shut down under it
+                raise
+
+    def _take_in(self, delivery: Delivery) -> None:
+        from rclpy.exceptions import InvalidHandle
+
         tokens, restarts, now = delivery.tokens, self.restarts, time.monotonic()
         order = self.push(tokens, lambda: self._another_publisher(delivery))
         if order is not None and (not self._publishers or self.restarts != restarts):
@@ -255,12 +265,13 @@ class TokenSubscriber(TokenBuffer):
             self._log_throttled(
                 "publishers", f"{count} publishers on {self.topic}: their tokens mix; name topics apart"
             )
-        if order is not None and self._guard is not None:
+        if order is not None and (guard := self._guard) is not None:
             with self._changed:
                 late = order is Order.LATE
                 self.skipped += late or self._next is not None
                 self._next = self._next if late else tokens
-            self._guard.trigger()
+            with contextlib.suppress(InvalidHandle):  # the node was destroyed: nothing calls `callback` any more
+                guard.trigger()
 
     def _another_publisher(self, delivery: Delivery) -> bool:
         """Whether another publisher sent the message before, as far as is known."""

@@ -108,7 +108,10 @@ class TopicReceiver:
 
     def update(self) -> None:
         """Subscribes to the topic, or leaves it, as the sink wants now. From any thread."""
-        self._update.trigger()
+        from rclpy.exceptions import InvalidHandle
+
+        with contextlib.suppress(InvalidHandle):  # the thread has ended, and subscribes to nothing any more
+            self._update.trigger()
 
     def publishers(self) -> frozenset[bytes]:
         """Identifiers of the publishers that DDS lists; one that was killed stays listed for seconds."""
