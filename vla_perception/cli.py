@@ -16,6 +16,7 @@ from vla_perception.view import command as view_command
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0, 1 after printing one sentence about what went wrong, or 130 after Ctrl-C."""
+    startup.open_standard_streams()
     parser = argparse.ArgumentParser(prog="vla-perception", description=__doc__)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import shutil
 import sys
 import time
@@ -12,6 +13,20 @@ from typing import TextIO
 
 #: Erases the line that the cursor is in.
 _ERASE = "\r\x1b[2K"
+
+
+def open_standard_streams() -> None:
+    """What the process was started without of stdin, stdout and stderr leads to /dev/null from here on.
+
+    Otherwise the next files and sockets get these numbers, and what libraries write to stderr goes into them.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest number that is free, this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
 
 
 @contextlib.contextmanager

@@ -263,6 +263,43 @@ def test_a_full_dev_shm_is_a_sentence_at_the_start(monkeypatch, capsys):
     assert left == [1]
 
 
+WITHOUT = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c"]
+
+
+def test_without_stdin_stdout_and_stderr_their_numbers_are_no_files(tmp_path):
+    """The pipe of signals got those of stdout and stderr: the first line that was logged ended the node, with 0."""
+    code = (
+        "import os, sys\n"
+        "from vla_perception.nodes import executables\n"
+        "executables.begin()\n"
+        "streams = [os.readlink(f'/proc/self/fd/{number}') for number in range(3)]\n"
+        f"open({str(tmp_path / 'streams')!r}, 'w').write(' '.join(streams))\n"
+        "print('heard by nobody', sys.stdin.read())\n"
+        "print('nor this', file=sys.stderr)\n"
+        "os._exit(3)\n"
+    )
+    assert subprocess.run([*WITHOUT, code], env=ros_environment(0), timeout=60).returncode == 3
+    assert (tmp_path / "streams").read_text() == "/dev/null /dev/null /dev/null"
+
+
+def test_the_command_works_without_them():
+    code = "import sys; from vla_perception import cli; sys.exit(cli.main(['describe', 'tiny-random']))"
+    assert subprocess.run([*WITHOUT, code], env=ros_environment(0), timeout=120).returncode == 0
+
+
+def test_other_signals_that_python_handles_end_nothing(monkeypatch):
+    from vla_perception.nodes import executables
+
+    ended = []
+    monkeypatch.setattr(executables, "_action", lambda: ended.append(1))
+    reading, writing = os.pipe()
+    os.write(writing, bytes([signal.SIGCHLD, TERM, signal.SIGUSR1]))
+    os.close(writing)
+    executables._read(reading)
+    os.close(reading)
+    assert ended == [1]
+
+
 def test_ctrl_c_at_the_command_line_is_no_traceback(monkeypatch, capsys):
     from vla_perception import cli
 

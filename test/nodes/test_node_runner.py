@@ -1,5 +1,6 @@
 """How a node's callbacks are run."""
 
+import contextlib
 import logging
 import queue
 import signal
@@ -71,6 +72,15 @@ def test_what_is_logged_is_printable(capfd):
 def test_a_callback_that_raises_ends_it(run, threads, capfd):
     assert run(lambda _stop: 1 / 0, threads) == 1
     assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_callback_that_raises_ends_it_where_stderr_cannot_be_written(run, threads, monkeypatch):
+    """A log on a disk that is full: the node neither worked nor ended."""
+    with contextlib.suppress(OSError), open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        code = run(lambda _stop: 1 / 0, threads)
+    assert code == 1
 
 
 def test_callbacks_of_several_groups_run_at_the_same_time(run):

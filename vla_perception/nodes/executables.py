@@ -19,6 +19,9 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
+from vla_perception.startup import open_standard_streams
+
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 #: Bytes that must be left in /dev/shm: the tracing library that rclpy loads ends the process with SIGBUS otherwise.
 _ROOM = 16384
 #: Seconds for what was printed to be written.
@@ -32,6 +35,7 @@ def begin() -> None:
 
     Nothing has to be torn down yet. `run_node` installs another action.
     """
+    open_standard_streams()  # before the pipe of signals: what was logged came through it, and ended the process
     on_signal(lambda: os._exit(0))
     with contextlib.suppress(OSError):
         state = os.statvfs("/dev/shm")
@@ -52,7 +56,7 @@ def on_signal(action: Callable[[], None] | None) -> None:
     handler = signal.SIG_IGN if action is None else _do_nothing
     if action is not None and _reading is None:
         _begin_reading()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _ENDING:
         signal.signal(number, handler)
 
 
@@ -69,8 +73,10 @@ def _begin_reading() -> None:
 
 
 def _read(reading: int) -> None:
-    while os.read(reading, 1):
-        if (action := _action) is not None:
+    while number := os.read(reading, 1):
+        if (
+            number[0] in _ENDING and (action := _action) is not None
+        ):  # Python writes the numbers of others that it handles, too
             action()
 
 

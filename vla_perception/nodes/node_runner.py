@@ -7,6 +7,7 @@ everything is torn down in one order on the main thread.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -138,10 +139,9 @@ def _run(
     try:
         unknown = remove_ros_args(args=arguments)[1:]
         if unknown:
-            print(
+            _say(
                 f"{program}: unknown arguments {' '.join(unknown)}: parameters are given as "
-                f"`--ros-args -p NAME:=VALUE` or `--ros-args --params-file FILE`",
-                file=sys.stderr,
+                f"`--ros-args -p NAME:=VALUE` or `--ros-args --params-file FILE`"
             )
             return 2
         if not codes.empty():
@@ -215,8 +215,7 @@ def _spin(node: Node, stop: Stop, codes: queue.SimpleQueue[int], threads: int) -
         except (ExternalShutdownException, ShutdownException):
             stop(0)
         except Exception:
-            traceback.print_exc()
-            print("this error ends the process, so that a supervisor can start another one", file=sys.stderr)
+            _say(f"{traceback.format_exc()}this error ends the process, so that a supervisor can start another one")
             stop(1)
         if isinstance(executor, _ThreadedExecutor):
             executor.pool.shutdown(wait=True)
@@ -229,7 +228,7 @@ def _spin(node: Node, stop: Stop, codes: queue.SimpleQueue[int], threads: int) -
         try:
             node.close()
         except Exception:
-            traceback.print_exc()
+            _say(traceback.format_exc())
             code = code or 1
     stopping.set()
     executor.create_task(lambda: None)  # ends `spin_once`, as the executor's `wake` does not
@@ -257,10 +256,9 @@ def _code_of_the_end(executor: _ThreadedExecutor, stop: Stop, codes: queue.Simpl
         still = still + 1 if executor.rounds == rounds and not late else 0
         rounds = executor.rounds
         if still >= _STILL_SEC:
-            print(
+            _say(
                 f"the executor has stood still for {_STILL_SEC:g} s (a thread that found no memory while it began?): the "
-                "process ends, so that a supervisor can start another one",
-                file=sys.stderr,
+                "process ends, so that a supervisor can start another one"
             )
             stop(1)
 
@@ -270,5 +268,11 @@ def _print_error(program: str, error: Exception) -> int:
     text = error_text(" ".join(str(error).split())) or type(error).__name__
     if "logging directory" in text:  # ROS 2 keeps logs in the home directory, and supervisors may start a node without
         text += "; set HOME, or ROS_LOG_DIR to a folder that can be written"
-    print(f"{program}: {text}", file=sys.stderr)
+    _say(f"{program}: {text}")
     return 1
+
+
+def _say(text: str) -> None:
+    """A line on stderr, where that can be written: a full disk or a reader that has gone must not hold up an end."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr)
