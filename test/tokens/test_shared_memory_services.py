@@ -214,6 +214,15 @@ print(attempt(lambda: services._open_in_trial_process("name")))
 
 
 @needs_iceoryx2
+def test_ctrl_c_does_not_reach_the_trial(monkeypatch, tmp_path):
+    """A terminal sends SIGINT to the whole foreground group: it said that files are to be removed, and left some."""
+    trial = tmp_path / "trial.py"
+    trial.write_text("import os; print('ok' if os.getsid(0) == os.getpid() else 'I hear it', end='')")
+    monkeypatch.setattr(shared_memory_services, "__file__", str(trial))
+    shared_memory_services._open_in_trial_process("name")
+
+
+@needs_iceoryx2
 def test_no_other_user_may_write_what_iceoryx2_leaves(own_shm):
     code = """
 os.umask(0)

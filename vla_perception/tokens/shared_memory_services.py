@@ -229,7 +229,12 @@ def _open_in_trial_process(name: str) -> None:
     command = [python, "-I", "-S", __file__, packages, name, str(_PROBE_SEC)]
     try:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,  # Ctrl-C would end it while it makes files, and the log ask for their removal
         )
     except OSError as error:
         raise SharedMemoryError(f"{python} could not be started to try shared memory: {error}") from error
