@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rcl_interfaces.msg import ParameterDescriptor
+from rclpy._rclpy_pybind11 import RCLError
 from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.node import Node
 from rclpy.parameter import Parameter
@@ -177,7 +178,11 @@ class Cameras:
         return self._node.get_publishers_info_by_topic(camera.subscribed_topic)
 
     def _subscribe(self, camera: Camera, reliability: ReliabilityPolicy) -> None:
-        """(Re)creates the camera's subscription; `qos_overrides` parameters come first."""
+        """(Re)creates the camera's subscription; `qos_overrides` parameters come first.
+
+        Raises:
+            ValueError: the camera's topic is another one of this process, by a remapping.
+        """
         camera.qos_overridden = self._is_given(camera.reliability_parameter)
         policies = [QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH]
         if camera.qos_overridden:
@@ -185,14 +190,23 @@ class Cameras:
         if camera.subscription is not None:
             self._node.destroy_subscription(camera.subscription)
         camera.reliability = reliability
-        camera.subscription = self._node.create_subscription(
-            CompressedImage if camera.compressed else Image,
-            camera.subscribed_topic,
-            lambda message, info: self._on_image(camera, message, info),
-            QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=HISTORY, reliability=reliability),
-            event_callbacks=SubscriptionEventCallbacks(incompatible_qos=lambda _event: self._qos_mismatch.trigger()),
-            qos_overriding_options=QoSOverridingOptions(policies),
-        )
+        try:
+            camera.subscription = self._node.create_subscription(
+                CompressedImage if camera.compressed else Image,
+                camera.subscribed_topic,
+                lambda message, info: self._on_image(camera, message, info),
+                QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=HISTORY, reliability=reliability),
+                event_callbacks=SubscriptionEventCallbacks(
+                    incompatible_qos=lambda _event: self._qos_mismatch.trigger()
+                ),
+                qos_overriding_options=QoSOverridingOptions(policies),
+            )
+        except RCLError as error:
+            topic = self._node.resolve_topic_name(camera.subscribed_topic)
+            raise ValueError(
+                f"camera {camera.name}: {topic} cannot be subscribed to; does a remapping give the camera another topic of "
+                f"this node? ({error})"
+            ) from error
 
     def _is_given(self, name: str) -> bool:
         """Whether the user gave a value for a parameter that is not declared (rclpy has no other way to ask)."""
