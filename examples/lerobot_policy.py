@@ -14,6 +14,7 @@ named STEP.DIMENSION.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
 from typing import Any
@@ -147,7 +148,8 @@ def main() -> int:
     except (KeyboardInterrupt, ExternalShutdownException):
         return 0
     finally:
-        rclpy.try_shutdown()
+        with contextlib.suppress(RuntimeError):  # Ctrl-C: rclpy may be shutting down at this moment
+            rclpy.try_shutdown()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ pitch, yaw, gripper, and the de-normalised values as positions, in the units of 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import json
 import sys
@@ -232,7 +233,8 @@ def main() -> int:
     except (KeyboardInterrupt, ExternalShutdownException):
         return 0
     finally:
-        rclpy.try_shutdown()
+        with contextlib.suppress(RuntimeError):  # Ctrl-C: rclpy may be shutting down at this moment
+            rclpy.try_shutdown()
 
 
 if __name__ == "__main__":

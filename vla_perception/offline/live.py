@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import rclpy
@@ -55,6 +56,7 @@ def compare_live(a: Stored, topic: str, silence_sec: float = 10.0) -> Report:
     finally:
         executor.shutdown()
         node.destroy_node()
-        rclpy.try_shutdown(context=context)
+        with contextlib.suppress(RuntimeError):  # Ctrl-C: rclpy may be shutting down at this moment
+            rclpy.try_shutdown(context=context)
     report.only_a = len(known)
     return report
