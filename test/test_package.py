@@ -387,9 +387,11 @@ def test_the_node_starts_from_a_colcon_install(install_space, number, tmp_path):
         with RosContext(domain) as ros:
             node = ros.node("observer")
             wait_until(
-                lambda: "visual_tokenizer" in node.get_node_names() or process.poll() is not None,
+                lambda: (
+                    ("visual_tokenizer" in node.get_node_names() and log.stat().st_size) or process.poll() is not None
+                ),
                 60,
-                "visual_tokenizer in the graph",
+                "visual_tokenizer in the graph, and what it says in its log",
             )
         assert process.poll() is None, log.read_text()
         process.send_signal(number)
