@@ -74,9 +74,8 @@ def _begin_reading() -> None:
 
 def _read(reading: int) -> None:
     while number := os.read(reading, 1):
-        if (
-            number[0] in _ENDING and (action := _action) is not None
-        ):  # Python writes the numbers of others that it handles, too
+        # Python writes the numbers of all signals that it handles.
+        if number[0] in _ENDING and (action := _action) is not None:
             action()
 
 

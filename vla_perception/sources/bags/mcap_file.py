@@ -148,7 +148,7 @@ class McapFile:
     def _scan(self, file: BinaryIO) -> None:
         """Reads the whole file, for what is in it."""
         self.channels.clear()
-        self._room = TEXTS_LIMIT  # of QoS and definitions
+        self._room = TEXTS_LIMIT
         schemas: dict[int, tuple[str, str]] = {}
         file.seek(8)
         for position, opcode, size in records(file):
