@@ -38,6 +38,7 @@ from ros_harness import free_domain, ros_environment, statuses_of  # noqa: E402
 from transport import PROFILE, PROFILE_VARIABLES, percentile, processor  # noqa: E402
 
 from vla_perception.cli import add_placement  # noqa: E402
+from vla_perception.nodes.executables import set_up_malloc  # noqa: E402
 
 CAMERAS = ("front", "wrist", "left", "right")
 ENCODINGS = ("rgb8", "bgr8", "mono8", "yuv422_yuy2", "jpeg")
@@ -166,6 +167,7 @@ def publish_images(options: argparse.Namespace) -> None:
     """One camera process for all views: a set's images share a stamp."""
     import rclpy
 
+    set_up_malloc()  # as in the package's cameras
     rclpy.init()
     node = rclpy.create_node("cameras")
     encoding, rate = options.encodings[0], options.rates[0]
@@ -277,6 +279,7 @@ def receive_images(options: argparse.Namespace) -> None:
 
     from vla_perception.images.decode import decode_image
 
+    set_up_malloc()  # as in a node
     rclpy.init()
     node, ages, kind = rclpy.create_node("receiver"), [], options.kind
 

@@ -1,6 +1,7 @@
 """How a node's callbacks are run."""
 
 import contextlib
+import functools
 import logging
 import queue
 import signal
@@ -193,6 +194,30 @@ def test_a_node_is_destroyed_when_nothing_waits_for_what_it_has_any_more(run, th
             super().destroy_node()
 
     assert run(Idle, threads) == 7 and destroyed[:1] == [True]
+
+
+def test_what_never_waits_is_called_by_the_executor_itself(run):
+    """Others have threads: they may wait."""
+    callers = {}
+
+    class Mixed(Timers):
+        def __init__(self, stop):
+            super().__init__(stop, None, groups=())
+            for group in (process.ImmediateCallbackGroup, ReentrantCallbackGroup):
+                self.create_timer(0.005, functools.partial(self.on_timer, stop, group), callback_group=group())
+
+        def on_timer(self, stop, group):
+            callers.setdefault(group, set()).add(threading.current_thread().name.partition("_")[0])
+            if len(callers) == 2:
+                stop(7)
+
+    assert run(Mixed, 3) == 7
+    assert callers == {process.ImmediateCallbackGroup: {"executor"}, ReentrantCallbackGroup: {"callback"}}
+
+
+def test_what_fails_there_ends_the_process(run, capfd):
+    assert run(lambda _stop: 1 / 0, 3, groups=(process.ImmediateCallbackGroup,)) == 1
+    assert "ZeroDivisionError" in capfd.readouterr().err
 
 
 def test_an_executor_that_stands_still_ends_the_process(run, monkeypatch, capfd):

@@ -1,6 +1,7 @@
 """Images' memory arrives whole and in order, and crosses to the device at once."""
 
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,14 +12,30 @@ from vla_perception.tokenizer.upload import upload  # noqa: E402
 
 
 class Device:
-    """Passes for a uint8 tensor on a GPU: keeps what is copied into it."""
+    """Passes for a uint8 tensor on a GPU: keeps what is copied into it, and into which part."""
 
     def __init__(self, size):
-        self.shape, self.device, self.copies = torch.Size([size]), torch.device("cuda"), []
+        self.content, self.copies = torch.zeros(size, dtype=torch.uint8, device="cpu"), []
+        self.shape, self.device, self.numel = torch.Size([size]), torch.device("cuda"), lambda: size
+
+    def __getitem__(self, part):
+        self.copies.append("from the images")
+        return self.content[part]  # whose `copy_` waits
 
     def copy_(self, source, non_blocking):
         assert non_blocking
-        self.copies.append(source.clone().numpy())
+        self.copies.append("from pinned memory")
+        self.content.copy_(source)
+
+
+@pytest.fixture(autouse=True)
+def stream(monkeypatch):
+    """The current stream; `idle` says whether all that was queued on it is done."""
+    stream = SimpleNamespace(idle=False)
+    stream.query = lambda: stream.idle
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: stream)
+    return stream
 
 
 @pytest.fixture
@@ -48,9 +65,29 @@ def test_everything_arrives_in_order_and_crosses_at_once(pinned, seed):
     device = Device(expected.size)
     with torch.device("meta"):  # a caller may have another default device than the CPU, such as its GPU
         upload(sources, device)
-    (arrived,) = device.copies
-    np.testing.assert_array_equal(arrived, expected)
-    assert len(pinned) == 1
+    np.testing.assert_array_equal(device.content.numpy(), expected)
+    assert device.copies == ["from pinned memory"] and len(pinned) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the current stream is a real one")
+@pytest.mark.parametrize(
+    ("size", "idle", "copies"),
+    [
+        (1 << 18, True, ["from the images"] * 4),
+        ((1 << 18) + 1, True, ["from pinned memory"]),
+        (1 << 18, False, ["from pinned memory"]),
+    ],
+    ids=["few bytes", "many bytes", "while the stream is busy"],
+)
+def test_few_bytes_go_straight_to_the_device_where_nothing_is_queued_before_them(pinned, stream, size, idle, copies):
+    """From memory that is not pinned, CUDA waits for what is queued: the host would do nothing meanwhile."""
+    random = np.random.default_rng(0)
+    sources = [random.integers(0, 256, (4, size // 4 + size % 4), dtype=np.uint8)[:, : size // 4] for _ in range(3)]
+    sources.append(random.integers(0, 256, size + 3 * (size - sources[0].size), dtype=np.uint8))
+    stream.idle, device = idle, Device(sum(source.size for source in sources))
+    upload(sources, device)
+    np.testing.assert_array_equal(device.content.numpy(), np.concatenate([source.reshape(-1) for source in sources]))
+    assert device.copies == copies
 
 
 def test_what_is_read_only_is_read_alone(pinned):
@@ -62,13 +99,14 @@ def test_what_is_read_only_is_read_alone(pinned):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         upload([read_only, rows], device)
-    np.testing.assert_array_equal(device.copies[0], np.concatenate([read_only, rows.reshape(-1)]))
+    np.testing.assert_array_equal(device.content.numpy(), np.concatenate([read_only, rows.reshape(-1)]))
     assert not read_only.flags.writeable and read_only.tobytes() == content
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_on_a_real_device(device):
-    sources = [np.random.default_rng(1).integers(0, 256, size, dtype=np.uint8) for size in (5_000_000, 7, 921_600)]
+@pytest.mark.parametrize("sizes", [(5_000_000, 7, 921_600), (921_600,), (196_608, 7, 196_608)])
+def test_on_a_real_device(device, sizes):
+    sources = [np.random.default_rng(1).integers(0, 256, size, dtype=np.uint8) for size in sizes]
     into = torch.empty(sum(map(len, sources)), dtype=torch.uint8, device=device)
     upload(sources, into)
     expected = np.concatenate(sources)

@@ -508,11 +508,17 @@ def test_tokens_that_another_stream_reads_keep_their_memory(monkeypatch):
     assert done == [("recorded", stream), "copied"]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_all_finite(bad):
-    good, odd = torch.ones(2, 3, dtype=torch.float16), torch.full((4,), bad, dtype=torch.float16)
+def test_all_finite(bad, dtype, device):
+    good = torch.linspace(-1, 1, 3000, dtype=torch.float64, device=device).mul(torch.finfo(dtype).max).to(dtype)
     assert all_finite([good]) and all_finite([good, good])
-    assert not all_finite([good, odd]) and not all_finite([odd, good])
+    for place in (0, 1, 1500, 2998, 2999):
+        odd = good.reshape(3, -1).clone()
+        odd.view(-1)[place] = bad
+        assert not all_finite([good, odd.view(-1)]) and not all_finite([odd])
+        assert not all_finite([odd, good[:4]])
 
 
 @pytest.mark.gpu
@@ -588,3 +594,15 @@ def test_message():
         from_message(CompressedImage(format="jpeg"))
     with pytest.raises(TokenFormatError, match="another version"):
         from_message(CompressedImage(format="safetensors; vla_tokens/2"))
+
+
+def test_the_header_is_that_of_the_message_it_stands_in():
+    """It is kept once it was made, as the node does while the tokens are still being computed."""
+    tokens = make_tokens(1)
+    assert tokens.to_bytes().startswith(tokens.header)
+    tokens.data[:] = 3
+    changed = replace(tokens, sequence=2, data=tokens.data[:, ::-1])
+    for sent, sequence in ((tokens, 1), (changed, 2)):
+        read = VisualTokens.from_bytes(sent.to_bytes())
+        assert read.sequence == sequence
+        np.testing.assert_array_equal(read.data, sent.data)

@@ -26,8 +26,12 @@ _ENDING = (signal.SIGINT, signal.SIGTERM)
 _ROOM = 16384
 #: Seconds for what was printed to be written.
 _WRITE_SEC = 0.3
-#: M_ARENA_MAX of glibc's malloc.h.
-_ARENA_MAX = -8
+#: Of glibc's malloc: a parameter's number (malloc.h), its value in a node, and the names by which a user sets it.
+_MALLOC = (
+    (-8, 1, ("MALLOC_ARENA_MAX", "arena_max")),
+    (-1, 256 << 20, ("MALLOC_TRIM_THRESHOLD_", "trim_threshold")),
+    (-3, 32 << 20, ("MALLOC_MMAP_THRESHOLD_", "mmap_threshold")),  # glibc takes no more
+)
 
 
 def begin() -> None:
@@ -103,6 +107,7 @@ def leave(code: int) -> NoReturn:
 
 
 def _run(name: str) -> NoReturn:
+    set_up_malloc()
     begin()
     with contextlib.suppress(RuntimeError, ValueError, OSError):  # without stderr
         # A library that dies, of memory that is not there, say, ends with its name and not silently.
@@ -119,20 +124,25 @@ def _run(name: str) -> NoReturn:
     leave(node.main())
 
 
-def _use_one_arena() -> None:
-    """All threads allocate from one heap, of which malloc_trim gives back whatever is free; before there are threads.
+def set_up_malloc() -> None:
+    """One heap for all threads, whose freed memory is used again before the system gets it; before there are threads.
 
-    glibc would make up to eight heaps per core, keep up to 64 MiB of freed memory at the end of each, and never give the
-    ends back but the first one's (mtrim in glibc's malloc.c). Python allocates in one thread at a time anyway, and the
+    *One heap*: glibc would make up to eight per core, keep up to 64 MiB of freed memory at the end of each, and never give
+    the ends back but the first one's (mtrim in glibc's malloc.c). Python allocates in one thread at a time anyway, and the
     threads of DDS and of decoders were not slower with it.
+
+    *Used again*: an image passes through several blocks of its size. glibc would give each back when it is freed, and the
+    next one's pages would come anew, zeroed, at a page fault each: two thirds of what receiving an image took
+    (docs/performance.md, Reception).
     """
-    if "MALLOC_ARENA_MAX" not in os.environ and "arena_max" not in os.environ.get("GLIBC_TUNABLES", ""):
-        with contextlib.suppress(AttributeError):  # another C library
-            ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    for parameter, value, (variable, tunable) in _MALLOC:
+        if variable not in os.environ and tunable not in tunables:
+            with contextlib.suppress(AttributeError):  # another C library
+                ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def visual_tokenizer() -> NoReturn:
-    _use_one_arena()
     _run("visual_tokenizer.node")
 
 

@@ -20,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import rclpy
+from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.exceptions import InvalidHandle
 from rclpy.executors import (
     Executor,
@@ -156,6 +157,10 @@ def _run(
         rclpy.try_shutdown()
 
 
+class ImmediateCallbackGroup(ReentrantCallbackGroup):
+    """For callbacks that never wait: `run_node`'s executor calls them itself, which saves the way to another thread."""
+
+
 class _ThreadedExecutor(Executor):
     """Several callbacks at a time, as far as their groups allow.
 
@@ -182,9 +187,13 @@ class _ThreadedExecutor(Executor):
             self._running.remove(future)
             future.result()
         try:
-            handler, _entity, _node = self.wait_for_ready_callbacks(timeout_sec=timeout_sec)
+            handler, entity, _node = self.wait_for_ready_callbacks(timeout_sec=timeout_sec)
         except (TimeoutException, InvalidHandle):
             return  # InvalidHandle: a callback has just destroyed what was to be waited for, which the next round leaves out
+        if entity is not None and isinstance(entity.callback_group, ImmediateCallbackGroup):
+            handler()
+            handler.result()
+            return
         begun = threading.Event()
 
         def call() -> None:

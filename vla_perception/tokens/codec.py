@@ -62,24 +62,24 @@ class Contents:
     dtype: str
 
 
-def write(metadata: Mapping[str, object], tensors: Mapping[str, np.ndarray], dtype: str) -> list[bytes | memoryview]:
-    """The pieces of a token file in their order; the tensors are not copied, so that one copy puts them in place.
-
-    The same content gives the same bytes.
-    """
+def header_bytes(metadata: Mapping[str, object], tensors: Mapping[str, np.ndarray], dtype: str) -> bytes:
+    """What stands before the tensors in a token file. The same metadata, shapes and dtype give the same bytes."""
     # Written here rather than by safetensors: its Python interface for raw 16-bit words changed between
     # releases, and this copies megabytes once instead of thrice. The tests read it back with safetensors.
     header: dict[str, object] = {"__metadata__": {METADATA_KEY: _json({"schema": SCHEMA, **metadata})}}
-    parts: list[bytes | memoryview] = []
     end = 0
     for name in sorted(tensors):
-        values = np.ascontiguousarray(tensors[name])
+        values = tensors[name]
         start, end = end, end + values.nbytes
         header[name] = {"data_offsets": [start, end], "dtype": DTYPES[dtype][0], "shape": list(values.shape)}
-        parts.append(values.data.cast("B"))
     text = _json(header).encode()
     text += b" " * (-len(text) % 8)  # the payload starts aligned
-    return [len(text).to_bytes(8, "little"), text, *parts]
+    return len(text).to_bytes(8, "little") + text
+
+
+def payload_parts(tensors: Mapping[str, np.ndarray]) -> list[memoryview]:
+    """The tensors as they follow `header_bytes`, not copied, so that one copy puts them in place."""
+    return [np.ascontiguousarray(tensors[name]).data.cast("B") for name in sorted(tensors)]
 
 
 def read(data: bytes | bytearray | memoryview | np.ndarray | array.array) -> Contents:

@@ -7,6 +7,7 @@ Bytes are in `codec`, the ROS message is in `message`. Needs NumPy; torch only f
 from __future__ import annotations
 
 import array
+import functools
 import math
 import os
 import re
@@ -350,6 +351,11 @@ class VisualTokens:
 
     def to_parts(self) -> list[bytes | memoryview]:
         """The pieces of `to_bytes` in their order; the tensors are not copied, so that one copy puts them in place."""
+        return [self.header, *codec.payload_parts(self._tensors())]
+
+    @functools.cached_property
+    def header(self) -> bytes:
+        """What stands before the tensors in `to_bytes`; it says nothing about their values."""
         metadata = {
             "sequence": self.sequence,
             **{key: getattr(self, key) for key in _MODEL_KEYS},
@@ -359,7 +365,7 @@ class VisualTokens:
             **({} if self.condition is None else {"condition": self.condition}),
             "views": [view.to_metadata() for view in self.views],
         }
-        return codec.write(metadata, self._tensors(), self.dtype)
+        return codec.header_bytes(metadata, self._tensors(), self.dtype)
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview | np.ndarray | array.array) -> VisualTokens:

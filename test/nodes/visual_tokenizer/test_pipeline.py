@@ -1,6 +1,8 @@
 """What becomes of frame sets and of requests in the threads between subscription and publisher. No ROS in here."""
 
+import random
 import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -34,7 +36,7 @@ class Bench:
     def __init__(self, model=None, kind=Pipeline, **parameters):
         self.model, self.parameters, self.stamp_ns = model or Model(), replace(PARAMETERS, **parameters), 0
         self.published, self.reports, self.failures = [], [], []
-        self.publishing, self.has_subscribers = Gate(), lambda: True
+        self.publishing, self.has_subscribers, self.may_wait = Gate(), lambda: True, lambda: True
         synchronizer = SetSynchronizer(["front"])
         self.pipeline = kind(self.model, synchronizer, self.parameters, self, self, decode=decode)
         self.pipeline.start()
@@ -278,7 +280,7 @@ def test_a_thread_that_breaks_off_ends_it(bench):
     bench.has_subscribers = lambda: 1 / 0
     bench.add()
     wait_until(lambda: bench.failures, 10, "it gives up")
-    assert "the thread worker failed" in bench.failures[0] and "ZeroDivisionError" in bench.failures[0]
+    assert "the thread encoder failed" in bench.failures[0] and "ZeroDivisionError" in bench.failures[0]
 
 
 class OverlappingPipeline(Pipeline):
@@ -289,16 +291,12 @@ class OverlappingPipeline(Pipeline):
 
     def _prepare(self, job):
         done = super()._prepare(job)
-        with self._changed:
-            self.prepared += 1
-            self._changed.notify_all()
+        self.prepared += 1
         return done
 
     def _encode(self, job):
-        with self._changed:
-            wanted = self.prepared + 1
-            if not self._changed.wait_for(lambda: self.prepared >= wanted or not self._active, 20.0):
-                raise TimeoutError("no other set was prepared while this one was being encoded")
+        wanted = self.prepared + 1
+        wait_until(lambda: self.prepared >= wanted or not self._active, 20, "another set prepared meanwhile")
         return super()._encode(job)
 
 
@@ -325,6 +323,109 @@ def test_sets_that_are_prepared_while_another_is_encoded_do_not_mix(bench, devic
         np.testing.assert_allclose(tokens.float32(), expected, atol=1e-4 * np.abs(expected).max())
     wait_until(lambda: bench.counts()["pending"] == 0, 10, "what waited for the encoder is accounted for")
     assert bench.counts()["replaced"] > 0
+
+
+class Unsteady:
+    """A model and a publisher that take no time, some, or more than others, by a seed; notes the threads that did what."""
+
+    def __init__(self, seed, done_by):
+        self._random, self._done_by = random.Random(seed), done_by
+
+    def __call__(self, what):
+        self._done_by.setdefault(what, set()).add(threading.current_thread().name)
+        time.sleep(self._random.choice((0.0, 0.0, 0.0005, 0.002)))
+
+
+class UnsteadyPipeline(Pipeline):
+    OVERLAPPING = ("cpu",)
+
+    def _prepare(self, job):
+        self._publisher.unsteady("prepare")
+        return super()._prepare(job)
+
+    def _encode(self, job):
+        self._publisher.unsteady("encode")
+        return super()._encode(job)
+
+
+class UnsteadyBench(Bench):
+    def __init__(self, *arguments, seed, may_wait, **settings):
+        self.done_by = {}
+        self.unsteady = Unsteady(seed, self.done_by)
+        super().__init__(*arguments, **settings)
+        self.may_wait = lambda: may_wait
+
+    def publish(self, tokens):
+        self.unsteady("publish")
+        super().publish(tokens)
+
+
+@pytest.mark.parametrize("kind", [Pipeline, UnsteadyPipeline])
+@pytest.mark.parametrize("may_wait", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_the_steps_take_frame_sets_stay_in_order_and_the_latest_is_published(seed, may_wait, kind):
+    bench = UnsteadyBench(kind=kind, seed=seed, may_wait=may_wait)
+    schedule = random.Random(-seed)
+    try:
+        for _ in range(60):
+            for _ in range(schedule.randrange(1, 6)):
+                bench.add()
+                time.sleep(schedule.choice((0.0, 0.0003, 0.003)))
+            wait_until(
+                lambda: bench.published and bench.published[-1].stamp_ns == bench.stamp_ns,
+                10,
+                "the latest is published",
+            )
+    finally:
+        bench.pipeline.close(10.0)
+    stamps = [tokens.stamp_ns for tokens in bench.published]
+    assert stamps == sorted(set(stamps))
+    assert [tokens.sequence for tokens in bench.published] == list(range(len(stamps)))
+    assert bench.counts()["encoded"] == len(stamps) and bench.counts()["pending"] == 0
+    assert not bench.reports and not bench.failures
+    # A subscriber that is waited for holds up the publisher's thread alone.
+    assert bench.done_by["publish"] == {"publisher"} if may_wait else "encoder" in bench.done_by["publish"]
+
+
+def test_what_comes_while_a_frame_set_is_prepared_is_prepared_while_that_is_encoded(bench):
+    preparing, prepared = Gate(), []
+
+    class Held(Pipeline):
+        OVERLAPPING = ("cpu",)
+
+        def _prepare(self, job):
+            preparing.pass_through()
+            prepared.append(threading.current_thread().name)
+            return super()._prepare(job)
+
+    bench = bench(kind=Held)
+    preparing.close()
+    bench.model.gate.close()
+    bench.add()
+    assert preparing.entered.wait(10)
+    bench.add()
+    preparing.opened.set()
+    assert bench.model.gate.entered.wait(10)
+    wait_until(lambda: prepared == ["encoder", "preparer"], 10, "the second is prepared while the first is encoded")
+    bench.model.gate.opened.set()
+    bench.wait_for(2)
+
+
+def test_what_waits_for_the_publisher_is_not_overtaken(bench):
+    bench = bench()
+    wakes = bench.pipeline._wakes
+    wake, wakes["publisher"] = wakes["publisher"], SimpleNamespace(notify=lambda: None)  # it sleeps on
+    first = bench.add()
+    wait_until(lambda: bench.pipeline._mailboxes["publisher"], 10, "the first waits")
+    bench.may_wait = lambda: False
+    second = bench.add()
+    wait_until(lambda: bench.published or bench.counts()["replaced"], 10, "the second is encoded")
+    wakes["publisher"] = wake
+    with wake:
+        wake.notify()
+    bench.wait_for(1)
+    assert [tokens.stamp_ns for tokens in bench.published] == [second] and first < second
+    assert bench.counts()["replaced"] == 1
 
 
 def test_the_first_frame_of_a_size_waits_for_its_graph_and_is_published(bench, monkeypatch, caplog):
@@ -372,7 +473,7 @@ def test_compressed_images_of_a_frame_set_are_decoded_side_by_side():
         model,
         SetSynchronizer(cameras),
         PARAMETERS,
-        SimpleNamespace(publish=published.append, has_subscribers=lambda: True),
+        SimpleNamespace(publish=published.append, has_subscribers=lambda: True, may_wait=lambda: True),
         SimpleNamespace(report=lambda subject, text: reports.append(text), fatal=undecoded.append),
         decode=decode_together,
     )

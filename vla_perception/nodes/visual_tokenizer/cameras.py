@@ -22,6 +22,7 @@ from sensor_msgs.msg import CompressedImage, Image
 
 from vla_perception.images.decode import check_message_size
 from vla_perception.nodes.ignored_parameters import warn_of_ignored_qos
+from vla_perception.nodes.node_runner import ImmediateCallbackGroup
 from vla_perception.synchronizer import HISTORY
 from vla_perception.tokens.arrivals import Senders
 from vla_perception.tokens.message import check_header
@@ -94,7 +95,7 @@ class Camera:
 
 
 class Cameras:
-    """The subscriptions of an active node. Frames go to a `Pipeline`, from the executor's threads.
+    """The subscriptions of an active node. Frames go to a `Pipeline`, from the executor's own thread.
 
     Reliability follows what the publishers offer, unless a `qos_overrides` parameter says it.
     """
@@ -105,6 +106,7 @@ class Cameras:
         self._cameras: dict[str, Camera] = {}
         self._pipeline: Pipeline | None = None
         self._warned_of_ignored_qos = False
+        self._callback_group = ImmediateCallbackGroup()
         self._qos_mismatch = node.create_guard_condition(self.follow_publishers)
 
     def __getitem__(self, name: str) -> Camera:
@@ -196,6 +198,7 @@ class Cameras:
                 camera.subscribed_topic,
                 lambda message, info: self._on_image(camera, message, info),
                 QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=HISTORY, reliability=reliability),
+                callback_group=self._callback_group,
                 event_callbacks=SubscriptionEventCallbacks(
                     incompatible_qos=lambda _event: self._qos_mismatch.trigger()
                 ),

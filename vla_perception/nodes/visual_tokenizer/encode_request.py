@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping, Sequence
 
 
 class Request:
@@ -24,3 +25,12 @@ class Request:
     def wait(self, timeout_sec: float) -> bool:
         """Whether it was answered in time."""
         return self._done.wait(timeout_sec)
+
+
+def last_frames(arrivals: Mapping[str, float], cameras: Sequence[str]) -> str:
+    """When each camera's last frame came, for an answer; arrivals are seconds of the performance counter."""
+    now = time.perf_counter()
+    return ", ".join(
+        f"{camera}: {f'{now - arrivals[camera]:.2f} s ago' if camera in arrivals else 'no frame yet'}"
+        for camera in cameras
+    )

@@ -1,10 +1,10 @@
 """Frames → published tokens, in threads. Imports no ROS; lifecycle, topics and parameters are not here.
 
-frame → frame set (synchronizer.py) → decode, prepare (thread `worker`) → encode (`encoder`) → message (`publisher`).
-Stages are connected by single-slot mailboxes; a newer item replaces a waiting one, so nothing queues up, and every frame
-is accounted for. On a GPU each thread has its own CUDA stream: the next frame set is decoded and copied there, and the
-last one's tokens are copied back, while one is encoded. On a CPU the worker encodes, too: decoding ahead would take the
-cores from encoding, for frames that would be old by the time it is done.
+frame → frame set (synchronizer.py) → decode, prepare → encode → message. The thread `encoder` takes a frame set through all
+of these if no other one waits: each thread on the way adds the time that it takes to wake up. While it is busy, `preparer`
+decodes and uploads the next frame set, and `publisher` sends the last one's tokens. Single-slot mailboxes connect them; a
+newer item replaces a waiting one, so nothing queues up, and every frame is accounted for. On a GPU each thread has its own
+CUDA stream. On a CPU there is no `preparer`: it would take cores from encoding, for frames that would be old by then.
 """
 
 from __future__ import annotations
@@ -15,29 +15,25 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vla_perception.nodes.visual_tokenizer.device_errors import device_is_lost
 from vla_perception.nodes.visual_tokenizer.empty_views import EmptyViews
-from vla_perception.nodes.visual_tokenizer.encode_request import Request
-from vla_perception.synchronizer import Frame, FrameSet, SetSynchronizer
-from vla_perception.tokens import View, VisualTokens
+from vla_perception.nodes.visual_tokenizer.encode import encode
+from vla_perception.nodes.visual_tokenizer.encode_request import Request, last_frames
+from vla_perception.nodes.visual_tokenizer.frame_decoder import FrameDecoder
+from vla_perception.nodes.visual_tokenizer.job import Job
+from vla_perception.synchronizer import SetSynchronizer
 from vla_perception.tokens.encode_service import FINAL, published
-from vla_perception.tokens.torch_tensors import all_finite, queue_to_host
 
 if TYPE_CHECKING:
-    import torch
-
     from vla_perception.nodes.visual_tokenizer.diagnostics import FailureLog
     from vla_perception.nodes.visual_tokenizer.parameters import TokenizerParameters
     from vla_perception.nodes.visual_tokenizer.token_publisher import TokenPublisher
     from vla_perception.tokenizer import VisualTokenizer
-    from vla_perception.tokenizer.preprocess_gpu import UploadedImages
 
 #: What is timed per frame set. preprocess: on a GPU the upload alone, the rest is part of encode. overhead: from the callback
 #: of its last frame until it is published, less what the tokenizer takes, preprocess and encode.
@@ -46,24 +42,11 @@ STAGES = ("decode", "preprocess", "encode", "publish", "overhead")
 FAILURES = ("encode_errors", "non_finite", "publish_errors")
 #: Seconds after which a frame set is no longer encoded on request: its cameras have stopped, and it would pass for new.
 STALE_SEC = 5.0
+#: Seconds for which whoever adds the last frame of a set leaves the interpreter to the thread that takes it. It would wait
+#: half a millisecond for it otherwise, or for a core, while the executor prepares to wait for the next frame.
+_HAND_OVER_SEC = 0.0003
 #: Seconds that `stop` waits for a message that is being published, at most.
 _GRACE_SEC = 2.0
-
-
-@dataclass(eq=False)
-class _Job:
-    """A frame set on its way through the threads. Times are seconds of the performance counter."""
-
-    frames: FrameSet
-    request: Request | None
-    generation: int
-    arrived: float  # when its last frame did, or when it was asked for
-    views: list[View] = field(default_factory=list)
-    prepared: UploadedImages | list[torch.Tensor] | None = None
-    tokens: torch.Tensor | None = None
-    features: torch.Tensor | None = None
-    condition: str | None = None
-    tokenizing: float = 0.0  # what preprocess and encode took
 
 
 class Pipeline:
@@ -100,10 +83,12 @@ class Pipeline:
     ) -> None:
         self.tokenizer = tokenizer
         self.parameters = parameters
-        self._publisher, self._log, self._decode = publisher, log, decode
+        self._publisher, self._log = publisher, log
+        self._decoder = FrameDecoder(decode, tokenizer, len(synchronizer.cameras))
         self._empty_views = empty_views or EmptyViews(tokenizer, synchronizer.cameras)
 
-        self._changed = threading.Condition()  # guards all that follows
+        lock = threading.RLock()  # guards all that follows
+        self._changed = threading.Condition(lock)  # for whoever waits until nothing is being published
         self._sync = synchronizer
         self._active = False
         self._ended = False
@@ -118,12 +103,15 @@ class Pipeline:
         self._failures = dict.fromkeys(FAILURES, 0)
         self._timings: dict[str, deque[float]] = {stage: deque(maxlen=500) for stage in STAGES}
 
-        self._decoders = ThreadPoolExecutor(max(1, len(synchronizer.cameras) - 1), thread_name_prefix="decoder")
-        loops = {"worker": self._work, "encoder": self._encode_loop, "publisher": self._publish_loop}
+        loops = {"encoder": self._encode_loop, "preparer": self._prepare_loop, "publisher": self._publish_loop}
         if tokenizer.device.type not in self.OVERLAPPING:
-            del loops["encoder"]
+            del loops["preparer"]
         # Thread's name → the job that waits for it.
-        self._mailboxes: dict[str, _Job | None] = {name: None for name in loops if name != "worker"}
+        self._mailboxes: dict[str, Job | None] = {"encoder": None, "publisher": None}
+        # A condition for each, so that nothing wakes a thread that it does not concern: it would be in the others' way.
+        self._wakes = {name: threading.Condition(lock) for name in loops}
+        self._preparing = False  # a thread is; the frame sets stay in their order, because it is one at a time
+        self._encoder_waits = False
         self._threads = [
             threading.Thread(target=self._guard, args=(loop,), name=name, daemon=True) for name, loop in loops.items()
         ]
@@ -147,7 +135,6 @@ class Pipeline:
             self._active = False
             self._sync.clear()
             self._reject_request("the node has been deactivated")
-            self._changed.notify_all()
             self._changed.wait_for(lambda: not self._publishing, _GRACE_SEC)
 
     def close(self, timeout_sec: float | None = None) -> None:
@@ -157,10 +144,11 @@ class Pipeline:
             self._active = False
             self._ended = True
             self._reject_request("the node is ending")
-            self._changed.notify_all()
+            for wake in self._wakes.values():
+                wake.notify_all()
         for thread in self._threads:
             thread.join(None if end is None else max(0.0, end - time.monotonic()))
-        self._decoders.shutdown(wait=False)
+        self._decoder.close()
 
     def add(self, camera: str, stamp_ns: int, image: object) -> bool:
         """A frame has arrived; False while stopped."""
@@ -169,10 +157,14 @@ class Pipeline:
             if not self._active:
                 return False
             self._arrivals[camera] = now
-            if self._sync.add(camera, stamp_ns, image):
+            found = self._sync.add(camera, stamp_ns, image)
+            if found:
                 self._has_new_set = True
                 self._set_arrived = now
-                self._changed.notify_all()
+                self._wake_for_frame_set()
+            taken_at_once = found and self._encoder_waits
+        if taken_at_once:
+            time.sleep(_HAND_OVER_SEC)
         return True
 
     def reject(self, camera: str, reason: str, subject: str) -> bool:
@@ -200,13 +192,19 @@ class Pipeline:
             elif self._lacks_condition:
                 request.answer(False, "the model has FiLM, and no condition came yet on the topic `condition`")
             elif not self._sync.waiting:
-                request.answer(False, f"no new frame set since the last request ({self._last_frames()})")
+                request.answer(
+                    False,
+                    f"no new frame set since the last request ({last_frames(self._arrivals, self._sync.cameras)})",
+                )
             elif age > STALE_SEC:
-                request.answer(False, f"the last frame set came {age:.1f} s ago ({self._last_frames()})")
+                request.answer(
+                    False,
+                    f"the last frame set came {age:.1f} s ago ({last_frames(self._arrivals, self._sync.cameras)})",
+                )
             else:
                 self._reject_request("a newer request came")
                 self._request = request
-                self._changed.notify_all()
+                self._wake_for_frame_set()
         return request
 
     @property
@@ -221,7 +219,8 @@ class Pipeline:
             self._sync.slop_sec = self.parameters.sync_slop_sec
             self._sync.max_age_sec = self.parameters.max_age_sec
             self._sync.policy = self.parameters.sync_policy
-            self._changed.notify_all()
+            for wake in self._wakes.values():
+                wake.notify_all()
 
     def frame_sets(self) -> tuple[int, dict[str, int | None]]:
         """How many frame sets were found, and the stamp of each camera's last frame in nanoseconds."""
@@ -248,53 +247,96 @@ class Pipeline:
         except Exception:
             self._log.fatal(f"the thread {threading.current_thread().name} failed:\n{traceback.format_exc()}")
 
-    def _work(self) -> None:
-        while (job := self._next_job()) is not None:
-            if self._run_step(self._prepare, job):
-                if "encoder" in self._mailboxes:
-                    self._put(job, "encoder")
-                elif self._run_step(self._encode, job):
+    def _encode_loop(self) -> None:
+        while (job := self._next_job("encoder")) is not None:
+            if job.prepared is None and not self._prepare_alone(job):
+                continue
+            if self._run_step(self._encode, job):
+                if self._may_publish_here(job):
+                    self._publish(job)
+                else:
                     self._put(job, "publisher")
 
-    def _encode_loop(self) -> None:
-        while (job := self._get("encoder")) is not None:
-            if self._run_step(self._encode, job):
-                self._put(job, "publisher")
+    def _prepare_loop(self) -> None:
+        while (job := self._next_job("preparer")) is not None:
+            self._prepare_alone(job, then_put_to="encoder")
 
     def _publish_loop(self) -> None:
         while (job := self._get("publisher")) is not None:
             self._publish(job)
 
-    def _next_job(self) -> _Job | None:
-        """Waits for a frame set whose turn it is; None when the thread is to end."""
+    def _next_job(self, thread: str) -> Job | None:
+        """Waits for a job in the thread's mailbox, or a frame set whose turn it is; None when the thread is to end."""
         with self._changed:
             while not self._ended:
-                wait = None
-                on_request = self.parameters.trigger == "on_request"
-                if not on_request:
-                    self._reject_request(f"{FINAL}the parameter trigger has been set to continuous")
-                if not self._active:
-                    pass
-                elif on_request and self._request is not None:
-                    request, self._request = self._request, None
-                    if (frames := self._sync.take()) is not None:
-                        return _Job(frames, request, self._generation, request.created)
-                    request.answer(False, "the frame set is gone: time was set back, or sync_policy was changed")
-                elif not on_request and self._has_new_set:
-                    rate, now = self.parameters.max_rate_hz, time.perf_counter()
-                    # Of a rate of almost nothing, the longest time that `wait` takes.
-                    wait = self._last_taken + min(1 / rate, threading.TIMEOUT_MAX) - now if rate > 0 else 0.0
-                    if wait <= 0:
-                        wait = None
-                        self._has_new_set = False  # also without subscribers: by the time one comes it is old
-                        wanted = self._publisher.has_subscribers() and not self._lacks_condition
-                        if wanted and (frames := self._sync.take()) is not None:
-                            self._last_taken = now
-                            return _Job(frames, None, self._generation, self._set_arrived)
-                self._changed.wait(wait)
+                if (job := self._from_mailbox(thread)) is not None:
+                    return job
+                job, wait = (None, None) if self._preparing else self._take_frame_set()
+                if job is not None:
+                    self._preparing = True
+                    return job
+                self._encoder_waits = self._encoder_waits or thread == "encoder"
+                self._wakes[thread].wait(wait)
+                self._encoder_waits = self._encoder_waits and thread != "encoder"
+            self._from_mailbox(thread)
         return None
 
-    def _put(self, job: _Job, thread: str) -> None:
+    def _take_frame_set(self) -> tuple[Job | None, float | None]:
+        """A frame set whose turn it is, or after how many seconds that may be without anything new (None: never)."""
+        on_request = self.parameters.trigger == "on_request"
+        if not on_request:
+            self._reject_request(f"{FINAL}the parameter trigger has been set to continuous")
+        if not self._active:
+            return None, None
+        if on_request and self._request is not None:
+            request, self._request = self._request, None
+            if (frames := self._sync.take()) is not None:
+                return Job(frames, request, self._generation, request.created), None
+            request.answer(False, "the frame set is gone: time was set back, or sync_policy was changed")
+        elif not on_request and self._has_new_set:
+            rate, now = self.parameters.max_rate_hz, time.perf_counter()
+            # Of a rate of almost nothing, the longest time that can be waited.
+            wait = self._last_taken + min(1 / rate, threading.TIMEOUT_MAX) - now if rate > 0 else 0.0
+            if wait > 0:
+                return None, wait
+            self._has_new_set = False  # also without subscribers: by the time one comes it is old
+            wanted = self._publisher.has_subscribers() and not self._lacks_condition
+            if wanted and (frames := self._sync.take()) is not None:
+                self._last_taken = now
+                return Job(frames, None, self._generation, self._set_arrived), None
+        return None, None
+
+    @property
+    def _is_awaited(self) -> bool:
+        """Whether a frame set is to be taken, now or when its turn comes."""
+        return self._has_new_set or self._request is not None
+
+    def _wake_for_frame_set(self) -> None:
+        """If a frame set is to be taken, wakes the thread that does so."""
+        if self._is_awaited:
+            encoder_is_busy = not self._encoder_waits and "preparer" in self._wakes
+            self._wakes["preparer" if encoder_is_busy else "encoder"].notify()
+
+    def _prepare_alone(self, job: Job, then_put_to: str | None = None) -> bool:
+        """Prepares the job, which no other thread does meanwhile; False if that was its end."""
+        done = self._run_step(self._prepare, job)
+        with self._changed:
+            if done and then_put_to:
+                self._put(job, then_put_to)
+            self._preparing = False
+            self._wake_for_frame_set()
+        return done
+
+    def _may_publish_here(self, job: Job) -> bool:
+        """Whether nothing else waits for the encoder's thread meanwhile, and no subscriber can hold it up."""
+        with self._changed:
+            others_wait = self._preparing or self._is_awaited or any(self._mailboxes.values())
+            if others_wait or self._publishing or not self._is_wanted(job) or self._publisher.may_wait():
+                return False
+            self._publishing = True
+            return True
+
+    def _put(self, job: Job, thread: str) -> None:
         """Puts a job into the thread's mailbox, and drops one that still waits there."""
         with self._changed:
             if self._ended:
@@ -303,24 +345,34 @@ class Pipeline:
             waiting, self._mailboxes[thread] = self._mailboxes[thread], job
             if waiting is not None:
                 self._drop(waiting, "a newer frame set replaced it")
-            self._changed.notify_all()
+            self._wakes[thread].notify()
 
-    def _get(self, thread: str) -> _Job | None:
+    def _get(self, thread: str) -> Job | None:
         """Waits for a job in the thread's mailbox; None when the thread is to end."""
         with self._changed:
-            while True:
-                job, self._mailboxes[thread] = self._mailboxes[thread], None
-                if job is not None:
-                    if self._active and not self._ended and job.generation == self._generation:
-                        self._publishing = self._publishing or thread == "publisher"
-                        return job
-                    self._drop(job, "the node has been deactivated")
-                elif self._ended:
-                    return None
-                else:
-                    self._changed.wait()
+            while not self._ended:
+                if (job := self._from_mailbox(thread)) is not None:
+                    self._publishing = True
+                    return job
+                self._wakes[thread].wait()
+            self._from_mailbox(thread)
+            return None
 
-    def _drop(self, job: _Job, reason: str) -> None:
+    def _from_mailbox(self, thread: str) -> Job | None:
+        """What waits in the thread's mailbox and is still wanted."""
+        job = self._mailboxes.get(thread)
+        if job is None:
+            return None
+        self._mailboxes[thread] = None
+        if self._is_wanted(job):
+            return job
+        self._drop(job, "the node has been deactivated")
+        return None
+
+    def _is_wanted(self, job: Job) -> bool:
+        return self._active and not self._ended and job.generation == self._generation
+
+    def _drop(self, job: Job, reason: str) -> None:
         self._sync.replaced(job.frames)
         if job.request is not None:
             job.request.answer(False, reason)
@@ -331,16 +383,9 @@ class Pipeline:
         if request is not None:
             request.answer(False, reason)
 
-    def _last_frames(self) -> str:
-        now = time.perf_counter()
-        return ", ".join(
-            f"{camera}: {f'{now - self._arrivals[camera]:.2f} s ago' if camera in self._arrivals else 'no frame yet'}"
-            for camera in self._sync.cameras
-        )
-
     # Steps
 
-    def _run_step(self, step: Callable[[_Job], bool], job: _Job) -> bool:
+    def _run_step(self, step: Callable[[Job], bool], job: Job) -> bool:
         """Whether the job goes on to the next step; if not, its frames are accounted for."""
         try:
             return step(job)
@@ -353,32 +398,24 @@ class Pipeline:
                 self._log.report("encode", f"a frame set could not be encoded: {text}")
             return False
 
-    def _count_failure(self, job: _Job, failure: str, text: str) -> None:
+    def _count_failure(self, job: Job, failure: str, text: str) -> None:
         with self._changed:
             self._failures[failure] += 1
             self._sync.encoded(job.frames)
         if job.request is not None:
             job.request.answer(False, text)
 
-    def _prepare(self, job: _Job) -> bool:
+    def _prepare(self, job: Job) -> bool:
         """Images of a frame set → what the encoders take, on their device; False if an image cannot be read."""
         clock = time.perf_counter
         begun = clock()
-        images, bad = [], []
-        for frame, decoded in zip(job.frames, self._decode_all(job.frames)):
-            try:
-                image = decoded()
-                job.views.append(self._view(frame, image))
-                images.append(image)
-            except Exception as error:
-                bad.append(frame)
-                reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-                self._report_frame("decode", frame.camera, reason)
+        images, job.views, bad = self._decoder.decode(job.frames, self.parameters.max_image_pixels)
+        for frame, reason in bad.items():
+            self._report_frame("decode", frame.camera, reason)
         if bad:
             with self._changed:
-                self._sync.undecodable(job.frames, bad)
+                self._sync.undecodable(job.frames, list(bad))
                 self._last_taken = -math.inf  # the next frame set need not wait for its turn
-                self._changed.notify_all()
             if job.request is not None:
                 job.request.answer(False, f"no readable image from {', '.join(frame.camera for frame in bad)}")
             return False
@@ -394,49 +431,22 @@ class Pipeline:
     def _report_frame(self, subject: str, camera: str, reason: str) -> None:
         self._log.report(f"{subject} {camera}", f"camera {camera}: a frame is skipped: {reason}")
 
-    def _decode_all(self, frames: FrameSet) -> list[Callable[[], np.ndarray]]:
-        """Per frame a call that returns its image or raises; several JPEG or PNG images are decoded side by side."""
-        calls: list[Callable[[], np.ndarray]] = [
-            partial(self._decode, frame.image, self.parameters.max_image_pixels) for frame in frames
-        ]
-        # Those of CompressedImage have a format. Other images are views of the message, which take no time.
-        compressed = [index for index, frame in enumerate(frames) if hasattr(frame.image, "format")]
-        # This thread decodes one of them: it would only wait meanwhile.
-        for index in compressed[1:]:
-            calls[index] = self._decoders.submit(calls[index]).result
-        return calls
-
-    def _view(self, frame: Frame, image: np.ndarray) -> View:
-        """ValueError where an image of this size cannot be transformed."""
-        height, width = image.shape[:2]
-        return View(
-            camera=frame.camera,
-            frame_id=frame.image.header.frame_id,
-            stamp_ns=frame.stamp_ns,
-            height=height,
-            width=width,
-            affine=self.tokenizer.affine(height, width, frame.camera),
-            roi=self.tokenizer.roi(height, width, frame.camera),
-        )
-
-    def _encode(self, job: _Job) -> bool:
+    def _encode(self, job: Job) -> bool:
         """→ tokens on the host; False if they are not finite."""
-        import torch
-
         begun = time.perf_counter()
         assert job.prepared is not None, "encoded before it was prepared"
-        output = self.tokenizer.encode(job.prepared, features=self.parameters.publish_features)
         token_dtype = self.parameters.token_dtype
-        dtype = getattr(torch, token_dtype)
-        parts = [part.to(dtype) for part in self._empty_views.add_tokens(output)]
-        # All is queued before the one wait for the device; on a GPU the copies go to pinned memory.
-        finite, *on_host = [queue_to_host(part) for part in (all_finite(parts), *parts)]
-        if parts[0].is_cuda:
-            torch.cuda.current_stream(parts[0].device).synchronize()
-        job.tokens, job.features = on_host[0], on_host[1] if len(on_host) > 1 else None
-        job.condition = output.condition
+        job.message = encode(
+            job.prepared,
+            job.views,
+            self.tokenizer,
+            self._empty_views,
+            dtype=token_dtype,
+            features=self.parameters.publish_features,
+            sequence=self.sequence,
+        )
         job.prepared = None  # the memory of its images can be given to the next job
-        if not finite:
+        if job.message is None:
             text = (
                 f"tokens that are not finite were not published; compute_dtype {self.tokenizer.compute_dtype} or "
                 f"token_dtype {token_dtype} may be too narrow for this model: try bfloat16 or float32"
@@ -450,20 +460,14 @@ class Pipeline:
             self._timings["encode"].append(seconds)
         return True
 
-    def _publish(self, job: _Job) -> None:
-        assert job.tokens is not None, "published before it was encoded"
+    def _publish(self, job: Job) -> None:
+        assert job.message is not None, "published before it was encoded"
         begun = time.perf_counter()
         try:
-            self._publisher.publish(
-                VisualTokens.from_torch(
-                    job.tokens,
-                    sequence=self.sequence,  # given here: a gap in the numbers is then a lost message
-                    views=self._empty_views.add_views(job.views),
-                    features=job.features,
-                    condition=job.condition,
-                    **self.tokenizer.metadata(),
-                )
-            )
+            message = job.message
+            if message.sequence != self.sequence:  # a gap in the numbers is to be a lost message
+                message = replace(message, sequence=self.sequence)
+            self._publisher.publish(message)
         except Exception as error:
             text = f"tokens could not be published: {type(error).__name__}: {error}"
             self._count_failure(job, "publish_errors", text)

@@ -107,6 +107,10 @@ class TokenPublisher:
         """Whether there is a subscriber of the topic or a reader of shared memory."""
         return self._publisher.get_subscription_count() > 0 or self.readers() > 0
 
+    def may_wait(self) -> bool:
+        """Whether `publish` may wait: a reliable topic does where a subscriber was killed; shared memory never does."""
+        return self._publisher.get_subscription_count() > 0
+
     def publish(self, tokens: VisualTokens) -> None:
         """Sends one message, on the ways that have subscribers."""
         writer, reached = self._writer, 0
