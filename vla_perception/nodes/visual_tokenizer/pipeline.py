@@ -157,14 +157,12 @@ class Pipeline:
             if not self._active:
                 return False
             self._arrivals[camera] = now
-            found = self._sync.add(camera, stamp_ns, image)
-            if found:
+            if self._sync.add(camera, stamp_ns, image):
                 self._has_new_set = True
                 self._set_arrived = now
                 self._wake_for_frame_set()
-            taken_at_once = found and self._encoder_waits
-        if taken_at_once:
-            time.sleep(_HAND_OVER_SEC)
+                if self._encoder_waits:
+                    self._changed.wait(_HAND_OVER_SEC)
         return True
 
     def reject(self, camera: str, reason: str, subject: str) -> bool:
