@@ -411,6 +411,28 @@ def test_what_comes_while_a_frame_set_is_prepared_is_prepared_while_that_is_enco
     bench.wait_for(2)
 
 
+def test_who_adds_a_frame_set_waits_until_the_device_has_it_if_it_is_taken_at_once(bench, monkeypatch):
+    monkeypatch.setattr(pipeline_module, "_HAND_OVER_SEC", 60.0)
+    bench, order = bench(), []
+    encode = bench.model.encode
+
+    def queue_and_wait(pixel_values, features):
+        order.append("queued")
+        bench.pipeline._notify()  # as `encode` does before it waits for a GPU
+        return encode(pixel_values, features)
+
+    monkeypatch.setattr(bench.model, "encode", queue_and_wait)
+    wait_until(lambda: bench.pipeline._encoder_waits, 10, "the encoder is idle")
+    bench.model.gate.close()
+    begun = time.monotonic()
+    bench.add()
+    order.append("added")
+    bench.add()  # while it is busy
+    assert order == ["queued", "added"] and time.monotonic() - begun < 60.0
+    bench.model.gate.opened.set()
+    bench.wait_for(2)
+
+
 def test_what_waits_for_the_publisher_is_not_overtaken(bench):
     bench = bench()
     wakes = bench.pipeline._wakes

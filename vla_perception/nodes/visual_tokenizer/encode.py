@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from vla_perception.tokens import View, VisualTokens
@@ -25,6 +25,7 @@ def encode(
     dtype: str,
     features: bool,
     sequence: int,
+    when_queued: Callable[[], None],
 ) -> VisualTokens | None:
     """The message, its tensors on the host; None if they are not all finite.
 
@@ -35,6 +36,7 @@ def encode(
         dtype: of the message's tensors.
         features: whether it carries features, too.
         sequence: its number.
+        when_queued: called when a GPU has all of its work, and this thread is about to wait for it.
     """
     import torch
 
@@ -52,5 +54,6 @@ def encode(
     )
     _ = message.header  # cached
     if parts[0].is_cuda:
+        when_queued()
         torch.cuda.current_stream(parts[0].device).synchronize()
     return message if finite else None

@@ -42,9 +42,9 @@ STAGES = ("decode", "preprocess", "encode", "publish", "overhead")
 FAILURES = ("encode_errors", "non_finite", "publish_errors")
 #: Seconds after which a frame set is no longer encoded on request: its cameras have stopped, and it would pass for new.
 STALE_SEC = 5.0
-#: Seconds for which whoever adds the last frame of a set leaves the interpreter to the thread that takes it. It would wait
-#: half a millisecond for it otherwise, or for a core, while the executor prepares to wait for the next frame.
-_HAND_OVER_SEC = 0.0003
+#: Seconds, at most, for which whoever adds the last frame of a set waits until the device has it. Otherwise it would go on to
+#: wait for the next frame, which takes Python half a millisecond, at the expense of the thread that encodes this one.
+_HAND_OVER_SEC = 0.003
 #: Seconds that `stop` waits for a message that is being published, at most.
 _GRACE_SEC = 2.0
 
@@ -88,7 +88,9 @@ class Pipeline:
         self._empty_views = empty_views or EmptyViews(tokenizer, synchronizer.cameras)
 
         lock = threading.RLock()  # guards all that follows
-        self._changed = threading.Condition(lock)  # for whoever waits until nothing is being published
+        self._changed = threading.Condition(
+            lock
+        )  # for whoever waits until nothing is published, or until a device has its work
         self._sync = synchronizer
         self._active = False
         self._ended = False
@@ -367,6 +369,10 @@ class Pipeline:
         self._drop(job, "the node has been deactivated")
         return None
 
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
     def _is_wanted(self, job: Job) -> bool:
         return self._active and not self._ended and job.generation == self._generation
 
@@ -442,6 +448,7 @@ class Pipeline:
             dtype=token_dtype,
             features=self.parameters.publish_features,
             sequence=self.sequence,
+            when_queued=self._notify,
         )
         job.prepared = None  # the memory of its images can be given to the next job
         if job.message is None:
