@@ -424,13 +424,29 @@ def test_who_adds_a_frame_set_waits_until_the_device_has_it_if_it_is_taken_at_on
     monkeypatch.setattr(bench.model, "encode", queue_and_wait)
     wait_until(lambda: bench.pipeline._encoder_waits, 10, "the encoder is idle")
     bench.model.gate.close()
-    begun = time.monotonic()
-    bench.add()
-    order.append("added")
-    bench.add()  # while it is busy
-    assert order == ["queued", "added"] and time.monotonic() - begun < 60.0
+    adding = threading.Thread(target=lambda: [bench.add(), order.append("added"), bench.add()])
+    adding.start()
+    adding.join(30.0)  # the second time it is busy
+    assert order == ["queued", "added"] and not adding.is_alive()
     bench.model.gate.opened.set()
     bench.wait_for(2)
+
+
+@pytest.mark.parametrize("why", ["nobody asks", "nobody listens", "its turn comes later"])
+def test_who_adds_a_frame_set_that_is_not_taken_does_not_wait(bench, monkeypatch, why):
+    monkeypatch.setattr(pipeline_module, "_HAND_OVER_SEC", 60.0)
+    bench = bench(trigger="on_request" if why == "nobody asks" else "continuous")
+    wait_until(lambda: bench.pipeline._encoder_waits, 10, "the encoder is idle")
+    if why == "nobody listens":
+        bench.has_subscribers = lambda: False
+    elif why == "its turn comes later":
+        bench.set(max_rate_hz=0.001)
+        bench.pipeline._last_taken = time.perf_counter()
+    adding = threading.Thread(target=bench.add)
+    adding.start()
+    adding.join(30.0)
+    assert not adding.is_alive()
+    bench.pipeline.stop()  # the frame set is accounted for
 
 
 def test_what_waits_for_the_publisher_is_not_overtaken(bench):

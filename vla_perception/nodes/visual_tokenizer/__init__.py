@@ -13,6 +13,7 @@ Modules, in the order of a frame's way:
     loading          the model, in a thread: the node answers meanwhile, and can end
     cameras          subscriptions, their QoS, health problems (vla_perception/synchronizer.py matches their frames)
     pipeline         frame sets -> decoded images -> tokens -> published, in threads with single-slot mailboxes
+    job              what the pipeline's threads hand on
     frame_decoder    messages of a frame set -> images and views
     encode           prepared images -> the message with their tokens
     token_publisher  the topic `tokens`, and shared memory beside it

@@ -163,7 +163,7 @@ class Pipeline:
                 self._has_new_set = True
                 self._set_arrived = now
                 self._wake_for_frame_set()
-                if self._encoder_waits:
+                if self._is_awaited and self._encoder_waits:
                     self._changed.wait(_HAND_OVER_SEC)
         return True
 
@@ -276,6 +276,7 @@ class Pipeline:
                     self._preparing = True
                     return job
                 self._encoder_waits = self._encoder_waits or thread == "encoder"
+                self._changed.notify_all()  # who has added a frame set that is not taken now
                 self._wakes[thread].wait(wait)
                 self._encoder_waits = self._encoder_waits and thread != "encoder"
             self._from_mailbox(thread)
@@ -309,7 +310,7 @@ class Pipeline:
     @property
     def _is_awaited(self) -> bool:
         """Whether a frame set is to be taken, now or when its turn comes."""
-        return self._has_new_set or self._request is not None
+        return self._request is not None or self._has_new_set and self.parameters.trigger == "continuous"
 
     def _wake_for_frame_set(self) -> None:
         """If a frame set is to be taken, wakes the thread that does so."""
