@@ -30,11 +30,16 @@ class Device:
 
 @pytest.fixture(autouse=True)
 def stream(monkeypatch):
-    """The current stream; `idle` says whether all that was queued on it is done."""
-    stream = SimpleNamespace(idle=False)
-    stream.query = lambda: stream.idle
+    """The current stream: `idle`, busy or capturing."""
+
+    def query():
+        assert stream.state != "capturing", "CUDA refuses it, and breaks the capture off"
+        return stream.state == "idle"
+
+    stream = SimpleNamespace(state="busy", query=query)
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: stream)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: stream.state == "capturing")
     return stream
 
 
@@ -71,20 +76,20 @@ def test_everything_arrives_in_order_and_crosses_at_once(pinned, seed):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the current stream is a real one")
 @pytest.mark.parametrize(
-    ("size", "idle", "copies"),
+    ("size", "state", "copies"),
     [
-        (1 << 18, True, ["from the images"] * 4),
-        ((1 << 18) + 1, True, ["from pinned memory"]),
-        (1 << 18, False, ["from pinned memory"]),
+        (1 << 18, "idle", ["from the images"] * 4),
+        ((1 << 18) + 1, "idle", ["from pinned memory"]),
+        (1 << 18, "busy", ["from pinned memory"]),
+        (1 << 18, "capturing", ["from pinned memory"]),
     ],
-    ids=["few bytes", "many bytes", "while the stream is busy"],
 )
-def test_few_bytes_go_straight_to_the_device_where_nothing_is_queued_before_them(pinned, stream, size, idle, copies):
+def test_few_bytes_go_straight_to_the_device_where_nothing_is_queued_before_them(pinned, stream, size, state, copies):
     """From memory that is not pinned, CUDA waits for what is queued: the host would do nothing meanwhile."""
     random = np.random.default_rng(0)
     sources = [random.integers(0, 256, (4, size // 4 + size % 4), dtype=np.uint8)[:, : size // 4] for _ in range(3)]
     sources.append(random.integers(0, 256, size + 3 * (size - sources[0].size), dtype=np.uint8))
-    stream.idle, device = idle, Device(sum(source.size for source in sources))
+    stream.state, device = state, Device(sum(source.size for source in sources))
     upload(sources, device)
     np.testing.assert_array_equal(device.content.numpy(), np.concatenate([source.reshape(-1) for source in sources]))
     assert device.copies == copies

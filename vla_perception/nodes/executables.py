@@ -29,7 +29,7 @@ _WRITE_SEC = 0.3
 #: Of glibc's malloc: a parameter's number (malloc.h), its value in a node, and the names by which a user sets it.
 _MALLOC = (
     (-8, 1, ("MALLOC_ARENA_MAX", "arena_max")),
-    (-1, 256 << 20, ("MALLOC_TRIM_THRESHOLD_", "trim_threshold")),
+    (-1, 128 << 20, ("MALLOC_TRIM_THRESHOLD_", "trim_threshold")),
     (-3, 32 << 20, ("MALLOC_MMAP_THRESHOLD_", "mmap_threshold")),  # glibc takes no more
 )
 

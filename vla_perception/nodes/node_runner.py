@@ -158,7 +158,7 @@ def _run(
 
 
 class ImmediateCallbackGroup(ReentrantCallbackGroup):
-    """For callbacks that never wait: `run_node`'s executor calls them itself, which saves the way to another thread."""
+    """For callbacks that end within milliseconds: `run_node`'s executor calls them itself, without waking another thread."""
 
 
 class _ThreadedExecutor(Executor):

@@ -129,8 +129,8 @@ class PreprocessPlan:
     def upload(self, images: Sequence[np.ndarray], into: torch.Tensor | None = None) -> torch.Tensor:
         """The images' memory → uint8 [nbytes] on the device, `into` if that is given.
 
-        It is copied into pinned memory at once, so `images` are not needed any more; on a GPU the copy to the device may still
-        be running on the current stream.
+        `images` are not needed any more when it returns; on a GPU the copy to the device may still be running on the current
+        stream.
 
         Args:
             images: of the sizes and layouts that the plan was made for; ValueError if not.

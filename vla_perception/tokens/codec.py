@@ -83,7 +83,7 @@ def payload_parts(tensors: Mapping[str, np.ndarray]) -> list[memoryview]:
 
 
 def read(data: bytes | bytearray | memoryview | np.ndarray | array.array) -> Contents:
-    """Reads what `write` wrote; TokenFormatError if its layout is wrong, or not of this schema."""
+    """Reads the bytes of a token file; TokenFormatError if its layout is wrong, or not of this schema."""
     view = data.data if isinstance(data, np.ndarray) else memoryview(data)
     header, payload = split(view.cast("B").toreadonly())
     metadata = metadata_of(header)

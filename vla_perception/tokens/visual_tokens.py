@@ -351,11 +351,11 @@ class VisualTokens:
 
     def to_parts(self) -> list[bytes | memoryview]:
         """The pieces of `to_bytes` in their order; the tensors are not copied, so that one copy puts them in place."""
-        return [self.header, *codec.payload_parts(self._tensors())]
+        return [self._header, *codec.payload_parts(self._tensors())]
 
     @functools.cached_property
-    def header(self) -> bytes:
-        """What stands before the tensors in `to_bytes`; it says nothing about their values."""
+    def _header(self) -> bytes:
+        """What stands before the tensors in `to_bytes`; it says nothing about their values, and can be made before them."""
         metadata = {
             "sequence": self.sequence,
             **{key: getattr(self, key) for key in _MODEL_KEYS},

@@ -63,6 +63,9 @@ class Bench:
     def wait_for(self, count):
         wait_until(lambda: len(self.published) >= count, 10, f"{count} published sets, not {len(self.published)}")
 
+    def wait_for_stamp(self, stamp_ns):
+        wait_until(lambda: self.published and self.published[-1].stamp_ns == stamp_ns, 10, "that set is published")
+
     def counts(self):
         counts = self.pipeline.report()[0]["front"]
         assert counts["received"] == sum(value for key, value in counts.items() if key != "received")
@@ -371,11 +374,7 @@ def test_whatever_the_steps_take_frame_sets_stay_in_order_and_the_latest_is_publ
             for _ in range(schedule.randrange(1, 6)):
                 bench.add()
                 time.sleep(schedule.choice((0.0, 0.0003, 0.003)))
-            wait_until(
-                lambda: bench.published and bench.published[-1].stamp_ns == bench.stamp_ns,
-                10,
-                "the latest is published",
-            )
+            bench.wait_for_stamp(bench.stamp_ns)
     finally:
         bench.pipeline.close(10.0)
     stamps = [tokens.stamp_ns for tokens in bench.published]
@@ -403,15 +402,72 @@ def test_what_comes_while_a_frame_set_is_prepared_is_prepared_while_that_is_enco
     bench.model.gate.close()
     bench.add()
     assert preparing.entered.wait(10)
-    bench.add()
+    second = bench.add()
     preparing.opened.set()
     assert bench.model.gate.entered.wait(10)
     wait_until(lambda: prepared == ["encoder", "preparer"], 10, "the second is prepared while the first is encoded")
     bench.model.gate.opened.set()
-    bench.wait_for(2)
+    bench.wait_for_stamp(second)
 
 
-def test_who_adds_a_frame_set_waits_until_the_device_has_it_if_it_is_taken_at_once(bench, monkeypatch):
+def test_what_comes_before_the_encoder_is_awake_is_prepared_while_it_encodes(bench):
+    preparing, prepared = Gate(), []
+
+    class Held(Pipeline):
+        OVERLAPPING = ("cpu",)
+
+        def _prepare(self, job):
+            prepared.append(threading.current_thread().name)
+            if prepared[1:]:
+                preparing.pass_through()
+            return super()._prepare(job)
+
+    bench = bench(kind=Held)
+    preparing.close()
+    bench.model.gate.close()
+    first = bench.add()
+    assert bench.model.gate.entered.wait(10)
+    bench.add()
+    assert preparing.entered.wait(10)
+    bench.model.gate.opened.set()
+    bench.wait_for_stamp(first)
+    wait_until(lambda: bench.pipeline._encoder_waits, 10, "the encoder is idle")
+    bench.model.gate.close()
+    wakes = bench.pipeline._wakes
+    wake, wakes["encoder"] = wakes["encoder"], SimpleNamespace(notify=lambda: None)  # it sleeps on
+    preparing.opened.set()
+    wait_until(lambda: bench.pipeline._mailboxes["encoder"], 10, "the second waits for it")
+    third = bench.add()
+    wakes["encoder"] = wake
+    with wake:
+        wake.notify()
+    assert bench.model.gate.entered.wait(10)
+    wait_until(lambda: prepared == ["encoder", "preparer", "preparer"], 10, "the third is prepared meanwhile")
+    bench.model.gate.opened.set()
+    bench.wait_for_stamp(third)
+
+
+def test_a_frame_set_that_is_deactivated_while_it_is_prepared_is_not_encoded(bench):
+    preparing = Gate()
+
+    class Held(Pipeline):
+        OVERLAPPING = ("cpu",)
+
+        def _prepare(self, job):
+            preparing.pass_through()
+            return super()._prepare(job)
+
+    bench = bench(kind=Held)
+    preparing.close()
+    bench.add()
+    assert preparing.entered.wait(10)
+    bench.pipeline.stop()
+    preparing.opened.set()
+    wait_until(lambda: bench.counts()["replaced"] == 1, 10, "it is accounted for")
+    assert not bench.model.gate.entered.is_set() and not bench.published
+
+
+def test_adding_a_frame_set_that_is_taken_at_once_waits_until_the_device_has_it(bench, monkeypatch):
     monkeypatch.setattr(pipeline_module, "_HAND_OVER_SEC", 60.0)
     bench, order = bench(), []
     encode = bench.model.encode
@@ -429,11 +485,11 @@ def test_who_adds_a_frame_set_waits_until_the_device_has_it_if_it_is_taken_at_on
     adding.join(30.0)  # the second time it is busy
     assert order == ["queued", "added"] and not adding.is_alive()
     bench.model.gate.opened.set()
-    bench.wait_for(2)
+    bench.wait_for_stamp(bench.stamp_ns)
 
 
 @pytest.mark.parametrize("why", ["nobody asks", "nobody listens", "its turn comes later"])
-def test_who_adds_a_frame_set_that_is_not_taken_does_not_wait(bench, monkeypatch, why):
+def test_adding_a_frame_set_that_is_not_taken_does_not_wait(bench, monkeypatch, why):
     monkeypatch.setattr(pipeline_module, "_HAND_OVER_SEC", 60.0)
     bench = bench(trigger="on_request" if why == "nobody asks" else "continuous")
     wait_until(lambda: bench.pipeline._encoder_waits, 10, "the encoder is idle")

@@ -52,7 +52,7 @@ def encode(
         condition=output.condition,
         **tokenizer.metadata(),
     )
-    _ = message.header  # cached
+    message.to_parts()  # keeps the header that it makes
     if parts[0].is_cuda:
         when_queued()
         torch.cuda.current_stream(parts[0].device).synchronize()

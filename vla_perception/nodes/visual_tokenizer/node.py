@@ -313,5 +313,5 @@ def main(args: list[str] | None = None) -> int:
     own = logging.getLogger("vla_perception")  # goes through the node's logger
     own.setLevel(logging.INFO)
     own.propagate = False
-    # Transitions, parameters and images, the service `encode`, and one to spare for the states.
+    # Transitions, parameters, the service `encode`, and one to spare for the states.
     return run_node(VisualTokenizerNode, args, threads=4)

@@ -2,9 +2,9 @@
 
 frame → frame set (synchronizer.py) → decode, prepare → encode → message. The thread `encoder` takes a frame set through all
 of these if no other one waits: each thread on the way adds the time that it takes to wake up. While it is busy, `preparer`
-decodes and uploads the next frame set, and `publisher` sends the last one's tokens. Single-slot mailboxes connect them; a
-newer item replaces a waiting one, so nothing queues up, and every frame is accounted for. On a GPU each thread has its own
-CUDA stream. On a CPU there is no `preparer`: it would take cores from encoding, for frames that would be old by then.
+decodes and uploads the next frame set, in its own CUDA stream, and `publisher` sends the last one's tokens. In single-slot
+mailboxes between them a newer item replaces a waiting one: nothing queues up, and every frame is accounted for. On a CPU
+there is no `preparer`: it would take cores from encoding, for frames that would be old by then.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ STAGES = ("decode", "preprocess", "encode", "publish", "overhead")
 FAILURES = ("encode_errors", "non_finite", "publish_errors")
 #: Seconds after which a frame set is no longer encoded on request: its cameras have stopped, and it would pass for new.
 STALE_SEC = 5.0
-#: Seconds, at most, for which whoever adds the last frame of a set waits until the device has it. Otherwise it would go on to
-#: wait for the next frame, which takes Python half a millisecond, at the expense of the thread that encodes this one.
+#: Seconds that `add` waits until the device has its work, at most. Otherwise the executor would prepare to wait for the next
+#: frame, half a millisecond of Python, at the expense of the thread that encodes this one.
 _HAND_OVER_SEC = 0.003
 #: Seconds that `stop` waits for a message that is being published, at most.
 _GRACE_SEC = 2.0
@@ -88,9 +88,8 @@ class Pipeline:
         self._empty_views = empty_views or EmptyViews(tokenizer, synchronizer.cameras)
 
         lock = threading.RLock()  # guards all that follows
-        self._changed = threading.Condition(
-            lock
-        )  # for whoever waits until nothing is published, or until a device has its work
+        # For `stop`, which waits until nothing is being published, and `add`, which waits until the device has its work.
+        self._changed = threading.Condition(lock)
         self._sync = synchronizer
         self._active = False
         self._ended = False
@@ -153,7 +152,7 @@ class Pipeline:
         self._decoder.close()
 
     def add(self, camera: str, stamp_ns: int, image: object) -> bool:
-        """A frame has arrived; False while stopped."""
+        """A frame has arrived; False while stopped. Where a frame set is encoded at once, waits until the device has its work."""
         now = time.perf_counter()
         with self._changed:
             if not self._active:
@@ -270,17 +269,20 @@ class Pipeline:
         with self._changed:
             while not self._ended:
                 if (job := self._from_mailbox(thread)) is not None:
+                    self._wake_for_frame_set()  # what came before this thread was awake is the preparer's now
                     return job
                 job, wait = (None, None) if self._preparing else self._take_frame_set()
                 if job is not None:
                     self._preparing = True
                     return job
-                self._encoder_waits = self._encoder_waits or thread == "encoder"
-                self._changed.notify_all()  # who has added a frame set that is not taken now
+                if thread == "encoder":
+                    self._encoder_waits = True
+                self._changed.notify_all()  # `add` need not wait: its frame set is not taken now
                 self._wakes[thread].wait(wait)
-                self._encoder_waits = self._encoder_waits and thread != "encoder"
+                if thread == "encoder":
+                    self._encoder_waits = False
             self._from_mailbox(thread)
-        return None
+            return None
 
     def _take_frame_set(self) -> tuple[Job | None, float | None]:
         """A frame set whose turn it is, or after how many seconds that may be without anything new (None: never)."""
@@ -324,6 +326,9 @@ class Pipeline:
         with self._changed:
             if done and then_put_to:
                 self._put(job, then_put_to)
+            elif done and not self._is_wanted(job):
+                self._drop(job, "the node has been deactivated")
+                done = False
             self._preparing = False
             self._wake_for_frame_set()
         return done
@@ -439,6 +444,8 @@ class Pipeline:
     def _encode(self, job: Job) -> bool:
         """→ tokens on the host; False if they are not finite."""
         begun = time.perf_counter()
+        if "preparer" not in self._wakes:
+            self._notify()  # the CPU has its work
         assert job.prepared is not None, "encoded before it was prepared"
         token_dtype = self.parameters.token_dtype
         job.message = encode(
