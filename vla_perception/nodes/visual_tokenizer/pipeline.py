@@ -261,7 +261,7 @@ class Pipeline:
             self._prepare_alone(job, then_put_to="encoder")
 
     def _publish_loop(self) -> None:
-        while (job := self._get("publisher")) is not None:
+        while (job := self._next_encoded()) is not None:
             self._publish(job)
 
     def _next_job(self, thread: str) -> Job | None:
@@ -353,15 +353,15 @@ class Pipeline:
                 self._drop(waiting, "a newer frame set replaced it")
             self._wakes[thread].notify()
 
-    def _get(self, thread: str) -> Job | None:
-        """Waits for a job in the thread's mailbox; None when the thread is to end."""
+    def _next_encoded(self) -> Job | None:
+        """Waits for a job of the publisher's; None when it is to end."""
         with self._changed:
             while not self._ended:
-                if (job := self._from_mailbox(thread)) is not None:
+                if (job := self._from_mailbox("publisher")) is not None:
                     self._publishing = True
                     return job
-                self._wakes[thread].wait()
-            self._from_mailbox(thread)
+                self._wakes["publisher"].wait()
+            self._from_mailbox("publisher")
             return None
 
     def _from_mailbox(self, thread: str) -> Job | None:
@@ -417,8 +417,7 @@ class Pipeline:
 
     def _prepare(self, job: Job) -> bool:
         """Images of a frame set → what the encoders take, on their device; False if an image cannot be read."""
-        clock = time.perf_counter
-        begun = clock()
+        begun = time.perf_counter()
         images, job.views, bad = self._decoder.decode(job.frames, self.parameters.max_image_pixels)
         for frame, reason in bad.items():
             self._report_frame("decode", frame.camera, reason)
@@ -429,9 +428,9 @@ class Pipeline:
             if job.request is not None:
                 job.request.answer(False, f"no readable image from {', '.join(frame.camera for frame in bad)}")
             return False
-        decoding_ended = clock()
+        decoding_ended = time.perf_counter()
         job.prepared = self.tokenizer.prepare(images, [frame.camera for frame in job.frames])
-        preprocessed = clock()
+        preprocessed = time.perf_counter()
         job.tokenizing = preprocessed - decoding_ended
         with self._changed:
             self._timings["decode"].append(decoding_ended - begun)
