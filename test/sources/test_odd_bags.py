@@ -515,6 +515,21 @@ def test_what_a_type_is_is_known_from_sqlite(tmp_path, statements, definition):
         assert (bag.topics[TOPIC].definition, bag.topics[TOPIC].type_hash) == (definition, HASH)
 
 
+def test_texts_that_are_not_utf_8(tmp_path):
+    """What a recorder wrote of one topic takes no other one away."""
+    path = sqlite_bag(tmp_path / "x.db3")
+    with closing(sqlite3.connect(path, isolation_level=None)) as base:
+        base.execute("UPDATE topics SET offered_qos_profiles = CAST(x'2d20b0' AS TEXT)")
+        base.execute(
+            "INSERT INTO topics (id, name, type, serialization_format, offered_qos_profiles) "
+            "VALUES (77, CAST(x'2fb0' AS TEXT), CAST(x'78b0' AS TEXT), 'cdr', '')"
+        )
+    assert read(path) == SERIES
+    with Bag(path) as bag:
+        assert bag.topics[TOPIC].offered_qos == "- \ufffd"
+        assert bag.topics["/\ufffd"].type == "x\ufffd"
+
+
 def test_qos_that_is_long_behind_a_zero(tmp_path):
     for size, said in ((100, 102), (1 << 14, 0)):
         with Bag(sqlite_bag(tmp_path / f"{size}.db3", qos="a\0" + "#" * size)) as bag:

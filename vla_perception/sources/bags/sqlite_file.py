@@ -88,7 +88,11 @@ class SqliteFile:
                 yield time_ns, wanted[key].topic, wanted[key].type, data
 
     def _opened(self) -> sqlite3.Connection:
-        return sqlite3.connect(f"file:{quote(str(self._readable))}?immutable=1", uri=True, check_same_thread=False)
+        uri = f"file:{quote(str(self._readable))}?immutable=1"
+        database = sqlite3.connect(uri, uri=True, check_same_thread=False)
+        # A comment in a definition may be in Latin-1, which would be an error.
+        database.text_factory = lambda text: text.decode(errors="replace")
+        return database
 
     def _copied(self, beside: list[Path], scratch: Callable[[], Path]) -> Path:
         """A copy, with what lies beside the file in it."""
@@ -125,14 +129,13 @@ def _definitions(database: sqlite3.Connection, types: Collection[str]) -> dict[s
         return {}
     texts = " AND ".join(f"typeof({column}) = 'text'" for column in columns)
     sizes = f"{_bytes('topic_type')} <= {NAME_LIMIT} AND {_bytes('encoded_message_definition')} <= {DEFINITION_LIMIT}"
-    # As bytes: a comment may be in Latin-1, which is no text to Python's sqlite3.
     for kind, definition in database.execute(
-        f"SELECT topic_type, CAST(encoded_message_definition AS BLOB) FROM {name} "
+        f"SELECT topic_type, encoded_message_definition FROM {name} "
         f"WHERE {texts} AND {sizes} AND encoding IN ('ros2msg', 'ros2idl')"
     ):
         if kind in types and kind not in found and len(definition) <= room:
             room -= len(definition)
-            found[kind] = definition.decode(errors="replace")
+            found[kind] = definition
     return found
 
 
