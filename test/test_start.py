@@ -81,6 +81,8 @@ print(json.dumps(sorted(sys.modules)))
             "not a device",
         ),
         (["bench", "--model", "~/no/model"], 1, "no/model"),
+        (["bench", "--model", "no/such/model"], 1, "no/such/model"),
+        (["bench", "--model", "tiny-random", "--device", "gpu"], 2, "not a device"),
         (["bench", "--model", "tiny-random", "--json", "no/folder/it.json"], 1, "no/folder"),
         (["bench", "--model", "tiny-random", "--runtime", "fast"], 2, "fast"),
     ],

@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 
 import vla_perception
+from vla_perception.cpu_quota import cpu_quota
 from vla_perception.fast_dds import OLD_PROFILE_DISTROS, PROFILE_VARIABLES
 
 MIB = 1 << 20
@@ -174,17 +175,14 @@ def triton(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     yield Finding("Triton", "ok", f"{_version('triton') or 'installed'}, compiles with {compiler}")
 
 
-def cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> Iterator[Finding]:
-    count = len(os.sched_getaffinity(0))
-    try:
-        quota, period = cpu_max.read_text().split()
-        allowed = int(quota) / int(period)
-    except (OSError, ValueError):  # no control group of version 2, or "max": no quota
+def cores() -> Iterator[Finding]:
+    count, allowed = len(os.sched_getaffinity(0)), cpu_quota()
+    if allowed is None:
         yield Finding("cores", "ok", f"{count}, without a quota")
         return
     state = "warn" if allowed < 2 else "ok"
-    cure = "give the container at least two cores (docker run --cpus)" if state == "warn" else ""
-    yield Finding("cores", state, f"{count}, of which the container's quota allows {allowed:g}", cure)
+    cure = "give it at least two cores (docker run --cpus, systemd's CPUQuota=)" if state == "warn" else ""
+    yield Finding("cores", state, f"{count}, of which a quota allows {allowed:g}", cure)
 
 
 def ros(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:

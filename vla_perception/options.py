@@ -75,8 +75,8 @@ SIMULATION_GL = ("auto", "egl", "osmesa")
 
 
 def is_device(text: str) -> bool:
-    """Whether `text` is the name of a device: one of `DEVICES`, ``cuda:N``, or another of PyTorch's (``mps``)."""
-    return re.fullmatch(r"auto|[a-z]+(:\d+)?", text) is not None
+    """Whether `text` is the name of a device: one of `DEVICES`, ``cuda:N``, or another of PyTorch's that computes (``mps``)."""
+    return re.fullmatch(r"auto|(cpu|cuda|hpu|mps|mtia|npu|xla|xpu)(:\d+)?", text) is not None
 
 
 def tokens_per_view(token_strategy: str, patches: int) -> int:

@@ -18,6 +18,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from vla_perception.cpu_quota import cpu_quota
 from vla_perception.options import RUNTIMES
 from vla_perception.tokenizer import tuned_products
 from vla_perception.tokenizer.float8 import quantize_encoders
@@ -201,19 +203,15 @@ def _processor_vendor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
-def limit_threads(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Limits torch's threads to the cores of a container's CPU quota; returns how many it uses.
+def limit_threads() -> int:
+    """Limits torch's threads to the cores of a CPU quota; returns how many it uses.
 
     torch takes the machine's number of cores. On a quota of 4 cores the kernel stops 64 threads for most of the time.
     Keeps a number that the user has set (``OMP_NUM_THREADS``). For programs: a library should not change a process's
     settings.
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        try:
-            quota, period = cpu_max.read_text().split()
-            cores = max(1, -(-int(quota) // int(period)))
-        except (OSError, ValueError):  # no control group of version 2, or "max": no quota
-            cores = torch.get_num_threads()
-        if cores < torch.get_num_threads():
-            torch.set_num_threads(cores)
+        quota = cpu_quota()
+        if quota is not None and quota < torch.get_num_threads():
+            torch.set_num_threads(max(1, math.ceil(quota)))
     return torch.get_num_threads()

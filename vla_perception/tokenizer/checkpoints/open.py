@@ -74,7 +74,8 @@ def check_model(model: str, adapter: str | os.PathLike | None = None, **options:
         PRESETS[model].with_options(trained=False, **options)
         return
     path = local_path(model)
-    if not exists(path) and (model.startswith(("/", "./", "../", "~")) or path.suffix in (".pt", ".safetensors")):
+    like_a_path = model.startswith(("/", "./", "../", "~")) or path.suffix in (".pt", ".safetensors")
+    if not exists(path) and (like_a_path or model.count("/") > 1):  # a Hugging Face id has one
         raise ValueError(_no_model(model))
     if adapter not in (None, "none") and not is_directory(local_path(adapter)):
         raise ValueError(f"there is no adapter at {str(adapter)!r}; give the folder that holds adapter_config.json")
