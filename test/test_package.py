@@ -123,7 +123,7 @@ def test_every_ros_package_in_use_is_declared():
 
 
 #: Modules without ROS, PyTorch or anything else of the package, which every part may import.
-FOR_ALL = r"(?:options|fingerprint_inputs|printable|byte_array|condition|cpu_quota)\b"
+FOR_ALL = r"(?:options|fingerprint_inputs|printable|byte_array|condition|cpu_quota|kept_threads)\b"
 
 
 @pytest.mark.parametrize(

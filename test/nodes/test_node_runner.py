@@ -7,6 +7,7 @@ import queue
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -224,7 +225,7 @@ def test_an_executor_that_stands_still_ends_the_process(run, monkeypatch, capfd)
     """As where a thread that found no memory while it began holds the lock of all pools: no signal, no exception."""
     monkeypatch.setattr(process, "_STILL_SEC", 1.5)
     released, calls = threading.Event(), []
-    submit = process.ThreadPoolExecutor.submit
+    submit = ThreadPoolExecutor.submit
 
     def submit_or_wait(self, *arguments):
         calls.append(1)
@@ -232,7 +233,7 @@ def test_an_executor_that_stands_still_ends_the_process(run, monkeypatch, capfd)
             released.wait(60)
         return submit(self, *arguments)
 
-    monkeypatch.setattr(process.ThreadPoolExecutor, "submit", submit_or_wait)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit_or_wait)
     try:
         assert run(lambda _stop: None, 4) == 1
         assert len(calls) == 101 and "has stood still" in capfd.readouterr().err

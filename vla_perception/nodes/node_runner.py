@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import rclpy
@@ -34,6 +34,7 @@ from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 
+from vla_perception import kept_threads
 from vla_perception.nodes.executables import on_signal
 from vla_perception.nodes.requests import guard_requests
 from vla_perception.printable import error_text, printable
@@ -176,7 +177,7 @@ class _ThreadedExecutor(Executor):
 
     def __init__(self, threads: int) -> None:
         super().__init__()
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="callback")
+        self.pool = kept_threads.start("callback", threads)
         self._running: list[Future] = []
         self.rounds = 0
 

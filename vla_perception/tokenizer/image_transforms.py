@@ -27,8 +27,8 @@ from types import MappingProxyType
 import numpy as np
 from PIL import Image
 
+from vla_perception import kept_threads
 from vla_perception.options import IMAGE_TRANSFORMS, RESIZE_WITH_PAD
-from vla_perception.tokenizer import kept_threads
 
 #: Row-major 2 × 3 map of image coordinates, in which pixel i covers [i, i + 1).
 Affine = tuple[float, float, float, float, float, float]

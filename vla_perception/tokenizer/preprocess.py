@@ -16,8 +16,8 @@ import PIL
 import torch
 from PIL import Image
 
+from vla_perception import kept_threads
 from vla_perception.options import RESIZE_WITH_PAD
-from vla_perception.tokenizer import kept_threads
 from vla_perception.tokenizer.config import FLOAT_RESIZES, EncoderConfig
 from vla_perception.tokenizer.image_inputs import check_image
 from vla_perception.tokenizer.image_transforms import Step

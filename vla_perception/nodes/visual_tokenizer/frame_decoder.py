@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vla_perception import kept_threads
 from vla_perception.synchronizer import Frame, FrameSet
 from vla_perception.tokens import View
 
@@ -28,7 +28,7 @@ class FrameDecoder:
 
     def __init__(self, decode: Callable[[Any, int], np.ndarray], tokenizer: VisualTokenizer, cameras: int) -> None:
         self._decode, self._tokenizer = decode, tokenizer
-        self._threads = ThreadPoolExecutor(max(1, cameras - 1), thread_name_prefix="decoder")
+        self._threads = kept_threads.start("decoder", max(1, cameras - 1))
 
     def decode(self, frames: FrameSet, max_pixels: int) -> tuple[list[np.ndarray], list[View], dict[Frame, str]]:
         """Images and views of the frames that can be used, and of the others why they cannot."""

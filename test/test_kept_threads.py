@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from vla_perception.tokenizer import kept_threads
+from vla_perception import kept_threads
 
 
 def names(name: str) -> list[str]:

@@ -33,6 +33,11 @@ def is_forked() -> bool:
 
 @functools.cache
 def _started(process: int, name: str, threads: int) -> ThreadPoolExecutor:
+    return start(name, threads)
+
+
+def start(name: str, threads: int) -> ThreadPoolExecutor:
+    """A new pool that has all of its threads already; the caller ends it."""
     started = ThreadPoolExecutor(threads, thread_name_prefix=name)
     together = threading.Barrier(threads + 1)
     try:
