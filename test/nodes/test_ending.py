@@ -73,9 +73,10 @@ def test_every_executable_takes_signals_first():
 # While it runs
 
 BEGIN = """
-import atexit, sys, threading, time
+import atexit, faulthandler, sys, threading, time
 from vla_perception.nodes import executables
 executables.begin()
+faulthandler.enable()  # as in a node
 atexit.register(time.sleep, 600)  # stands for the last garbage collection of torch
 import rclpy
 from rclpy.node import Node
@@ -175,7 +176,8 @@ def test_in_every_state():
             process.wait_for("now", 90)
             send(process, SIGNALS[name])
         codes = {case: process.wait() for case, process in started.items()}
-    assert codes == {case: int(case[0] in ERRORS) for case in CASES}
+    wrong = {case: code for case, code in codes.items() if code != int(case[0] in ERRORS)}
+    assert not wrong, "\n".join(f"{case}: {code}\n{started[case].output}" for case, code in wrong.items())
     for (state, _name), process in started.items():
         assert ("Traceback" in process.output) == (state in ERRORS), process.output
 
