@@ -27,7 +27,7 @@ def _folders(membership: Path, mounted: Path) -> Iterator[Path]:
     for top, controllers in ((mounted, ""), (mounted / "cpu", "cpu")):
         yield top
         for line in lines:
-            _number, names, path = line.split(":", 2) if line.count(":") >= 2 else ("", "none", "")
+            names, _, path = line.partition(":")[2].partition(":")
             if names == controllers or (controllers and controllers in names.split(",")):
                 group = Path(path.lstrip("/"))
                 yield from (top / folder for folder in (group, *group.parents) if ".." not in folder.parts)

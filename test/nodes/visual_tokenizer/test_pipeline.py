@@ -386,18 +386,24 @@ def test_whatever_the_steps_take_frame_sets_stay_in_order_and_the_latest_is_publ
     assert bench.done_by["publish"] == {"publisher"} if may_wait else "encoder" in bench.done_by["publish"]
 
 
+class HeldPipeline(Pipeline):
+    """As on a GPU, on any device; prepares when its gate is open, and notes the threads that do."""
+
+    OVERLAPPING = ("cpu",)
+
+    def __init__(self, *arguments, **options):
+        self.preparing, self.prepared_by = Gate(), []
+        super().__init__(*arguments, **options)
+
+    def _prepare(self, job):
+        self.prepared_by.append(threading.current_thread().name)
+        self.preparing.pass_through()
+        return super()._prepare(job)
+
+
 def test_what_comes_while_a_frame_set_is_prepared_is_prepared_while_that_is_encoded(bench):
-    preparing, prepared = Gate(), []
-
-    class Held(Pipeline):
-        OVERLAPPING = ("cpu",)
-
-        def _prepare(self, job):
-            preparing.pass_through()
-            prepared.append(threading.current_thread().name)
-            return super()._prepare(job)
-
-    bench = bench(kind=Held)
+    bench = bench(kind=HeldPipeline)
+    preparing, prepared = bench.pipeline.preparing, bench.pipeline.prepared_by
     preparing.close()
     bench.model.gate.close()
     bench.add()
@@ -411,22 +417,12 @@ def test_what_comes_while_a_frame_set_is_prepared_is_prepared_while_that_is_enco
 
 
 def test_what_comes_before_the_encoder_is_awake_is_prepared_while_it_encodes(bench):
-    preparing, prepared = Gate(), []
-
-    class Held(Pipeline):
-        OVERLAPPING = ("cpu",)
-
-        def _prepare(self, job):
-            prepared.append(threading.current_thread().name)
-            if prepared[1:]:
-                preparing.pass_through()
-            return super()._prepare(job)
-
-    bench = bench(kind=Held)
-    preparing.close()
+    bench = bench(kind=HeldPipeline)
+    preparing, prepared = bench.pipeline.preparing, bench.pipeline.prepared_by
     bench.model.gate.close()
     first = bench.add()
     assert bench.model.gate.entered.wait(10)
+    preparing.close()
     bench.add()
     assert preparing.entered.wait(10)
     bench.model.gate.opened.set()
@@ -448,16 +444,8 @@ def test_what_comes_before_the_encoder_is_awake_is_prepared_while_it_encodes(ben
 
 
 def test_a_frame_set_that_is_deactivated_while_it_is_prepared_is_not_encoded(bench):
-    preparing = Gate()
-
-    class Held(Pipeline):
-        OVERLAPPING = ("cpu",)
-
-        def _prepare(self, job):
-            preparing.pass_through()
-            return super()._prepare(job)
-
-    bench = bench(kind=Held)
+    bench = bench(kind=HeldPipeline)
+    preparing = bench.pipeline.preparing
     preparing.close()
     bench.add()
     assert preparing.entered.wait(10)
@@ -488,12 +476,12 @@ def test_adding_a_frame_set_that_is_taken_at_once_waits_until_the_device_has_it(
     bench.wait_for_stamp(bench.stamp_ns)
 
 
-@pytest.mark.parametrize("why", ["nobody asks", "nobody listens", "its turn comes later"])
+@pytest.mark.parametrize("why", ["no request", "no subscriber", "its turn comes later"])
 def test_adding_a_frame_set_that_is_not_taken_does_not_wait(bench, monkeypatch, why):
     monkeypatch.setattr(pipeline_module, "_HAND_OVER_SEC", 60.0)
-    bench = bench(trigger="on_request" if why == "nobody asks" else "continuous")
+    bench = bench(trigger="on_request" if why == "no request" else "continuous")
     wait_until(lambda: bench.pipeline._encoder_waits, 10, "the encoder is idle")
-    if why == "nobody listens":
+    if why == "no subscriber":
         bench.has_subscribers = lambda: False
     elif why == "its turn comes later":
         bench.set(max_rate_hz=0.001)

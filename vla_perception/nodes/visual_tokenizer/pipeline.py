@@ -258,7 +258,7 @@ class Pipeline:
 
     def _prepare_loop(self) -> None:
         while (job := self._next_job("preparer")) is not None:
-            self._prepare_alone(job, then_put_to="encoder")
+            self._prepare_alone(job, for_encoder=True)
 
     def _publish_loop(self) -> None:
         while (job := self._next_encoded()) is not None:
@@ -320,12 +320,12 @@ class Pipeline:
             encoder_is_busy = not self._encoder_waits and "preparer" in self._wakes
             self._wakes["preparer" if encoder_is_busy else "encoder"].notify()
 
-    def _prepare_alone(self, job: Job, then_put_to: str | None = None) -> bool:
-        """Prepares the job, which no other thread does meanwhile; False if that was its end."""
+    def _prepare_alone(self, job: Job, for_encoder: bool = False) -> bool:
+        """Prepares a job, which no other thread does meanwhile, for this thread or the encoder's; False if that was its end."""
         done = self._run_step(self._prepare, job)
         with self._changed:
-            if done and then_put_to:
-                self._put(job, then_put_to)
+            if done and for_encoder:
+                self._put(job, "encoder")
             elif done and not self._is_wanted(job):
                 self._drop(job, "the node has been deactivated")
                 done = False
